@@ -1,0 +1,1 @@
+from crossformer_vision.models import crossformer
