@@ -1,1 +1,27 @@
-from crossformer_vision.models import crossformer
+"""CrossFormer and CrossFormer++ for PyTorch. Importing this package registers the models with timm."""
+
+import importlib
+import sys
+from pathlib import PurePath
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["CrossFormer", "LoadReport", "UserError", "load_checkpoint"]
+
+_HOMES = {
+    "CrossFormer": "crossformer_vision.models.crossformer",
+    "LoadReport": "crossformer_vision.checkpoints",
+    "UserError": "crossformer_vision.errors",
+    "load_checkpoint": "crossformer_vision.checkpoints",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+# The command imports what its verb needs: its help does not wait seconds for torch.
+if PurePath(next(iter(sys.argv), "")).stem != "crossformer":
+    importlib.import_module("crossformer_vision.checkpoints")  # registers the models, and the way to their weights

@@ -1,0 +1,338 @@
+"""Weights on disk -> networks: published and own files, read safely, and the download of the published ones."""
+
+import html.parser
+import logging
+import os
+import pickle
+import re
+import shutil
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+
+from crossformer_vision.errors import UserError
+from crossformer_vision.models import crossformer
+
+log = logging.getLogger("crossformer_vision")
+
+# --------------------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------------------
+
+
+class _Opaque:
+    """Stands in for what published files hold beside their weights (a yacs config, say); never looked at."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_Opaque":
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a `.safetensors` or a `torch.save` file holds, read without running any code in it.
+
+    Raises:
+        UserError: no such file, truncated, not a checkpoint, or a pickle of anything but tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint file")
+    with path.open("rb") as file:
+        start = file.read(64).lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise UserError(f"{path}: is a web page, not a checkpoint; download the file again")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" ({found[1]})" if found else ""
+        raise UserError(
+            f"{path}: holds Python objects other than tensors{what} and was not loaded, since they could run code"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: truncated or not a checkpoint; copy or download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def _state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights in a checkpoint: under `state_dict` or `model`, or the checkpoint itself."""
+    for key in ("state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Loading
+# --------------------------------------------------------------------------------------------------------------
+
+PREFIXES = ("module.", "_orig_mod.", "net.", "backbone.")  # DataParallel, torch.compile, our tasks, dense models
+
+
+@dataclass
+class LoadReport:
+    """What `load_checkpoint` did, as names of the model's or the file's weights."""
+
+    loaded: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)  # classifier of another class count
+    missing: list[str] = field(default_factory=list)  # kept as they were in the model
+    unused: list[str] = field(default_factory=list)  # only in the file
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} weights loaded"]
+        for what, names in (("of another shape", self.dropped), ("not in the file", self.missing)):
+            if names:
+                parts.append(f"{len(names)} {what}, left as they were ({_some(names)})")
+        if self.unused:
+            parts.append(f"{len(self.unused)} in the file unused ({_some(self.unused)})")
+        return "; ".join(parts)
+
+
+def load_checkpoint(
+    model: nn.Module, checkpoint: str | os.PathLike[str] | dict[str, Any], adapt_classifier: bool = True
+) -> LoadReport:
+    """Load published or own weights into a network.
+
+    Takes files of this library and published ones (`{"model": …}`, `{"state_dict": …}` or bare; names with `module.`
+    or `backbone.` in front), `.pth`, `.ckpt` or `.safetensors`. First convolutions of another channel count are
+    adapted as timm does. The head and the final norm may be absent on either side; anything else must match.
+
+    Args:
+        model: a classifier, or a `features_only` backbone.
+        checkpoint: a path, or a state dict or checkpoint in memory.
+        adapt_classifier: leave a classifier of another class count as it is, with a notice, instead of refusing.
+
+    Returns:
+        The names loaded, dropped, missing and unused; also logged.
+
+    Raises:
+        UserError: a file that cannot be read, or that belongs to another model.
+    """
+    source = "state dict" if isinstance(checkpoint, dict) else str(checkpoint)
+    content = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint)
+    target = model.state_dict()
+    inner = "model." if all(name.startswith("model.") for name in target) else ""  # a features_only wrapper
+    state = _best_names(_state_dict(content), {name.removeprefix(inner) for name in target})
+    state = {inner + name: value for name, value in state.items()}
+
+    report = LoadReport()
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    classifier = inner + str(cfg.get("classifier", "head"))
+    convs = tuple(f"{inner}{name}.weight" for name in _as_tuple(cfg.get("first_conv")))
+    optional = (classifier, inner + "norm.", inner + "head.")
+    fitting: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name not in target:
+            report.unused.append(name)
+            continue
+        if name in convs and value.shape != target[name].shape and value.shape[2:] == target[name].shape[2:]:
+            value = adapt_input_conv(target[name].shape[1], value)
+        if value.shape == target[name].shape:
+            fitting[name] = value
+        elif name.startswith(classifier):
+            report.dropped.append(name)
+        else:
+            raise UserError(
+                f"{source}: belongs to another model: {name} is {list(value.shape)} there, "
+                f"{list(target[name].shape)} here"
+            )
+    report.loaded = sorted(fitting)
+    report.missing = sorted(set(target) - set(fitting) - set(report.dropped))
+    if not any(not name.startswith(optional) for name in fitting):
+        raise UserError(f"{source}: none of its weights fits this model ({_some(state) or 'it holds no tensors'})")
+    for names, what in ((report.missing, "lacks"), (report.unused, "has, and this model has not,")):
+        wrong = [name for name in names if not name.startswith(optional) and _is_backbone(name, inner, target)]
+        if wrong:
+            raise UserError(f"{source}: belongs to another model: it {what} {len(wrong)} weights ({_some(wrong)})")
+    if report.dropped and not adapt_classifier:
+        name = report.dropped[0]
+        raise UserError(f"{source}: has {len(state[name])} classes, {len(target[name])} are wanted")
+    model.load_state_dict(fitting, strict=False)
+    log.log(logging.WARNING if report.dropped else logging.INFO, "%s: %s", source, report)
+    return report
+
+
+def _best_names(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+    """`state` with the prefixes stripped and the published names translated that make most names match `wanted`."""
+    best: dict[str, Tensor] = {}
+    tried = {name: name for name in state}
+    while True:
+        renamed = crossformer.checkpoint_filter_fn({short: state[name] for name, short in tried.items()})
+        if len(wanted & renamed.keys()) > len(wanted & best.keys()) or not best:
+            best = renamed
+        prefix = next((p for p in PREFIXES if any(short.startswith(p) for short in tried.values())), None)
+        if prefix is None:
+            return best
+        tried = {name: s.removeprefix(prefix) for name, s in tried.items() if s.startswith(prefix)}
+
+
+def _is_backbone(name: str, inner: str, target: Iterable[str]) -> bool:
+    """Whether a weight sits in a part that the model has; a detector's neck, say, does not count against it."""
+    return name.removeprefix(inner).split(".")[0] in {t.removeprefix(inner).split(".")[0] for t in target}
+
+
+def _as_tuple(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Published weights
+# --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where the authors put a file: an id on Google Drive, or a page that only a browser can fetch from."""
+
+    filename: str
+    drive_id: str = ""
+    page: str = ""
+
+
+PUBLISHED = {
+    "crossformer_tiny": Published("crossformer-t.pth", "1YSkU9enn-ITyrbxLH13zNcBYvWSEidfq"),
+    "crossformer_small": Published("crossformer-s.pth", "1RAkigsgr33va0RZ85S2Shs2BhXYcS6U8"),
+    "crossformer_base": Published("crossformer-b.pth", "1bK8biVCi17nz_nkt7rBfio_kywUpllSU"),
+    "crossformer_large": Published("crossformer-l.pth", "1zRWByVW_KIZ87NgaBkDIm60DAsGJErdG"),
+    "crossformer_pp_small": Published(
+        "crossformer-pp-s.pth", page="https://pan.baidu.com/s/1smc_kRoogd0Ig5vfqwuGTA (code crsf)"
+    ),
+    "crossformer_pp_base": Published(
+        "crossformer-pp-b.pth", page="https://pan.baidu.com/s/13XVP0ebtNcyRMmkl11ALYg (code crsf)"
+    ),
+    "crossformer_pp_large": Published(
+        "crossformer-pp-l.pth", page="https://pan.baidu.com/s/1xtPh-ndcOxRM7fPYYxIIRg (code crsf)"
+    ),
+    "crossformer_pp_huge": Published(
+        "crossformer-pp-h.pth", page="https://pan.baidu.com/s/1xtPh-ndcOxRM7fPYYxIIRg (code crsf)"
+    ),
+}
+
+DRIVE = "https://drive.usercontent.google.com/download"
+
+
+def cached_path(name: str) -> Path:
+    """Where the published file of a model is kept: torch's hub cache."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / PUBLISHED[name].filename
+
+
+def fetch_published(name: str, url: str = DRIVE) -> Path:
+    """The published file of a model, from the cache or else downloaded into it.
+
+    Args:
+        name: one of `PUBLISHED`.
+        url: Google Drive's download address, or a mirror that takes the same `id` parameter.
+
+    Raises:
+        UserError: unknown name, a file that only a person can fetch (the message says where from and where to), no
+            connection, a page instead of the file, a truncated body. What came so far is kept and resumed from.
+    """
+    if name not in PUBLISHED:
+        raise UserError(f"no published weights of '{name}'; there are: {', '.join(PUBLISHED)}")
+    published, path = PUBLISHED[name], cached_path(name)
+    if path.exists():
+        return path
+    if not published.drive_id:
+        raise UserError(
+            f"the published weights of {name} cannot be fetched by a program: get them from {published.page} "
+            f"in a browser and save the file as {path}"
+        )
+    _download(f"{url}?{urllib.parse.urlencode({'id': published.drive_id, 'export': 'download'})}", path)
+    return path
+
+
+class _Form(html.parser.HTMLParser):
+    """The form of Google Drive's page "too large to scan for viruses": where to ask again, and with what."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.action = ""
+        self.fields: dict[str, str] = {}
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        if tag == "form":
+            self.action = values.get("action", "")
+        elif tag == "input" and "name" in values:
+            self.fields[values["name"]] = values.get("value", "")
+
+
+def _open(url: str, offset: int) -> Any:
+    request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
+    response = urllib.request.urlopen(request, timeout=60)
+    if "text/html" not in response.headers.get("Content-Type", ""):
+        return response
+    form = _Form(response.read(1 << 20).decode("utf-8", "replace"))
+    if "confirm" not in form.fields:
+        raise UserError(f"{url}: answered with a web page, not the file (its quota may be used up); try again later")
+    action = urllib.parse.urljoin(url, form.action)
+    request = urllib.request.Request(f"{action}?{urllib.parse.urlencode(form.fields)}", headers=dict(request.headers))
+    response = urllib.request.urlopen(request, timeout=60)
+    if "text/html" in response.headers.get("Content-Type", ""):
+        raise UserError(f"{url}: answered with a web page, not the file (its quota may be used up); try again later")
+    return response
+
+
+def _download(url: str, path: Path) -> None:
+    """Bring `url` to `path`: resumed from an earlier part, and under its name only when whole and readable."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    offset = part.stat().st_size if part.exists() else 0
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    try:
+        with _open(url, offset) as response:
+            if response.status != 206:
+                offset = 0
+            length = response.headers.get("Content-Length")
+            total = offset + int(length) if length else None
+            if total is not None and shutil.disk_usage(path.parent).free < total - offset:
+                raise UserError(f"{path.parent}: not enough disk space for {path.name} ({total >> 20} MB)")
+            with part.open("ab" if offset else "wb") as file, Progress(*columns, TimeRemainingColumn()) as progress:
+                bar = progress.add_task(path.name, total=total, completed=offset)
+                while block := response.read(1 << 18):
+                    file.write(block)
+                    progress.advance(bar, len(block))
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # the part is as long as the file, or longer: it cannot be continued
+            part.unlink()
+        raise UserError(f"{url}: HTTP {error.code} {error.reason}; try again") from error
+    except (OSError, HTTPException) as error:
+        raise UserError(f"{url}: {error}; try again, the download goes on where it stopped") from error
+    size = part.stat().st_size
+    if total is not None and size < total:
+        raise UserError(f"{url}: truncated, {size} of {total} bytes came; try again, it goes on where it stopped")
+    try:
+        read_checkpoint(part)
+    except UserError as error:
+        part.unlink()
+        raise UserError(f"{url}: what came is not a checkpoint, and was removed; try again") from error
+    os.replace(part, path)
+
+
+crossformer.fetch_published = fetch_published  # networks know no files: they are handed the way to theirs

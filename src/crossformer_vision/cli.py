@@ -1,0 +1,204 @@
+"""The command: parses, imports late, calls one function."""
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+HELP = """\
+usage: crossformer VERB [options]      crossformer VERB --help for all options of a verb
+
+CrossFormer and CrossFormer++: train and evaluate vision models on images of your own.
+
+  train       train a model; without options, the quickstart: two minutes on handwritten digits
+  validate    evaluate a checkpoint, and draw what it gets right and wrong
+  download    bring published weights into torch's cache
+
+examples
+  crossformer train
+  crossformer train --data.root my_images --model.model crossformer_small --trainer.max_epochs 30
+  crossformer train --config classification/crossformer_small.yaml --data.root imagenet --trainer.devices 8
+  crossformer train --resume runs/my-run
+  crossformer validate runs/my-run
+  crossformer download crossformer_small
+
+my_images holds train/<class>/… and val/<class>/… with the images of each class.
+--debug with any verb shows the traceback of an error.   --version shows the version.
+"""
+
+QUICKSTART = "quickstart/classification.yaml"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 1 for an error, 2 for wrong usage."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [a for a in args if a != "--debug"]
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if args[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("crossformer-vision"))
+        return 0
+    verbs = {"train": train, "validate": validate, "download": download}
+    if args[0] not in verbs:
+        print(f"crossformer: error: no verb '{args[0]}'; there are: {', '.join(verbs)}", file=sys.stderr)
+        return 2
+    try:
+        verbs[args[0]](args[1:])
+    except KeyboardInterrupt:
+        print("crossformer: stopped", file=sys.stderr)
+        return 130
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        lines = str(error).splitlines() or [type(error).__name__]
+        print(f"crossformer: error: {lines[0]}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def find_config(name: str) -> str:
+    """A configuration file: a path, or a name among those that come with the library."""
+    if Path(name).is_file():
+        return name
+    here = Path(__file__).parent
+    for folder in (here / "configs", here.parents[1] / "configs"):  # installed, or a checkout
+        for candidate in (folder / name, folder / Path(name).relative_to("configs") if "configs/" in name else folder):
+            if candidate.is_file():
+                return str(candidate)
+    from crossformer_vision.errors import UserError
+
+    raise UserError(f"{name}: no such configuration file")
+
+
+def train(args: list[str]) -> None:
+    """`crossformer train`"""
+    resume = _take(args, "--resume")
+    if resume is not None:
+        args = ["--config", _from_run(resume, "last.ckpt"), *args, "--run.folder", resume]
+    cli = _parse(args, "train", resumed=resume is not None)
+    from crossformer_vision.tasks import run
+
+    results = run.train(cli.trainer, cli.model, cli.datamodule, cli.run, resume)
+    if cli.trainer.is_global_zero:
+        folder = cli.run.folder
+        print(f"\naccuracy {results['val_accuracy']:.2%} after {results['minutes']} minutes")
+        print(f"  checkpoint  {folder}/best.ckpt")
+        print(f"  pictures    {folder}/curves.png, confusion_matrix.png, predictions.png")
+        print(f"  numbers     {folder}/results.json, metrics.csv; tensorboard --logdir {folder}")
+        print(f"next: crossformer validate {folder}, or train on images of your own: crossformer train --help")
+
+
+def validate(args: list[str]) -> None:
+    """`crossformer validate`"""
+    checkpoint = _take(args, "--checkpoint")
+    if args and not args[0].startswith("-"):
+        folder = args.pop(0)
+        checkpoint = checkpoint or f"{folder}/best.ckpt"
+        args = ["--config", _from_run(folder, "best.ckpt"), *args, "--run.folder", f"{folder}/validate"]
+    cli = _parse(args, "validate", resumed=False)
+    from crossformer_vision.tasks import run
+
+    metrics = run.validate(
+        cli.trainer, cli.model, cli.datamodule, Path(checkpoint) if checkpoint else None, Path(cli.run.folder)
+    )
+    if cli.trainer.is_global_zero:
+        print("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        print(f"pictures in {cli.run.folder}")
+
+
+def download(args: list[str]) -> None:
+    """`crossformer download`"""
+    import argparse
+
+    parser = argparse.ArgumentParser("crossformer download", description="Bring published weights into torch's cache.")
+    parser.add_argument("name", help="model, such as crossformer_small")
+    parser.add_argument("--url", help="a mirror of Google Drive's download address, asked for ?id=…")
+    options = parser.parse_args(args)
+    from crossformer_vision import checkpoints
+
+    print(checkpoints.fetch_published(options.name, options.url or checkpoints.DRIVE))
+
+
+def _take(args: list[str], option: str) -> str | None:
+    """Remove `option VALUE` or `option=VALUE` from `args` and return the value."""
+    for i, arg in enumerate(args):
+        if arg == option and i + 1 < len(args):
+            del args[i]
+            return args.pop(i)
+        if arg.startswith(option + "="):
+            return args.pop(i).split("=", 1)[1]
+    return None
+
+
+def _from_run(folder: str, checkpoint: str) -> str:
+    """The configuration of a run folder."""
+    from crossformer_vision.errors import UserError
+
+    for name in ("config.yaml", checkpoint):
+        if not (Path(folder) / name).is_file():
+            raise UserError(f"{folder}: not a run folder, it has no {name}")
+    return f"{folder}/config.yaml"
+
+
+def _parse(args: list[str], verb: str, resumed: bool) -> Any:
+    """Lightning's command line on our task, data and trainer; returns them, built."""
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    import crossformer_vision.checkpoints  # noqa: F401  (registers the models with timm)
+    from crossformer_vision.data.classification import ClassificationData
+    from crossformer_vision.tasks.classification import Classification
+    from crossformer_vision.tasks.run import Run, new_folder, quiet
+
+    quiet()
+    if not any(a == "--config" or a.startswith("--config=") for a in args):
+        args = ["--config", QUICKSTART, *args]
+    args = [find_config(a) if i and args[i - 1] == "--config" else a for i, a in enumerate(args)]
+
+    class Cli(LightningCLI):
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.add_class_arguments(Run, "run")
+            parser.link_arguments("seed_everything", "data.seed")
+            parser.link_arguments("seed_everything", "model.seed")
+            parser.link_arguments("model.model", "data.model")
+            parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+
+        def instantiate_trainer(self, **kwargs: Any) -> Any:
+            self.run = self.config_init.run
+            if self.run.folder is None:
+                self.run.folder = str(new_folder(f"{verb}-{self.config.model.model}"))
+            elif verb == "train" and not resumed and (Path(self.run.folder) / "last.ckpt").exists():
+                from crossformer_vision.errors import UserError
+
+                raise UserError(f"{self.run.folder}: there is a run in it; --resume it, or choose another --run.folder")
+            text = self.parser.dump(self.config, skip_link_targets=True, skip_none=False)
+            parts = self.run.trainer_parts(self.model, text, resumed)
+            return super().instantiate_trainer(**parts, **kwargs)
+
+    return Cli(
+        Classification,
+        ClassificationData,
+        args=args,
+        run=False,
+        save_config_callback=None,
+        seed_everything_default=0,
+        trainer_defaults={
+            "max_epochs": 10,
+            "enable_model_summary": False,
+            "use_distributed_sampler": False,
+            "enable_progress_bar": sys.stdout.isatty(),
+            "num_sanity_val_steps": 0,
+            "gradient_clip_val": 5.0,
+        },
+        parser_kwargs={"prog": f"crossformer {verb}"},
+    )
+
+
+def script() -> None:
+    """The entry point of the installed command."""
+    sys.exit(main())

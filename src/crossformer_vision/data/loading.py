@@ -1,0 +1,126 @@
+"""How every task reads its samples: in an order and with random numbers that follow from (seed, epoch, index) alone.
+
+So a run does not depend on the number of workers, two processes see what one would, and a run that was killed goes
+on from its checkpoint as if nothing had happened.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+def mix_seed(*parts: int) -> int:
+    """One 32-bit seed from several integers."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed all generators of the CPU inside the block, and put them back after it."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class SeededDataset(Dataset[Any]):
+    """A map-style dataset read by (epoch, index), whose transforms draw from a generator seeded by the two."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        with seeded(mix_seed(self.seed, epoch, index)):
+            return self.dataset[index]
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) for one of `world` processes.
+
+    The k-th batches of all processes together are the k-th batch of a single process with their global batch size.
+
+    Args:
+        length: samples in the dataset.
+        batch_size: of this process.
+        seed: of the order.
+        train: shuffle, and drop the samples that do not fill a global batch; otherwise all, in order.
+        rank, world: this process, and how many there are.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, train: bool, rank: int = 0, world: int = 1) -> None:
+        self.length, self.batch_size, self.seed, self.train = length, batch_size, seed, train
+        self.rank, self.world = rank, world
+        self.epoch = 0
+        self.start = 0  # batch that the next iteration begins with
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        whole = self.batch_size * self.world
+        return self.length // whole if self.train else -(-self.length // whole)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = torch.arange(self.length)
+        if self.train:
+            generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+            order = torch.randperm(self.length, generator=generator)
+        whole = self.batch_size * self.world
+        start, self.start = self.start, 0
+        for k in range(start, len(self)):
+            batch = order[k * whole : (k + 1) * whole][self.rank :: self.world].tolist()
+            yield [(self.epoch, index) for index in batch]
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A DataLoader of `EpochBatches` that Lightning saves and restores in the middle of an epoch."""
+
+    def __init__(
+        self, dataset: Any, batches: EpochBatches, seed: int, num_workers: int, collate_fn: Callable[..., Any] | None
+    ) -> None:
+        super().__init__(
+            SeededDataset(dataset, seed),
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=num_workers > 0,
+        )
+        self.batches = batches
+        self._taken = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator: the loader's workers start at the first batch, when the epoch is known.
+        self._taken = self.batches.start
+        for batch in super().__iter__():
+            self._taken += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.batches.start = state["taken"]

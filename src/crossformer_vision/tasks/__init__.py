@@ -1,0 +1,1 @@
+"""One LightningModule a task, and the run that trains or validates it."""

@@ -1,0 +1,79 @@
+"""What all tasks share: a timm optimizer and schedule, reproducible steps, loading weights to start from."""
+
+from typing import Any, Literal
+
+import lightning as L
+from timm.optim import create_optimizer_v2
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from torch import nn
+from torch.optim import Optimizer
+
+from crossformer_vision.data.loading import mix_seed, seed_all
+
+
+class Task(L.LightningModule):
+    """Base of the tasks. A subclass sets `net` and `monitor`, and writes the two steps and `pictures`.
+
+    Args:
+        optimizer: timm's name of it.
+        lr: peak learning rate, for the global batch as it is.
+        weight_decay: not on norms and biases.
+        warmup_epochs: linear warm-up from `warmup_lr`; may be a fraction.
+        warmup_lr: learning rate of the first step.
+        min_lr: learning rate at the end of the cosine.
+        grad_checkpointing: recompute activations in the backward pass, for memory.
+        compile: train and validate through `torch.compile`.
+        seed: of everything random in a step.
+    """
+
+    monitor = ""  # the validation metric that picks the best checkpoint
+    monitor_mode: Literal["max", "min"] = "max"
+    net: nn.Module
+
+    def __init__(
+        self,
+        optimizer: str = "adamw",
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        warmup_epochs: float = 1.0,
+        warmup_lr: float = 1e-6,
+        min_lr: float = 1e-5,
+        grad_checkpointing: bool = False,
+        compile: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
+        self.warmup_epochs, self.warmup_lr, self.min_lr = warmup_epochs, warmup_lr, min_lr
+        self.grad_checkpointing, self.compile_net, self.seed = grad_checkpointing, compile, seed
+
+    def setup(self, stage: str) -> None:
+        if self.grad_checkpointing:
+            self.net.set_grad_checkpointing(True)  # type: ignore[operator]
+        if self.compile_net:
+            self.net.compile()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Dropout, stochastic depth and mixup follow from the step alone, so a resumed run repeats none of the past.
+        seed_all(mix_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = create_optimizer_v2(self.net, self.optimizer, lr=self.lr, weight_decay=self.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        warmup = round(self.warmup_epochs * steps / max(1, self.trainer.max_epochs or 1))
+        schedule = CosineLRScheduler(
+            optimizer,
+            t_initial=steps,
+            lr_min=min(self.min_lr, self.lr),
+            warmup_t=min(warmup, steps - 1),
+            warmup_lr_init=min(self.warmup_lr, self.lr),
+            warmup_prefix=False,
+            t_in_epochs=False,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: CosineLRScheduler, metric: Any) -> None:  # type: ignore[override]
+        scheduler.step_update(self.global_step)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=True)

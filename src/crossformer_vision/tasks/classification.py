@@ -1,0 +1,125 @@
+"""Image classification: loss, metrics, and what a validation shows."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+from crossformer_vision import visualize
+from crossformer_vision.checkpoints import load_checkpoint
+from crossformer_vision.models import find_model
+from crossformer_vision.tasks.base import Task
+
+SHOWN = 24  # validation images in the picture of predictions
+
+
+class Classification(Task):
+    """Train and validate any timm model as a classifier.
+
+    Args:
+        model: timm name, with a tag (`crossformer_small.in1k`) to choose weights.
+        num_classes: classes; the command takes them from the data.
+        pretrained: start from the model's published weights.
+        checkpoint: start from these weights instead, published or own; a classifier of another class count is
+            trained anew.
+        model_args: further keywords of the model, such as `{embed_dim: 48}`.
+        drop_path_rate: stochastic depth.
+        label_smoothing: of the cross-entropy.
+        mixup: alpha of mixup, 0 for none.
+        cutmix: alpha of CutMix, 0 for none.
+        mix_prob: share of the batches that are mixed.
+        **optimization: see `Task`.
+    """
+
+    monitor = "val_accuracy"
+
+    def __init__(
+        self,
+        model: str = "crossformer_nano",
+        num_classes: int = 10,
+        pretrained: bool = False,
+        checkpoint: str | None = None,
+        model_args: dict[str, Any] | None = None,
+        drop_path_rate: float = 0.0,
+        label_smoothing: float = 0.1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mix_prob: float = 1.0,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(**optimization)
+        self.save_hyperparameters()
+        find_model(model)
+        self.net = timm.create_model(
+            model,
+            pretrained=pretrained and not checkpoint,
+            num_classes=num_classes,
+            drop_path_rate=drop_path_rate,
+            **(model_args or {}),
+        )
+        if checkpoint:
+            load_checkpoint(self.net, checkpoint)
+        self.label_smoothing = label_smoothing
+        self.mix = None
+        if mixup or cutmix:
+            self.mix = Mixup(
+                mixup, cutmix, prob=mix_prob, label_smoothing=label_smoothing, num_classes=num_classes
+            )
+        self.accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.accuracy_top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
+        self.confusion = MulticlassConfusionMatrix(num_classes)
+        self.shown: list[tuple[Tensor, int, int, float]] = []  # image, class, predicted class, its probability
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W), normalised -> logits (B, num_classes)."""
+        return self.net(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        if self.mix and len(images) % 2 == 0:
+            images, labels = self.mix(images, labels)  # labels become (B, classes), smoothed
+            loss = F.cross_entropy(self(images), labels)
+        else:
+            loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self.shown = []
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        logits = self(images).float()
+        loss = F.cross_entropy(logits, labels)
+        self.accuracy(logits, labels)
+        self.accuracy_top5(logits, labels)
+        self.confusion(logits, labels)
+        n = len(images)
+        self.log("val_loss", loss, on_epoch=True, batch_size=n, sync_dist=True)
+        self.log("val_accuracy", self.accuracy, on_epoch=True, batch_size=n)
+        self.log("val_accuracy_top5", self.accuracy_top5, on_epoch=True, batch_size=n)
+        batches = int(sum(self.trainer.num_val_batches))
+        for i in range(min(n, -(-SHOWN // batches))):  # a few of each batch, since batches may come class by class
+            if len(self.shown) < SHOWN:
+                probability, predicted = logits[i].softmax(0).max(0)
+                self.shown.append((images[i].float().cpu(), int(labels[i]), int(predicted), float(probability)))
+
+    def on_validation_epoch_end(self) -> None:
+        self.matrix = self.confusion.compute().cpu()
+        self.confusion.reset()
+
+    def pictures(self, folder: Path, classes: list[str]) -> None:
+        """Draw the last validation: `confusion_matrix.png` and `predictions.png`."""
+        cfg = self.net.pretrained_cfg
+        visualize.confusion_matrix(self.matrix.numpy(), classes, folder / "confusion_matrix.png")
+        mean, std = torch.tensor(cfg["mean"]).view(3, 1, 1), torch.tensor(cfg["std"]).view(3, 1, 1)
+        shown = [
+            ((image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy(), classes[true], classes[predicted], p)
+            for image, true, predicted, p in self.shown
+        ]
+        visualize.predictions(shown, folder / "predictions.png")
