@@ -8,12 +8,13 @@ from typing import Literal, Protocol
 import lightning as L
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import create_transform, str_to_interp_mode
 from timm.data.dataset_factory import create_dataset
 from timm.data.readers import get_img_extensions
 from timm.data.readers.reader_factory import create_reader
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision import transforms
 
 from crossformer_vision.data import digits
 from crossformer_vision.data.loading import EpochBatches, ResumableLoader
@@ -71,9 +72,9 @@ class TarImages:
         if not len(self.reader):
             raise UserError(f"{path}: no images in class folders")
         self.path = path
-        number = _number(path, list(self.reader.class_to_idx), classes)
+        number = _number(path, list(self.reader.class_name_to_idx), classes)
         self.classes = list(number)
-        self.labels = {theirs: number[name] for name, theirs in self.reader.class_to_idx.items()}
+        self.labels = {theirs: number[name] for name, theirs in self.reader.class_name_to_idx.items()}
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -284,12 +285,7 @@ class ClassificationData(L.LightningDataModule):
         )
         if stage == "val":
             return create_transform(**common, crop_pct=self.crop_pct or self.model_cfg.crop_pct)
-        crops = {
-            "resized": dict(train_crop_mode="rrc"),
-            "padded": dict(train_crop_mode="rkrc"),
-            "none": dict(no_aug=True),
-        }
-        return create_transform(
+        crop_and_flip, recolour, finish = create_transform(
             **common,
             is_training=True,
             hflip=self.hflip,
@@ -297,8 +293,15 @@ class ClassificationData(L.LightningDataModule):
             auto_augment=self.auto_augment,
             re_prob=self.erasing,
             re_mode="pixel",
-            **crops[self.crop],
+            separate=True,
         )
+        if self.crop != "resized":
+            size, interpolation = common["input_size"][1:], str_to_interp_mode(common["interpolation"])
+            crop_and_flip = transforms.Compose([transforms.Resize(size, interpolation)])
+            if self.crop == "padded":
+                crop_and_flip.transforms.append(transforms.RandomCrop(size, padding=size[0] // 8))
+            crop_and_flip.transforms.append(transforms.RandomHorizontalFlip(self.hflip))
+        return transforms.Compose([crop_and_flip, recolour, finish])
 
     def _loader(self, stage: str) -> ResumableLoader:
         assert self.num_classes  # the images are found

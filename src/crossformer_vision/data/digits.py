@@ -77,7 +77,7 @@ class MultiScaleDigits(Dataset[Any]):
             glyph = Image.fromarray(glyphs[which]).rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR)
             ink = np.asarray(glyph.resize((side, side), Image.Resampling.BICUBIC), np.float32) / 255
             area = canvas[y : y + side, x : x + side]
-            area += ink[..., None] * (_ink_colour(rng, area.mean((0, 1))) - area)
+            area += ink[..., None] * (_ink_colour(rng) - area)
             owner[y : y + side, x : x + side][ink > 0.4] = n
         visible = [n for n in range(count) if (owner == n).any()]
         masks = np.stack([owner == n for n in visible])
@@ -94,19 +94,17 @@ class MultiScaleDigits(Dataset[Any]):
 
 
 def _texture(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
-    """A canvas of smooth colour noise at two scales, (size, size, 3) in 0..1."""
-    canvas = rng.uniform(0.2, 0.8, 3).astype(np.float32) * np.ones((size, size, 3), np.float32)
-    for cells, strength in ((4, 0.25), (16, 0.12)):
-        noise = rng.uniform(-strength, strength, (cells, cells, 3))
-        grid = Image.fromarray(((noise / strength + 1) * 127.5).astype(np.uint8))
+    """A dark canvas of smooth colour noise at two scales, (size, size, 3), about 0.1 to 0.5."""
+    canvas = rng.uniform(0.2, 0.4, 3).astype(np.float32) * np.ones((size, size, 3), np.float32)
+    for cells, strength in ((3, 0.1), (12, 0.05)):
+        grid = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
         canvas += (np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 127.5 - 1) * strength
     return canvas
 
 
-def _ink_colour(rng: np.random.Generator, background: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A colour that stands out: at least 0.45 lighter or darker than the mean of what is under it."""
-    shift = rng.uniform(0.45, 0.6) * (-1 if background.mean() > 0.5 else 1)
-    return (background + shift + rng.uniform(-0.1, 0.1, 3)).astype(np.float32)
+def _ink_colour(rng: np.random.Generator) -> NDArray[np.float32]:
+    """A light colour, of any hue."""
+    return rng.uniform(0.7, 1.0, 3).astype(np.float32)
 
 
 def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:

@@ -1,0 +1,158 @@
+"""The list of checks that timm makes of its own models, over every CrossFormer."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.layers import set_scriptable
+from timm.models import create_feature_extractor
+
+NAMES = timm.list_models("crossformer_*")
+SMALL = ["crossformer_nano", "crossformer_tiny", "crossformer_pp_small"]  # one of each family, for costly checks
+
+
+def images(model, size=96, batch=1):
+    return torch.randn(batch, model.pretrained_cfg["input_size"][0], size, size)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_and_backward(name):
+    model = timm.create_model(name, num_classes=42).train()
+    outputs = model(images(model, batch=2))
+    assert outputs.shape == (2, 42)
+    assert outputs.isfinite().all()
+    outputs.mean().backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"no gradient for {parameter_name}"
+        assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_default_cfg_and_classifier(name):
+    model = timm.create_model(name).eval()
+    cfg, state = model.default_cfg, model.state_dict()
+    x = torch.randn(1, *cfg["input_size"])
+    with torch.no_grad():
+        features = model.forward_features(x)
+        assert model.output_fmt == "NHWC"
+        assert features.shape == (1, *cfg["pool_size"], model.num_features)
+        assert model.forward_head(features, pre_logits=True).shape == (1, model.head_hidden_size)
+        assert model.forward_head(features).shape == (1, cfg["num_classes"])
+        model.reset_classifier(0)
+        assert model.forward(x).shape == (1, model.num_features)
+        model.reset_classifier(0, "")
+        assert model.forward(x).shape == (1, *cfg["pool_size"], model.num_features)
+        model.reset_classifier(7, "avg")
+        assert model(x).shape == (1, 7)
+    assert isinstance(model.get_classifier(), torch.nn.Linear)
+    assert cfg["classifier"] + ".weight" in state
+    for conv in cfg["first_conv"]:
+        assert state[conv + ".weight"].shape[1] == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_and_intermediates(name):
+    model = timm.create_model(name, features_only=True).eval()
+    assert model.feature_info.reduction() == [4, 8, 16, 32]
+    classifier = timm.create_model(name).eval()
+    classifier.load_state_dict({k.removeprefix("model."): v for k, v in model.state_dict().items()}, strict=False)
+    x = torch.randn(2, 3, 70, 101)
+    with torch.no_grad():
+        maps = model(x)
+        final, intermediates = classifier.forward_intermediates(x)
+        torch.testing.assert_close(classifier.forward_features(x), final)
+        for channels, reduction, y, z in zip(
+            model.feature_info.channels(), model.feature_info.reduction(), maps, intermediates, strict=True
+        ):
+            assert y.shape == (2, channels, -(-70 // reduction), -(-101 // reduction))
+            torch.testing.assert_close(y, z)
+        nhwc = classifier.forward_intermediates(x, indices=[1, 3], norm=True, output_fmt="NHWC", intermediates_only=True)
+        torch.testing.assert_close(nhwc[0], maps[1].permute(0, 2, 3, 1))
+        torch.testing.assert_close(nhwc[1], final)
+        assert classifier.prune_intermediate_layers([1]) == [1]
+        assert len(classifier.stages) == 2
+        torch.testing.assert_close(classifier(x), maps[1].permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_out_indices(name):
+    model = timm.create_model(name, features_only=True, out_indices=(1, 2)).eval()
+    assert [f["reduction"] for f in model.feature_info.get_dicts()] == [8, 16]
+    assert len(model(torch.randn(1, 3, 64, 64))) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torchscript(name):
+    with set_scriptable(True):
+        model = timm.create_model(name).eval()
+    scripted = torch.jit.script(model)
+    for size in (96, 128):
+        x = images(model, size)
+        with torch.no_grad():
+            torch.testing.assert_close(scripted(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fx(name):
+    model = timm.create_model(name, num_classes=5).eval()
+    extractor = create_feature_extractor(model, return_nodes=["head.fc"])
+    x = images(model)
+    outputs = extractor(x)["head.fc"]
+    torch.testing.assert_close(outputs, model(x), atol=1e-5, rtol=1e-4)
+    extractor.train()(x)["head.fc"].mean().backward()
+    assert all(p.grad is not None for p in extractor.parameters())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_export_with_dynamic_sizes(name):
+    model = timm.create_model(name, num_classes=5).eval()
+    dims = {0: torch.export.Dim("batch", min=1, max=64), 2: torch.export.Dim("height", min=480, max=1024)}
+    dims[3] = torch.export.Dim("width", min=480, max=1024)
+    program = torch.export.export(model, (torch.randn(2, 3, 512, 640),), dynamic_shapes=(dims,))
+    for shape in ((1, 3, 481, 515), (3, 3, 640, 512)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(x), model(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_copies_and_state(name):
+    model = timm.create_model(name, num_classes=5).eval()
+    x = images(model)
+    with torch.no_grad():
+        expected = model(x)
+        buffer = io.BytesIO()
+        torch.save(model.state_dict(), buffer)
+        buffer.seek(0)
+        fresh = timm.create_model(name, num_classes=5).eval()
+        fresh.load_state_dict(torch.load(buffer, weights_only=True))
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fresh):
+            torch.testing.assert_close(other(x), expected)
+    assert not [name for name, _ in model.named_buffers()]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_options(name):
+    model = timm.create_model(name, in_chans=1, num_classes=3, global_pool="max", drop_rate=0.1, drop_path_rate=0.2)
+    assert model(torch.randn(2, 1, 64, 64)).shape == (2, 3)
+    groups = model.group_matcher()
+    assert set(groups) == {"stem", "blocks"}
+    assert model.no_weight_decay() == set()
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.stages for block in stage.blocks]
+    assert rates == sorted(rates) and rates[-1] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_grad_checkpointing_changes_nothing(name):
+    model = timm.create_model(name, num_classes=5).train()
+    x = images(model)
+    model(x).sum().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    model.set_grad_checkpointing()
+    model(x).sum().backward()
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[n])
