@@ -24,4 +24,6 @@ def __getattr__(name: str) -> Any:
 
 # The command imports what its verb needs: its help does not wait seconds for torch.
 if PurePath(next(iter(sys.argv), "")).stem != "crossformer":
-    importlib.import_module("crossformer_vision.checkpoints")  # registers the models, and the way to their weights
+    importlib.import_module(
+        "crossformer_vision.checkpoints"
+    )  # registers the models, and the way to their weights

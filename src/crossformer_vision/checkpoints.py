@@ -1,4 +1,4 @@
-"""Weights on disk -> networks: published and own files, read safely, and the download of the published ones."""
+"""Weights on disk -> networks: published and own files, read safely, and the published ones fetched."""
 
 import html.parser
 import logging
@@ -9,7 +9,7 @@ import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -26,9 +26,9 @@ from crossformer_vision.models import crossformer
 
 log = logging.getLogger("crossformer_vision")
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reading
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class _Opaque:
@@ -45,7 +45,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a `.safetensors` or a `torch.save` file holds, read without running any code in it.
 
     Raises:
-        UserError: no such file, truncated, not a checkpoint, or a pickle of anything but tensors and plain values.
+        UserError: no such file, truncated, not a checkpoint, or a pickle of anything but tensors and plain
+            values.
     """
     path = Path(path)
     if not path.is_file():
@@ -62,7 +63,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f" ({found[1]})" if found else ""
         raise UserError(
-            f"{path}: holds Python objects other than tensors{what} and was not loaded, since they could run code"
+            f"{path}: not loaded: it holds Python objects beside tensors{what}, and they could run code"
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: truncated or not a checkpoint; copy or download it again") from error
@@ -80,11 +81,16 @@ def _state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Loading
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-PREFIXES = ("module.", "_orig_mod.", "net.", "backbone.")  # DataParallel, torch.compile, our tasks, dense models
+PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "net.",
+    "backbone.",
+)  # DataParallel, torch.compile, our tasks, dense models
 
 
 @dataclass
@@ -111,14 +117,16 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load published or own weights into a network.
 
-    Takes files of this library and published ones (`{"model": …}`, `{"state_dict": …}` or bare; names with `module.`
-    or `backbone.` in front), `.pth`, `.ckpt` or `.safetensors`. First convolutions of another channel count are
-    adapted as timm does. The head and the final norm may be absent on either side; anything else must match.
+    Takes files of this library and published ones (`{"model": …}`, `{"state_dict": …}` or bare; names with
+    `module.` or `backbone.` in front), `.pth`, `.ckpt` or `.safetensors`. First convolutions of another
+    channel count are adapted as timm does. The head and the final norm may be absent on either side; anything
+    else must match.
 
     Args:
         model: a classifier, or a `features_only` backbone.
         checkpoint: a path, or a state dict or checkpoint in memory.
-        adapt_classifier: leave a classifier of another class count as it is, with a notice, instead of refusing.
+        adapt_classifier: leave a classifier of another class count as it is, with a notice, instead of
+            refusing.
 
     Returns:
         The names loaded, dropped, missing and unused; also logged.
@@ -157,11 +165,17 @@ def load_checkpoint(
     report.loaded = sorted(fitting)
     report.missing = sorted(set(target) - set(fitting) - set(report.dropped))
     if not any(not name.startswith(optional) for name in fitting):
-        raise UserError(f"{source}: none of its weights fits this model ({_some(state) or 'it holds no tensors'})")
+        raise UserError(
+            f"{source}: none of its weights fits this model ({_some(state) or 'it holds no tensors'})"
+        )
     for names, what in ((report.missing, "lacks"), (report.unused, "has, and this model has not,")):
-        wrong = [name for name in names if not name.startswith(optional) and _is_backbone(name, inner, target)]
+        wrong = [
+            name for name in names if not name.startswith(optional) and _is_backbone(name, inner, target)
+        ]
         if wrong:
-            raise UserError(f"{source}: belongs to another model: it {what} {len(wrong)} weights ({_some(wrong)})")
+            raise UserError(
+                f"{source}: belongs to another model: it {what} {len(wrong)} weights ({_some(wrong)})"
+            )
     if report.dropped and not adapt_classifier:
         name = report.dropped[0]
         raise UserError(f"{source}: has {len(state[name])} classes, {len(target[name])} are wanted")
@@ -171,7 +185,7 @@ def load_checkpoint(
 
 
 def _best_names(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
-    """`state` with the prefixes stripped and the published names translated that make most names match `wanted`."""
+    """`state` under those names, stripped of prefixes and translated, that match `wanted` most."""
     best: dict[str, Tensor] = {}
     tried = {name: name for name in state}
     while True:
@@ -185,7 +199,7 @@ def _best_names(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]
 
 
 def _is_backbone(name: str, inner: str, target: Iterable[str]) -> bool:
-    """Whether a weight sits in a part that the model has; a detector's neck, say, does not count against it."""
+    """Whether a weight sits in a part that the model has: a detector's neck, say, does not."""
     return name.removeprefix(inner).split(".")[0] in {t.removeprefix(inner).split(".")[0] for t in target}
 
 
@@ -198,9 +212,9 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Published weights
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -247,8 +261,9 @@ def fetch_published(name: str, url: str = DRIVE) -> Path:
         url: Google Drive's download address, or a mirror that takes the same `id` parameter.
 
     Raises:
-        UserError: unknown name, a file that only a person can fetch (the message says where from and where to), no
-            connection, a page instead of the file, a truncated body. What came so far is kept and resumed from.
+        UserError: unknown name, a file that only a person can fetch (the message says where from and where
+            to), no connection, a page instead of the file, a truncated body. What came so far is kept and
+            resumed from.
     """
     if name not in PUBLISHED:
         raise UserError(f"no published weights of '{name}'; there are: {', '.join(PUBLISHED)}")
@@ -288,18 +303,31 @@ def _open(url: str, offset: int) -> Any:
         return response
     form = _Form(response.read(1 << 20).decode("utf-8", "replace"))
     if "confirm" not in form.fields:
-        raise UserError(f"{url}: answered with a web page, not the file (its quota may be used up); try again later")
+        raise UserError(
+            f"{url}: answered with a web page, not the file (its quota may be used up); try again later"
+        )
     action = urllib.parse.urljoin(url, form.action)
-    request = urllib.request.Request(f"{action}?{urllib.parse.urlencode(form.fields)}", headers=dict(request.headers))
+    request = urllib.request.Request(
+        f"{action}?{urllib.parse.urlencode(form.fields)}", headers=dict(request.headers)
+    )
     response = urllib.request.urlopen(request, timeout=60)
     if "text/html" in response.headers.get("Content-Type", ""):
-        raise UserError(f"{url}: answered with a web page, not the file (its quota may be used up); try again later")
+        raise UserError(
+            f"{url}: answered with a web page, not the file (its quota may be used up); try again later"
+        )
     return response
 
 
 def _download(url: str, path: Path) -> None:
-    """Bring `url` to `path`: resumed from an earlier part, and under its name only when whole and readable."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    """Bring `url` to `path`, resumed from an earlier part, and under its name only when readable."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -313,7 +341,10 @@ def _download(url: str, path: Path) -> None:
             total = offset + int(length) if length else None
             if total is not None and shutil.disk_usage(path.parent).free < total - offset:
                 raise UserError(f"{path.parent}: not enough disk space for {path.name} ({total >> 20} MB)")
-            with part.open("ab" if offset else "wb") as file, Progress(*columns, TimeRemainingColumn()) as progress:
+            with (
+                part.open("ab" if offset else "wb") as file,
+                Progress(*columns, TimeRemainingColumn()) as progress,
+            ):
                 bar = progress.add_task(path.name, total=total, completed=offset)
                 while block := response.read(1 << 18):
                     file.write(block)
@@ -326,13 +357,15 @@ def _download(url: str, path: Path) -> None:
         raise UserError(f"{url}: {error}; try again, the download goes on where it stopped") from error
     size = part.stat().st_size
     if total is not None and size < total:
-        raise UserError(f"{url}: truncated, {size} of {total} bytes came; try again, it goes on where it stopped")
+        raise UserError(
+            f"{url}: truncated, {size} of {total} bytes came; try again, it goes on where it stopped"
+        )
     try:
         read_checkpoint(part)
     except UserError as error:
         part.unlink()
         raise UserError(f"{url}: what came is not a checkpoint, and was removed; try again") from error
-    os.replace(part, path)
+    part.replace(path)
 
 
 crossformer.fetch_published = fetch_published  # networks know no files: they are handed the way to theirs

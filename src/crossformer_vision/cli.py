@@ -68,7 +68,10 @@ def find_config(name: str) -> str:
         return name
     here = Path(__file__).parent
     for folder in (here / "configs", here.parents[1] / "configs"):  # installed, or a checkout
-        for candidate in (folder / name, folder / Path(name).relative_to("configs") if "configs/" in name else folder):
+        for candidate in (
+            folder / name,
+            folder / Path(name).relative_to("configs") if "configs/" in name else folder,
+        ):
             if candidate.is_file():
                 return str(candidate)
     from crossformer_vision.errors import UserError
@@ -91,7 +94,9 @@ def train(args: list[str]) -> None:
         print(f"  checkpoint  {folder}/best.ckpt")
         print(f"  pictures    {folder}/curves.png, confusion_matrix.png, predictions.png")
         print(f"  numbers     {folder}/results.json, metrics.csv; tensorboard --logdir {folder}")
-        print(f"next: crossformer validate {folder}, or train on images of your own: crossformer train --help")
+        print(
+            f"next: crossformer validate {folder}, or train on images of your own: crossformer train --help"
+        )
 
 
 def validate(args: list[str]) -> None:
@@ -116,7 +121,9 @@ def download(args: list[str]) -> None:
     """`crossformer download`"""
     import argparse
 
-    parser = argparse.ArgumentParser("crossformer download", description="Bring published weights into torch's cache.")
+    parser = argparse.ArgumentParser(
+        "crossformer download", description="Bring published weights into torch's cache."
+    )
     parser.add_argument("name", help="model, such as crossformer_small")
     parser.add_argument("--url", help="a mirror of Google Drive's download address, asked for ?id=…")
     options = parser.parse_args(args)
@@ -175,7 +182,9 @@ def _parse(args: list[str], verb: str, resumed: bool) -> Any:
             elif verb == "train" and not resumed and (Path(self.run.folder) / "last.ckpt").exists():
                 from crossformer_vision.errors import UserError
 
-                raise UserError(f"{self.run.folder}: there is a run in it; --resume it, or choose another --run.folder")
+                raise UserError(
+                    f"{self.run.folder}: there is a run in it; --resume it, or choose another --run.folder"
+                )
             text = self.parser.dump(self.config, skip_link_targets=True, skip_none=False)
             parts = self.run.trainer_parts(self.model, text, resumed)
             return super().instantiate_trainer(**parts, **kwargs)

@@ -4,8 +4,8 @@
 class UserError(ValueError):
     """Bad input: one line that names the file or value and says what to do.
 
-    The command prints it without a traceback. A data loader's worker hands an error on as text with its traceback;
-    only the last line, this error's own, is kept.
+    The command prints it without a traceback. A data loader's worker hands an error on as text with its
+    traceback; only the last line, this error's own, is kept.
     """
 
     def __init__(self, message: str) -> None:

@@ -27,13 +27,26 @@ def curves(rows: Sequence[dict[str, float]], path: Path) -> None:
     metrics = [name for name in names if not name.endswith("loss")]
     figure, axes = _figure(12, 3.4, 1, 3)
     epochs = [row["epoch"] + 1 for row in rows]
-    for axis, title, group in zip(axes[0], ("loss", "validation", "learning rate"), (losses, metrics, ["lr"])):
+    for axis, title, group in zip(
+        axes[0], ("loss", "validation", "learning rate"), (losses, metrics, ["lr"])
+    ):
         for name in group:
-            axis.plot(epochs, [row.get(name, np.nan) for row in rows], marker="." if len(rows) < 40 else "", label=name)
+            axis.plot(
+                epochs,
+                [row.get(name, np.nan) for row in rows],
+                marker="." if len(rows) < 40 else "",
+                label=name,
+            )
         if title == "validation" and metrics:
             best = int(np.nanargmax([row.get(metrics[0], np.nan) for row in rows]))
             value = rows[best][metrics[0]]
-            axis.annotate(f"{value:.4f}", (epochs[best], value), xytext=(0, -14), textcoords="offset points", ha="center")
+            axis.annotate(
+                f"{value:.4f}",
+                (epochs[best], value),
+                xytext=(0, -14),
+                textcoords="offset points",
+                ha="center",
+            )
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
         if group != ["lr"]:
@@ -42,13 +55,18 @@ def curves(rows: Sequence[dict[str, float]], path: Path) -> None:
 
 
 def confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], path: Path) -> None:
-    """Share of each true class (row) that was given each class (column); with counts and names up to 30 classes."""
+    """Share of each true class (row) given each class (column); counts and names up to 30 classes."""
     n = len(classes)
-    figure, axes = _figure(*(2 * (max(4.5, min(12.0, 1.5 + 0.5 * n)),)))
+    side = max(4.5, min(12.0, 1.5 + 0.5 * n))
+    figure, axes = _figure(side, side)
     axis = axes[0][0]
     shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
-    figure.colorbar(axis.imshow(shares, vmin=0, vmax=1, cmap="Blues"), shrink=0.7, label="share of the true class")
-    axis.set(xlabel="predicted", ylabel="true", title=f"accuracy {np.trace(matrix) / max(1, matrix.sum()):.2%}")
+    figure.colorbar(
+        axis.imshow(shares, vmin=0, vmax=1, cmap="Blues"), shrink=0.7, label="share of the true class"
+    )
+    axis.set(
+        xlabel="predicted", ylabel="true", title=f"accuracy {np.trace(matrix) / max(1, matrix.sum()):.2%}"
+    )
     if n <= 30:
         axis.set_xticks(range(n), classes, rotation=90)
         axis.set_yticks(range(n), classes)
@@ -61,7 +79,8 @@ def confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], path: Pa
 
 
 def predictions(shown: Sequence[tuple[NDArray[np.float32], str, str, float]], path: Path) -> None:
-    """A grid of images with their predicted class and its probability; wrong ones in red, with the true class.
+    """A grid of images with their predicted class and its probability; wrong ones in red, with the true
+    class.
 
     Args:
         shown: (image (H, W, 3) in 0..1, true class, predicted class, probability) each.

@@ -44,7 +44,9 @@ def test_groups_are_neighbours_or_strided():
         assert torch.equal(ungroup(groups, 3, 3, interval, 6, 6), x)
 
 
-@pytest.mark.parametrize("size, interval", [((9, 13), 1), ((9, 13), 2), ((14, 8), 3), ((3, 9), 2), ((12, 12), None)])
+@pytest.mark.parametrize(
+    "size, interval", [((9, 13), 1), ((9, 13), 2), ((14, 8), 3), ((3, 9), 2), ((12, 12), None)]
+)
 def test_attention_is_softmax_over_the_members_of_a_group(size, interval):
     """Position by position: every query attends exactly to the real positions that its group holds."""
     torch.manual_seed(0)

@@ -11,7 +11,11 @@ from timm.layers import set_scriptable
 from timm.models import create_feature_extractor
 
 NAMES = timm.list_models("crossformer_*")
-SMALL = ["crossformer_nano", "crossformer_tiny", "crossformer_pp_small"]  # one of each family, for costly checks
+SMALL = [
+    "crossformer_nano",
+    "crossformer_tiny",
+    "crossformer_pp_small",
+]  # one of each family, for costly checks
 
 
 def images(model, size=96, batch=1):
@@ -58,7 +62,9 @@ def test_features_and_intermediates(name):
     model = timm.create_model(name, features_only=True).eval()
     assert model.feature_info.reduction() == [4, 8, 16, 32]
     classifier = timm.create_model(name).eval()
-    classifier.load_state_dict({k.removeprefix("model."): v for k, v in model.state_dict().items()}, strict=False)
+    classifier.load_state_dict(
+        {k.removeprefix("model."): v for k, v in model.state_dict().items()}, strict=False
+    )
     x = torch.randn(2, 3, 70, 101)
     with torch.no_grad():
         maps = model(x)
@@ -69,7 +75,9 @@ def test_features_and_intermediates(name):
         ):
             assert y.shape == (2, channels, -(-70 // reduction), -(-101 // reduction))
             torch.testing.assert_close(y, z)
-        nhwc = classifier.forward_intermediates(x, indices=[1, 3], norm=True, output_fmt="NHWC", intermediates_only=True)
+        nhwc = classifier.forward_intermediates(
+            x, indices=[1, 3], norm=True, output_fmt="NHWC", intermediates_only=True
+        )
         torch.testing.assert_close(nhwc[0], maps[1].permute(0, 2, 3, 1))
         torch.testing.assert_close(nhwc[1], final)
         assert classifier.prune_intermediate_layers([1]) == [1]
@@ -107,11 +115,20 @@ def test_fx(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_export_with_dynamic_sizes(name):
+@pytest.mark.parametrize("bounded", [False, True], ids=["auto", "bounded"])
+def test_export_with_dynamic_sizes(name, bounded):
     model = timm.create_model(name, num_classes=5).eval()
-    dims = {0: torch.export.Dim("batch", min=1, max=64), 2: torch.export.Dim("height", min=480, max=1024)}
-    dims[3] = torch.export.Dim("width", min=480, max=1024)
-    program = torch.export.export(model, (torch.randn(2, 3, 512, 640),), dynamic_shapes=(dims,))
+    if bounded:
+        sizes = {k: torch.export.Dim(k, min=480, max=1024) for k in ("height", "width")}
+        dims = {0: torch.export.Dim("batch", min=1, max=64), 2: sizes["height"], 3: sizes["width"]}
+    else:
+        dims = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
+    program = torch.export.export(
+        model,
+        (torch.randn(2, 3, 512, 640),),
+        dynamic_shapes=(dims,),
+        prefer_deferred_runtime_asserts_over_guards=bounded,
+    )
     for shape in ((1, 3, 481, 515), (3, 3, 640, 512)):
         x = torch.randn(shape)
         with torch.no_grad():
@@ -136,7 +153,9 @@ def test_copies_and_state(name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_options(name):
-    model = timm.create_model(name, in_chans=1, num_classes=3, global_pool="max", drop_rate=0.1, drop_path_rate=0.2)
+    model = timm.create_model(
+        name, in_chans=1, num_classes=3, global_pool="max", drop_rate=0.1, drop_path_rate=0.2
+    )
     assert model(torch.randn(2, 1, 64, 64)).shape == (2, 3)
     groups = model.group_matcher()
     assert set(groups) == {"stem", "blocks"}

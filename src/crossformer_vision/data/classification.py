@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import lightning as L
 import torch
@@ -44,7 +44,9 @@ class FolderImages:
         extensions = get_img_extensions(as_set=True)
         files = sorted(p for p in folder.glob("*/**/*") if p.suffix.lower() in extensions and p.is_file())
         if not files:
-            raise UserError(f"{folder}: no images in class folders; expected {folder.name}/<class>/<image>.jpg")
+            raise UserError(
+                f"{folder}: no images in class folders; expected {folder.name}/<class>/<image>.jpg"
+            )
         names = [p.relative_to(folder).parts[0] for p in files]
         number = _number(folder, sorted(set(names)), classes)
         self.classes = list(number)
@@ -91,7 +93,7 @@ class NamedImages:
     """A torchvision or Hugging Face dataset, by timm's name for it."""
 
     def __init__(self, dataset: str, root: str | None, split: str, download: bool) -> None:
-        root = root or os.path.expanduser("~/.cache/crossformer-vision")
+        root = root or str(Path("~/.cache/crossformer-vision").expanduser())
         try:
             self.dataset = create_dataset(dataset, root=root, split=split, download=download)
         except Exception as error:
@@ -149,7 +151,9 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         skip_corrupt: replace an image that cannot be read by the next one and count it, instead of stopping.
     """
 
-    def __init__(self, source: Source, transform: Callable[[Image.Image], Tensor], skip_corrupt: bool) -> None:
+    def __init__(
+        self, source: Source, transform: Callable[[Image.Image], Tensor], skip_corrupt: bool
+    ) -> None:
         self.source, self.transform, self.skip_corrupt = source, transform, skip_corrupt
         self.skipped = torch.zeros(1, dtype=torch.int64).share_memory_()  # counted by all workers
 
@@ -166,8 +170,8 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
                 if not self.skip_corrupt:
                     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                     raise UserError(
-                        f"{self.source.name(at)}: cannot read this image ({reason}); replace it, or leave such "
-                        "images out with --data.skip_corrupt true"
+                        f"{self.source.name(at)}: cannot read this image ({reason}); replace it, or leave "
+                        "such images out with --data.skip_corrupt true"
                     ) from None
                 self.skipped += 1
                 continue
@@ -180,17 +184,18 @@ class ClassificationData(L.LightningDataModule):
 
     Args:
         model: timm name of the model, whose image size, normalisation and crop hold where none is given.
-        root: folder with `train/<class>/…` and `val/<class>/…` (or `validation`, `test`), or with tar files of class
-            folders; null for the multi-scale digits that come with the library.
-        dataset: a dataset by name instead of a folder: `torch/cifar10`, `hfds/ylecun/mnist`, … as timm calls them.
+        root: folder with `train/<class>/…` and `val/<class>/…` (or `validation`, `test`), or with tar files
+            of class folders; null for the multi-scale digits that come with the library.
+        dataset: a dataset by name instead of a folder: `torch/cifar10`, `hfds/ylecun/mnist`, … as timm calls
+            them.
         download: let a torchvision dataset download itself into `root`.
         train_split: folder, tar file or split to train on.
         val_split: folder, tar file or split to validate on.
         image_size: side of the square images, in pixels; null for the model's own.
         batch_size: images a step, of each process.
         num_workers: processes that read images; null for one less than there are cores, at most 8.
-        crop: `resized` crops a random area of 8 to 100 % (ImageNet's way), `padded` pads by an eighth and crops at
-            random (CIFAR's way), `none` only resizes.
+        crop: `resized` crops a random area of 8 to 100 % (ImageNet's way), `padded` pads by an eighth and
+            crops at random (CIFAR's way), `none` only resizes.
         hflip: probability of a horizontal flip.
         auto_augment: timm's policy, such as `rand-m9-mstd0.5-inc1`.
         color_jitter: strength; unused beside `auto_augment`.
@@ -257,12 +262,16 @@ class ClassificationData(L.LightningDataModule):
         """The folder or tar file of a split under `root`."""
         root, split = Path(str(self.root)), self.splits[stage]
         if not root.is_dir():
-            raise UserError(f"{root}: no such folder; --data.root needs train/<class>/… and val/<class>/… in it")
+            raise UserError(
+                f"{root}: no such folder; --data.root needs train/<class>/… and val/<class>/… in it"
+            )
         for name in (split, *(SYNONYMS[stage] if split in SYNONYMS[stage] else ())):
             for path in (root / name, root / f"{name}.tar"):
                 if path.exists():
                     return path
-        raise UserError(f"{root / split}: no such folder or tar file; name the split with --data.{stage}_split")
+        raise UserError(
+            f"{root / split}: no such folder or tar file; name the split with --data.{stage}_split"
+        )
 
     def _source(self, stage: str) -> Source:
         if self.dataset:
@@ -277,7 +286,7 @@ class ClassificationData(L.LightningDataModule):
         return self.image_size or self.model_cfg.input_size[-1]
 
     def _transform(self, stage: str) -> Callable[[Image.Image], Tensor]:
-        common = dict(
+        common: dict[str, Any] = dict(
             input_size=(3, self._size(), self._size()),
             mean=self.model_cfg.mean,
             std=self.model_cfg.std,
@@ -289,7 +298,7 @@ class ClassificationData(L.LightningDataModule):
             **common,
             is_training=True,
             hflip=self.hflip,
-            color_jitter=self.color_jitter,
+            color_jitter=self.color_jitter or 0.0,
             auto_augment=self.auto_augment,
             re_prob=self.erasing,
             re_mode="pixel",

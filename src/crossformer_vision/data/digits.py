@@ -1,8 +1,8 @@
 """Multi-scale digits: the data that comes with the library, for all four tasks.
 
-Real handwritten digits (scikit-learn's copy of the UCI optical recognition set: 1797 images of 8x8, ten classes),
-drawn at many scales and places on textured canvases. Deterministic: an image follows from (seed, split, index).
-Training and validation images use the handwriting of different samples.
+Real handwritten digits (scikit-learn's copy of the UCI optical recognition set: 1797 images of 8x8, ten
+classes), drawn at many scales and places on textured canvases. Deterministic: an image follows from (seed,
+split, index). Training and validation images use the handwriting of different samples.
 """
 
 from functools import lru_cache
@@ -18,7 +18,7 @@ CLASSES = tuple(str(digit) for digit in range(10))
 
 @lru_cache(maxsize=2)
 def _handwriting(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Digits of a split, (count, 8, 8) in 0..255, and their classes: every fourth sample is for validation."""
+    """Digits (count, 8, 8) in 0..255 and their classes; every fourth sample is for validation."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -98,7 +98,9 @@ def _texture(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
     canvas = rng.uniform(0.2, 0.4, 3).astype(np.float32) * np.ones((size, size, 3), np.float32)
     for cells, strength in ((3, 0.1), (12, 0.05)):
         grid = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-        canvas += (np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 127.5 - 1) * strength
+        canvas += (
+            np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 127.5 - 1
+        ) * strength
     return canvas
 
 

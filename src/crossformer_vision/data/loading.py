@@ -1,7 +1,8 @@
-"""How every task reads its samples: in an order and with random numbers that follow from (seed, epoch, index) alone.
+"""How every task reads its samples: in an order and with random numbers that follow from (seed, epoch, index)
+alone.
 
-So a run does not depend on the number of workers, two processes see what one would, and a run that was killed goes
-on from its checkpoint as if nothing had happened.
+So a run does not depend on the number of workers, two processes see what one would, and a run that was killed
+goes on from its checkpoint as if nothing had happened.
 """
 
 import random
@@ -42,7 +43,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class SeededDataset(Dataset[Any]):
-    """A map-style dataset read by (epoch, index), whose transforms draw from a generator seeded by the two."""
+    """A map-style dataset read by (epoch, index), which seed whatever its transforms draw."""
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset = dataset
@@ -60,7 +61,8 @@ class SeededDataset(Dataset[Any]):
 class EpochBatches(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index) for one of `world` processes.
 
-    The k-th batches of all processes together are the k-th batch of a single process with their global batch size.
+    The k-th batches of all processes together are the k-th batch of a single process with their global batch
+    size.
 
     Args:
         length: samples in the dataset.
@@ -70,7 +72,9 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         rank, world: this process, and how many there are.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, train: bool, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, length: int, batch_size: int, seed: int, train: bool, rank: int = 0, world: int = 1
+    ) -> None:
         self.length, self.batch_size, self.seed, self.train = length, batch_size, seed, train
         self.rank, self.world = rank, world
         self.epoch = 0
@@ -99,7 +103,12 @@ class ResumableLoader(DataLoader[Any]):
     """A DataLoader of `EpochBatches` that Lightning saves and restores in the middle of an epoch."""
 
     def __init__(
-        self, dataset: Any, batches: EpochBatches, seed: int, num_workers: int, collate_fn: Callable[..., Any] | None
+        self,
+        dataset: Any,
+        batches: EpochBatches,
+        seed: int,
+        num_workers: int,
+        collate_fn: Callable[..., Any] | None,
     ) -> None:
         super().__init__(
             SeededDataset(dataset, seed),

@@ -3,21 +3,23 @@
 CrossFormer:   A Versatile Vision Transformer Hinging on Cross-scale Attention, arXiv 2108.00154 (ICLR 2022).
 CrossFormer++: the same with progressive group sizes and amplitude cooling, arXiv 2303.06908 (TPAMI 2023).
 
-Read from top to bottom: cross-scale embedding (CEL), dynamic position bias (DPB), long/short distance attention
-(LDA/SDA), amplitude cooling (ACL), block, stage, model, named variants.
+Read from top to bottom: cross-scale embedding (CEL), dynamic position bias (DPB), long/short distance
+attention (LDA/SDA), amplitude cooling (ACL), block, stage, model, named variants.
 
-Shapes in comments: B images, H x W positions, C channels; a group is `gh x gw` positions, L = gh * gw of them;
-N groups in a batch; h heads of d channels. Maps are channels last, (B, H, W, C), from the model's door on.
+Shapes in comments: B images, H x W positions, C channels; a group is `gh x gw` positions, L = gh * gw of
+them; N groups in a batch; h heads of d channels. Maps are channels last, (B, H, W, C), from the model's door
+on.
 
 Where this file differs from the published code, and why:
 
-- Any image from 32 x 32 up. The published classifier fixes its size; here a map is padded to whole groups, padded
-  keys are masked and padded outputs dropped, and every decision is made from the input at hand.
-- A map whose shorter side is at most the group size becomes one group of its own H x W. The published dense code
-  pads it to max(H, W) squared and masks the rest, which computes the same for more work.
+- Any image from 32 x 32 up. The published classifier fixes its size; here a map is padded to whole groups,
+  padded keys are masked and padded outputs dropped, and every decision is made from the input at hand.
+- A map whose shorter side is at most the group size becomes one group of its own H x W. The published dense
+  code pads it to max(H, W) squared and masks the rest, which computes the same for more work.
 - DPB's hidden width is D // 16, as in the published code and weights (the paper writes D / 4).
 - In eval, DPB's table is computed once and kept until a weight changes.
-- The attention is `scaled_dot_product_attention` with DPB as an additive bias, so no (N, h, L, L) matrix is kept.
+- The attention is `scaled_dot_product_attention` with DPB as an additive bias, so no (N, h, L, L) matrix is
+kept.
 """
 
 import re
@@ -44,12 +46,10 @@ from torch import Tensor, nn
 
 __all__ = ["CrossFormer"]
 
-MIN_SIZE = 32  # pixels: the largest kernel of the first CEL, and the stride of the last stage
 
-
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Cross-scale embedding layer
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def cel_widths(dim: int, count: int) -> list[int]:
@@ -69,8 +69,8 @@ class CrossScaleEmbedding(nn.Module):
     """Cross-scale embedding layer, CEL (section 3.1 of CrossFormer, figure 2).
 
     Convolutions of several kernel sizes share one stride and sit on the same centres; their outputs are
-    concatenated, so each embedding mixes patches of several scales. The first CEL normalises its output, the later
-    ones their input. Sizes that the stride does not divide are padded right and bottom.
+    concatenated, so each embedding mixes patches of several scales. The first CEL normalises its output, the
+    later ones their input. Sizes that the stride does not divide are padded right and bottom.
 
     Args:
         in_dim: channels of the input.
@@ -82,7 +82,9 @@ class CrossScaleEmbedding(nn.Module):
     Shape: (B, H, W, in_dim) -> (B, ceil(H / stride), ceil(W / stride), dim).
     """
 
-    def __init__(self, in_dim: int, dim: int, kernel_sizes: Sequence[int], stride: int, norm_first: bool) -> None:
+    def __init__(
+        self, in_dim: int, dim: int, kernel_sizes: Sequence[int], stride: int, norm_first: bool
+    ) -> None:
         super().__init__()
         if any(k < stride or (k - stride) % 2 for k in kernel_sizes):
             raise ValueError(f"kernels {tuple(kernel_sizes)} do not share centres at stride {stride}")
@@ -114,17 +116,17 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     return x
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Dynamic position bias
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def relative_positions(gh: int, gw: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Offsets between the positions of a gh x gw group.
 
     Returns:
-        The distinct offsets (dy, dx), float32, ((2gh-1) * (2gw-1), 2); and for each query and key the row of theirs,
-        query - key, int64, (L * L,).
+        The distinct offsets (dy, dx), float32, ((2gh-1) * (2gw-1), 2); and for each query and key their row
+        there, query - key, int64, (L * L,).
     """
     dy = torch.arange(1 - gh, gh, device=device)
     dx = torch.arange(1 - gw, gw, device=device)
@@ -149,8 +151,8 @@ def constant(build: Callable[..., Any], *args: Any) -> Any:
 class DynamicPositionBias(nn.Module):
     """Dynamic position bias, DPB (section 3.3 of CrossFormer, figure 3b).
 
-    A small MLP maps the offset between two embeddings to one bias a head, so the same weights serve groups of any
-    size. It is evaluated once on the distinct offsets of a group and gathered to all pairs.
+    A small MLP maps the offset between two embeddings to one bias a head, so the same weights serve groups of
+    any size. It is evaluated once on the distinct offsets of a group and gathered to all pairs.
 
     Args:
         dim: channels of the stage; the MLP is `dim // 16` wide.
@@ -167,7 +169,11 @@ class DynamicPositionBias(nn.Module):
             nn.Sequential(nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, out))
             for out in (width, width, num_heads)
         )
-        self._forget()
+        # What `recall` keeps, and from which weights: their addresses and versions, and the storages at the
+        # addresses, so that none of these is given to another tensor meanwhile.
+        self._kept: dict[tuple[int, int], Tensor] = {}
+        self._weights: list[tuple[int, int]] = []
+        self._storages: list[Tensor] = []
 
     def forward(self, gh: int, gw: int) -> Tensor:
         if torch.jit.is_scripting():
@@ -191,8 +197,8 @@ class DynamicPositionBias(nn.Module):
         if self.training or torch.is_grad_enabled() or self.proj.weight.is_inference():
             return self.compute(gh, gw)
         weights = [(p.data_ptr(), p._version) for p in self.parameters()]
-        if weights != self._weights:
-            self._forget()
+        if weights != self._weights or len(self._kept) == 64:
+            self._kept = {}
             self._weights = weights
             self._storages = [p.detach() for p in self.parameters()]
         if (gh, gw) not in self._kept:
@@ -201,30 +207,24 @@ class DynamicPositionBias(nn.Module):
         return self._kept[gh, gw]
 
     @torch.jit.unused
-    def _forget(self) -> None:
-        self._kept: dict[tuple[int, int], Tensor] = {}
-        self._weights: list[tuple[int, int]] = []
-        self._storages: list[Tensor] = []  # holds the addresses in `_weights`, so that none is used again
-
-    @torch.jit.unused
     def train(self, mode: bool = True) -> "DynamicPositionBias":
-        self._forget()
+        self._weights = []  # changes through `.data`, as averaging callbacks make them, are not counted
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles start without the kept biases
         return {**self.__dict__, "_kept": {}, "_weights": [], "_storages": []}
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Long and short distance attention
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def group(x: Tensor, gh: int, gw: int, interval: int) -> Tensor:
     """Cut a map into groups of `gh x gw` embeddings (section 3.2 of CrossFormer, figure 3a).
 
-    A region of `gh * interval` rows and `gw * interval` columns holds `interval ** 2` groups: those of the same
-    offset modulo `interval`. In one dimension, six positions in groups of three:
+    A region of `gh * interval` rows and `gw * interval` columns holds `interval ** 2` groups: those of the
+    same offset modulo `interval`. In one dimension, six positions in groups of three:
 
         interval 1 (SDA):  0 1 2 | 3 4 5    neighbours
         interval 2 (LDA):  0 2 4 | 1 3 5    far apart, across the region
@@ -235,15 +235,17 @@ def group(x: Tensor, gh: int, gw: int, interval: int) -> Tensor:
     rows, cols = H // (gh * interval), W // (gw * interval)
     x = x.view(B, rows, gh, interval, cols, gw, interval, C)
     x = x.permute(0, 1, 4, 3, 6, 2, 5, 7)  # B, row, col of the region, row, col offset, gh, gw, C
-    return x.reshape(-1, gh * gw, C)
+    return x.contiguous().view(-1, gh * gw, C)
 
 
 def ungroup(x: Tensor, gh: int, gw: int, interval: int, H: int, W: int) -> Tensor:
     """The inverse of `group`: (N, L, C) -> (B, H, W, C)."""
     rows, cols = H // (gh * interval), W // (gw * interval)
     x = x.view(-1, rows, cols, interval, interval, gh, gw, x.shape[-1])
-    x = x.permute(0, 1, 5, 3, 2, 6, 4, 7)  # B, row of the region, gh, row offset, col of the region, gw, col offset, C
-    return x.reshape(-1, H, W, x.shape[-1])
+    x = x.permute(
+        0, 1, 5, 3, 2, 6, 4, 7
+    )  # B, row of the region, gh, row offset, col of the region, gw, col offset, C
+    return x.contiguous().view(-1, H, W, x.shape[-1])
 
 
 def real_keys(H: int, W: int, gh: int, gw: int, interval: int, device: torch.device) -> Tensor:
@@ -261,15 +263,17 @@ def padding(size: int, multiple: int) -> int:
 def in_pieces(positions: int, f: Callable[..., Tensor], x: Tensor, *args: Tensor | None) -> Tensor:
     """`f(x, *args)`, computed over pieces of the first dimension by CPU inference.
 
-    A fresh tensor of tens of MB costs the CPU more in page faults than in arithmetic; pieces stay in its cache.
-    Together they take a fifth off CrossFormer-S's time at batch 8, 224x224. Tensors of `args` as long as `x` are cut
-    with it.
+    A fresh tensor of tens of MB costs the CPU more in page faults than in arithmetic; pieces stay in its
+    cache. Together they take a fifth off CrossFormer-S's time at batch 8, 224x224. Tensors of `args` as long
+    as `x` are cut with it.
 
     Args:
         positions: of the map in each entry of `x`.
     """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu":
+        return f(x, *args)
     size = max(1, 2048 // positions)
-    if len(x) <= size or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if len(x) <= size:
         return f(x, *args)
     cut = [a.split(size) if a is not None and len(a) == len(x) else None for a in args]
     pieces = []
@@ -282,8 +286,8 @@ def in_pieces(positions: int, f: Callable[..., Tensor], x: Tensor, *args: Tensor
 class LongShortAttention(nn.Module):
     """Multi-head self-attention inside groups with DPB: SDA or LDA (sections 3.2 and 3.3 of CrossFormer).
 
-    A map whose shorter side is at most `group_size` is one group. Any other map is padded right and bottom to whole
-    regions; padded keys are masked, padded outputs dropped.
+    A map whose shorter side is at most `group_size` is one group. Any other map is padded right and bottom to
+    whole regions; padded keys are masked, padded outputs dropped.
 
     Args:
         dim: channels.
@@ -309,7 +313,7 @@ class LongShortAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, H, W, C = x.shape
+        B, H, W, _ = x.shape
         gh, gw = self.group_size, self.group_size
         interval = self.interval
         if min(H, W) <= self.group_size:
@@ -335,18 +339,33 @@ class LongShortAttention(nn.Module):
         else:
             x = in_pieces(x.shape[1], self.attend, x, bias, real)
         x = ungroup(x, gh, gw, interval, H + pad_h, W + pad_w)
-        return x[:, :H, :W] if padded else x
+        return crop(x, H, W) if padded else x
 
     def attend(self, x: Tensor, bias: Tensor, real: Tensor | None) -> Tensor:
-        """Attention inside each group: x (N, L, C), bias (1, h, L, L), real keys (N, L) or None -> (N, L, C)."""
+        """Attention in each group: x (N, L, C), bias (1, h, L, L), real keys (N, L) or None -> (N, L, C)."""
         N, L, C = x.shape
-        q, k, v = self.qkv(x).view(N, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # each (N, h, L, d)
+        q, k, v = (
+            self.qkv(x).view(N, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        )  # each (N, h, L, d)
         bias = bias.to(q.dtype)
         if real is not None:
             # Far below any logit yet finite in float16: a group of padding alone gives numbers, not NaN.
             bias = torch.where(real[:, None, None, :], bias, -3e4)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.transpose(1, 2).reshape(N, L, C))
+
+
+def crop(x: Tensor, H: int, W: int) -> Tensor:
+    """The top left H x W of a map (B, ≥ H, ≥ W, C)."""
+    if torch.jit.is_scripting():
+        return x[:, :H, :W]
+    else:
+        if not torch.compiler.is_exporting():
+            return x[:, :H, :W]
+        # A slice guards on whether it is the whole; an exported graph is for all sizes.
+        rows, cols = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
+        return x.index_select(1, rows).index_select(2, cols)
+
 
 def may_differ(a: int, b: int) -> bool:
     """`a != b`; while `torch.export` traces symbolic sizes, True, so that one graph serves all of them."""
@@ -356,13 +375,14 @@ def may_differ(a: int, b: int) -> bool:
         return True if torch.compiler.is_exporting() else a != b
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Block, stage, model
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class AmplitudeCooling(nn.Module):
-    """Amplitude cooling layer, ACL (CrossFormer++, section 3.4): depth-wise 3x3 convolution, LayerNorm, no residual.
+    """Amplitude cooling layer, ACL (CrossFormer++, section 3.4): depth-wise 3x3 convolution, LayerNorm, no
+    residual.
 
     Without a residual it cuts the growth of the activations' amplitude with depth.
 
@@ -383,8 +403,9 @@ class AmplitudeCooling(nn.Module):
 class FeedForward(nn.Module):
     """The block's MLP: Linear, GELU, Linear.
 
-    Its hidden map is the largest tensor of the network. CPU inference computes it in pieces that stay in the cache:
-    a fresh map of tens of MB costs more in page faults than in arithmetic (a fifth of CrossFormer-S at batch 8).
+    Its hidden map is the largest tensor of the network. CPU inference computes it in pieces that stay in the
+    cache: a fresh map of tens of MB costs more in page faults than in arithmetic (a fifth of CrossFormer-S at
+    batch 8).
 
     Shape: (..., dim) -> (..., dim).
     """
@@ -405,7 +426,8 @@ class FeedForward(nn.Module):
 
 
 class CrossFormerBlock(nn.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`, then ACL where there is one (figure 2 of CrossFormer).
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`, then ACL where there is one (figure 2 of
+    CrossFormer).
 
     Shape: (B, H, W, dim) -> (B, H, W, dim).
     """
@@ -484,8 +506,10 @@ def check_size(x: Tensor) -> Tensor:
     """`x`, if it is an image batch of at least 32 x 32; a ValueError otherwise."""
     if x.dim() != 4:
         raise ValueError(f"expected images (B, C, H, W), got {x.dim()} dimensions")
-    if x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
-        raise ValueError(f"image of {x.shape[2]}x{x.shape[3]} pixels is too small: CrossFormer needs 32x32 or more")
+    if x.shape[2] < 32 or x.shape[3] < 32:  # the stride of the last stage
+        raise ValueError(
+            f"image of {x.shape[2]}x{x.shape[3]} pixels is too small: CrossFormer needs 32x32 or more"
+        )
     return x
 
 
@@ -513,8 +537,8 @@ class CrossFormer(nn.Module):
         depths: blocks a stage.
         num_heads: attention heads a stage.
         group_size: G, an int a stage, or a list a stage with an int a block.
-        interval: I of the LDA blocks, likewise. None instead of an int lets a block span its whole map, whatever its
-            size.
+        interval: I of the LDA blocks, likewise. None instead of an int lets a block span its whole map,
+            whatever its size.
         patch_sizes: kernels of the first CEL, stride 4.
         merge_sizes: kernels of the later CELs, stride 2.
         amplitude_cooling: add the ACLs of CrossFormer++.
@@ -538,7 +562,7 @@ class CrossFormer(nn.Module):
         depths: Sequence[int] = (2, 2, 6, 2),
         num_heads: Sequence[int] = (3, 6, 12, 24),
         group_size: Sequence[int | Sequence[int]] = (7, 7, 7, 7),
-        interval: Sequence[int | None | Sequence[int | None]] = (8, 4, 2, 1),
+        interval: Sequence[int | Sequence[int | None] | None] = (8, 4, 2, 1),
         patch_sizes: Sequence[int] = (4, 8, 16, 32),
         merge_sizes: Sequence[Sequence[int]] = ((2, 4), (2, 4), (2, 4)),
         amplitude_cooling: bool = False,
@@ -550,7 +574,7 @@ class CrossFormer(nn.Module):
         group_sizes = per_block(group_size, depths, "group_size")
         intervals = per_block(interval, depths, "interval")
         dims = [embed_dim * 2**i for i in range(len(depths))]
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
         self.num_classes = num_classes
         self.global_pool = global_pool
@@ -577,7 +601,7 @@ class CrossFormer(nn.Module):
             dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}") for i, dim in enumerate(dims)
         ]
         self.num_features = self.head_hidden_size = dims[-1]
-        self.norm = nn.LayerNorm(self.num_features)
+        self.norm: nn.Module = nn.LayerNorm(self.num_features)
         self.head = ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC"
         )
@@ -593,12 +617,17 @@ class CrossFormer(nn.Module):
             stem=r"^stages\.0\.embed",
             blocks=r"^stages\.(\d+)"
             if coarse
-            else [(r"^stages\.(\d+)\.embed", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))],
+            else [
+                (r"^stages\.(\d+)\.embed", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
         )
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
+        stages: Any = self.stages
+        for stage in stages:
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -651,7 +680,7 @@ class CrossFormer(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages that the intermediates `indices` do not need, and on demand the norm and the head."""
+        """Drop the stages that `indices` do not need, and on demand the norm and the head."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         shortened = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]
@@ -689,11 +718,11 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Published names, named variants
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-PUBLISHED_NAMES = [  # (pattern, ours), in order
+PUBLISHED_NAMES: list[tuple[str, Any]] = [  # (pattern, ours), in order
     (r"^patch_embed\.projs\.", "stages.0.embed.convs."),
     (r"^patch_embed\.norm\.", "stages.0.embed.norm."),
     (r"^layers\.(\d+)\.downsample\.reductions\.", lambda m: f"stages.{int(m[1]) + 1}.embed.convs."),
@@ -718,7 +747,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None 
     return renamed
 
 
-PUBLISHED_PAGE = "https://github.com/cheerss/CrossFormer"  # lists the files; `checkpoints` knows where each one is
+PUBLISHED_PAGE = (
+    "https://github.com/cheerss/CrossFormer"  # lists the files; `checkpoints` knows where each one is
+)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -760,7 +791,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-# Name of a model -> its published weights on disk; set by `crossformer_vision.checkpoints`, which knows of files.
+# Name of a model -> its published weights on disk; set by `crossformer_vision.checkpoints`, which knows of
+# files.
 fetch_published: Callable[[str], Path] | None = None
 
 
@@ -843,8 +875,8 @@ def crossformer_pp_huge(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
 def crossformer_nano(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
     """CrossFormer-N, ours, for small images and CPUs: 2.3 M parameters, 0.05 GMACs at its 64x64.
 
-    Wide where maps are large and shallow where they are small; groups that make one of the 8x8 map of a 64x64 image;
-    no 32x32 kernel, which is half of such an image and a quarter of a training step.
+    Wide where maps are large and shallow where they are small; groups that make one of the 8x8 map of a 64x64
+    image; no 32x32 kernel, which is half of such an image and a quarter of a training step.
     """
     args = dict(
         embed_dim=32,

@@ -1,11 +1,11 @@
 """What all tasks share: a timm optimizer and schedule, reproducible steps, loading weights to start from."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 from timm.optim import create_optimizer_v2
 from timm.scheduler.cosine_lr import CosineLRScheduler
-from torch import nn
 from torch.optim import Optimizer
 
 from crossformer_vision.data.loading import mix_seed, seed_all
@@ -28,7 +28,7 @@ class Task(L.LightningModule):
 
     monitor = ""  # the validation metric that picks the best checkpoint
     monitor_mode: Literal["max", "min"] = "max"
-    net: nn.Module
+    net: Any  # a timm model
 
     def __init__(
         self,
@@ -49,12 +49,13 @@ class Task(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         if self.grad_checkpointing:
-            self.net.set_grad_checkpointing(True)  # type: ignore[operator]
+            self.net.set_grad_checkpointing(True)
         if self.compile_net:
             self.net.compile()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # Dropout, stochastic depth and mixup follow from the step alone, so a resumed run repeats none of the past.
+        # Dropout, stochastic depth and mixup follow from the step alone, so a resumed run repeats none of the
+        # past.
         seed_all(mix_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))
 
     def configure_optimizers(self) -> Any:
@@ -71,6 +72,10 @@ class Task(L.LightningModule):
             t_in_epochs=False,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def pictures(self, folder: Path, classes: list[str]) -> None:
+        """Draw what the last validation saw."""
+        raise NotImplementedError
 
     def lr_scheduler_step(self, scheduler: CosineLRScheduler, metric: Any) -> None:  # type: ignore[override]
         scheduler.step_update(self.global_step)

@@ -73,7 +73,9 @@ class Classification(Task):
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.accuracy_top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
         self.confusion = MulticlassConfusionMatrix(num_classes)
-        self.shown: list[tuple[Tensor, int, int, float]] = []  # image, class, predicted class, its probability
+        self.shown: list[
+            tuple[Tensor, int, int, float]
+        ] = []  # image, class, predicted class, its probability
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), normalised -> logits (B, num_classes)."""
@@ -104,10 +106,14 @@ class Classification(Task):
         self.log("val_accuracy", self.accuracy, on_epoch=True, batch_size=n)
         self.log("val_accuracy_top5", self.accuracy_top5, on_epoch=True, batch_size=n)
         batches = int(sum(self.trainer.num_val_batches))
-        for i in range(min(n, -(-SHOWN // batches))):  # a few of each batch, since batches may come class by class
+        for i in range(
+            min(n, -(-SHOWN // batches))
+        ):  # a few of each batch, since batches may come class by class
             if len(self.shown) < SHOWN:
                 probability, predicted = logits[i].softmax(0).max(0)
-                self.shown.append((images[i].float().cpu(), int(labels[i]), int(predicted), float(probability)))
+                self.shown.append(
+                    (images[i].float().cpu(), int(labels[i]), int(predicted), float(probability))
+                )
 
     def on_validation_epoch_end(self) -> None:
         self.matrix = self.confusion.compute().cpu()

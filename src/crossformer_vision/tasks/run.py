@@ -1,11 +1,11 @@
 """A run and its folder: the same for every task.
 
-    config.yaml       the resolved configuration
-    metrics.csv       one row an epoch; curves.png draws it
-    tensorboard/      the same for TensorBoard
-    best.ckpt         the epoch with the best validation, EMA weights if there are any; last.ckpt to resume from
-    results.json      what came out, and on what
-    *.png             what a validation of the task shows
+config.yaml       the resolved configuration
+metrics.csv       one row an epoch; curves.png draws it
+tensorboard/      the same for TensorBoard
+best.ckpt         the epoch with the best validation, EMA weights if there are any; last.ckpt to resume from
+results.json      what came out, and on what
+*.png             what a validation of the task shows
 """
 
 import csv
@@ -44,7 +44,8 @@ class Run:
 
     Args:
         folder: of the run; null for `runs/<task>-<model>`, numbered if there is one.
-        ema: decay of an exponential moving average of the weights, which is then validated and kept; 0 for none.
+        ema: decay of an exponential moving average of the weights, which is then validated and kept; 0 for
+            none.
         patience: stop after so many epochs without a better validation; 0 to go on to the end.
         save_every: also save `last.ckpt` every so many steps; 0 for at each epoch's end alone.
     """
@@ -61,12 +62,16 @@ class Run:
         callbacks += [
             RunFolder(folder, config, resumed),
             LearningRateMonitor("epoch"),
-            ModelCheckpoint(folder, "best", monitor=task.monitor, mode=task.monitor_mode, enable_version_counter=False),
+            ModelCheckpoint(
+                folder, "best", monitor=task.monitor, mode=task.monitor_mode, enable_version_counter=False
+            ),
             ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=False),
         ]
         if self.save_every:
             callbacks.append(
-                ModelCheckpoint(folder, "last", enable_version_counter=False, every_n_train_steps=self.save_every)
+                ModelCheckpoint(
+                    folder, "last", enable_version_counter=False, every_n_train_steps=self.save_every
+                )
             )
         if self.patience:
             callbacks.append(EarlyStopping(task.monitor, mode=task.monitor_mode, patience=self.patience))
@@ -101,15 +106,17 @@ class AtomicCheckpoints(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, path)
+            part.replace(path)
         except (OSError, RuntimeError) as error:
             part.unlink(missing_ok=True)
             raise UserError(
-                f"{path}: cannot save the checkpoint ({_reason(error)}); the one before is untouched. Free some disk "
-                f"space and go on with --resume {path.parent}"
+                f"{path}: cannot save the checkpoint ({_reason(error)}); the one before is untouched. "
+                f"Free some disk space and go on with --resume {path.parent}"
             ) from error
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         from crossformer_vision.checkpoints import read_checkpoint
 
         return read_checkpoint(path)
@@ -125,7 +132,7 @@ def _reason(error: BaseException) -> str:
 class Progress(RichProgressBar):
     """A bar for the epoch, with images a second and the time left to the end of the run."""
 
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+    def get_metrics(self, trainer: Any, pl_module: L.LightningModule) -> dict[str, Any]:
         folder = next(c for c in trainer.callbacks if isinstance(c, RunFolder))
         return {"images/s": f"{folder.images_per_second():.0f}", "left": folder.time_left(trainer)}
 
@@ -178,14 +185,22 @@ class RunFolder(Callback):
         values = {k: float(v) for k, v in trainer.callback_metrics.items()}
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         epoch = trainer.current_epoch
-        row = {"epoch": epoch, "step": trainer.global_step, "lr": lr, "images_per_second": self.images_per_second()}
+        row = {
+            "epoch": epoch,
+            "step": trainer.global_step,
+            "lr": lr,
+            "images_per_second": self.images_per_second(),
+        }
         row |= {k: v for k, v in values.items() if k.startswith(("train_", "val_"))}
         self.rows = [*(r for r in self.rows if r["epoch"] < epoch), row]
         write_csv(self.folder / "metrics.csv", self.rows)
         visualize.curves(self.rows, self.folder / "curves.png")
         shown = "  ".join(f"{k} {row[k]:.4f}" for k in row if k.startswith(("train_", "val_")))
         done = f"epoch {epoch + 1}/{trainer.max_epochs}"
-        print(f"{done}  {shown}  {row['images_per_second']:.0f} images/s  {self.time_left(trainer)} left", flush=True)
+        print(
+            f"{done}  {shown}  {row['images_per_second']:.0f} images/s  {self.time_left(trainer)} left",
+            flush=True,
+        )
         skipped = getattr(getattr(trainer, "datamodule", None), "skipped", 0)
         if skipped:
             print(f"{skipped} unreadable images left out so far", flush=True)
@@ -199,7 +214,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(part, path)
+    part.replace(path)
 
 
 def quiet() -> None:
@@ -218,8 +233,9 @@ def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | Non
     params = sum(p.numel() for p in task.net.parameters())
     if trainer.is_global_zero:
         print(
-            f"training {task.hparams.get('model')} ({params / 1e6:.1f} M parameters) on {len(data.images['train'])} "
-            f"images of {len(data.classes)} classes, validating on {len(data.images['val'])}; run folder: {folder}",
+            f"training {task.hparams.get('model')} ({params / 1e6:.1f} M parameters) on "
+            f"{len(data.images['train'])} images of {len(data.classes)} classes, "
+            f"validating on {len(data.images['val'])}; run folder: {folder}",
             flush=True,
         )
     began = time.time()
@@ -244,13 +260,15 @@ def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | Non
     return results
 
 
-def validate(trainer: L.Trainer, task: Task, data: Any, checkpoint: Path | None, folder: Path | None) -> dict[str, Any]:
+def validate(
+    trainer: L.Trainer, task: Task, data: Any, checkpoint: Path | None, folder: Path | None
+) -> dict[str, Any]:
     """Validate the weights of a checkpoint, or those that the task has; pictures go to `folder`."""
     from crossformer_vision.checkpoints import load_checkpoint
 
     if checkpoint is not None:
         load_checkpoint(task.net, checkpoint, adapt_classifier=False)
-    metrics = trainer.validate(task, data, verbose=False)[0]
+    metrics = dict(trainer.validate(task, data, verbose=False)[0])
     if folder is not None and trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         task.pictures(folder, data.classes)
