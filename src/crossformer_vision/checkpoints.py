@@ -9,13 +9,13 @@ import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from timm.models import adapt_input_conv
@@ -31,14 +31,8 @@ log = logging.getLogger("crossformer_vision")
 # ------------------------------------------------------------------------------------------------------------
 
 
-class _Opaque:
-    """Stands in for what published files hold beside their weights (a yacs config, say); never looked at."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "_Opaque":
-        return super().__new__(cls)
-
-    def __setstate__(self, state: Any) -> None:
-        pass
+# A published classification file also holds its training configuration, a yacs node: to us a plain dictionary.
+CONFIG_NODES: list[Any] = [(OrderedDict, "yacs.config.CfgNode")]
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -58,14 +52,15 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(CONFIG_NODES):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f" ({found[1]})" if found else ""
         raise UserError(
             f"{path}: not loaded: it holds Python objects beside tensors{what}, and they could run code"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, safetensors.SafetensorError) as error:
+    except Exception as error:  # of many kinds: whatever a damaged file makes a reader stumble over
         raise UserError(f"{path}: truncated or not a checkpoint; copy or download it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")

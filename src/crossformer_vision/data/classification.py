@@ -324,6 +324,11 @@ class ClassificationData(L.LightningDataModule):
         batches = EpochBatches(len(images), self.batch_size, self.seed, train, rank, world)
         return ResumableLoader(images, batches, self.seed, self.num_workers, None)
 
+    @property
+    def skipped(self) -> int:
+        """How often an unreadable image was left out so far, by this process and its workers."""
+        return sum(int(images.skipped) for images in self.images.values())
+
     def train_dataloader(self) -> ResumableLoader:
         return self._loader("train")
 

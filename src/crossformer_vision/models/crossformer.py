@@ -752,6 +752,9 @@ PUBLISHED_PAGE = (
 )
 
 
+BUNDLED = Path(__file__).parents[1] / "weights"  # those that come with the library
+
+
 def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         "num_classes": 1000,
@@ -780,7 +783,9 @@ default_cfgs = generate_default_cfgs(
         "crossformer_pp_base.in1k": _cfg(url=PUBLISHED_PAGE, paper_ids="arXiv:2303.06908"),
         "crossformer_pp_large.in1k": _cfg(url=PUBLISHED_PAGE, paper_ids="arXiv:2303.06908"),
         "crossformer_pp_huge.in1k": _cfg(url=PUBLISHED_PAGE, paper_ids="arXiv:2303.06908"),
-        "crossformer_nano.untrained": _cfg(
+        "crossformer_nano.cifar10": _cfg(
+            file=str(BUNDLED / "crossformer_nano.cifar10.safetensors"),
+            num_classes=10,
             input_size=(3, 64, 64),
             pool_size=(2, 2),
             crop_pct=1.0,
@@ -873,17 +878,19 @@ def crossformer_pp_huge(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
 
 @register_model
 def crossformer_nano(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
-    """CrossFormer-N, ours, for small images and CPUs: 2.3 M parameters, 0.05 GMACs at its 64x64.
+    """CrossFormer-N, ours, for small images and CPUs: 2.6 M parameters, 0.04 GMACs at its 64x64.
 
-    Wide where maps are large and shallow where they are small; groups that make one of the 8x8 map of a 64x64
-    image; no 32x32 kernel, which is half of such an image and a quarter of a training step.
+    One block where maps are large, whose cost on a CPU is memory rather than arithmetic; groups of 4, so that
+    LDA spans the 16x16 and 8x8 maps of a 64x64 image; no 32x32 kernel, which is half of such an image and a
+    quarter of a training step. Against groups of 8 and depths 2, 4, 4, 1, an equal time of training on two
+    cores gives a quarter more epochs and a higher accuracy.
     """
     args = dict(
         embed_dim=32,
-        depths=(2, 4, 4, 1),
+        depths=(1, 3, 6, 1),
         num_heads=(1, 2, 4, 8),
-        group_size=(8, 8, 8, 8),
-        interval=(2, 2, 2, 2),
+        group_size=(4, 4, 4, 4),
+        interval=(4, 2, 2, 1),
         patch_sizes=(4, 8, 16),
         amplitude_cooling=True,
     )

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import lightning as L
 from timm.optim import create_optimizer_v2
 from timm.scheduler.cosine_lr import CosineLRScheduler
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from crossformer_vision.data.loading import mix_seed, seed_all
@@ -79,6 +80,19 @@ class Task(L.LightningModule):
 
     def lr_scheduler_step(self, scheduler: CosineLRScheduler, metric: Any) -> None:  # type: ignore[override]
         scheduler.step_update(self.global_step)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        model: Any = self.trainer.strategy.model
+        if isinstance(model, FullyShardedDataParallel) and gradient_clip_algorithm in (None, "norm"):
+            if gradient_clip_val:  # a norm over all shards, which Lightning leaves to the module
+                model.clip_grad_norm_(gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,154 @@
+"""Real file trees of every layout, and what is wrong with bad ones."""
+
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crossformer_vision import UserError
+from crossformer_vision.data.classification import ClassificationData
+
+
+def image(path, seed=0, size=(40, 36), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+def tree(root, val="val", nested="", classes=("ant", "bee"), count=4):
+    for split in ("train", val):
+        for c, name in enumerate(classes):
+            for i in range(count):
+                image(root / split / name / nested / f"{i}.jpg", seed=10 * c + i)
+    return root
+
+
+def data(root, **kwargs):
+    return ClassificationData(root=str(root), batch_size=4, num_workers=0, **kwargs)
+
+
+@pytest.mark.parametrize("val", ["val", "validation", "test"])
+@pytest.mark.parametrize("nested", ["", "images"])
+def test_folders(tmp_path, val, nested):
+    module = data(tree(tmp_path, val, nested))
+    assert module.num_classes == 2 and module.classes == ["ant", "bee"]
+    images, labels = next(iter(module.val_dataloader()))
+    assert images.shape == (4, 3, 64, 64) and labels.tolist() == [0, 0, 0, 0]
+    assert sorted(label for batch in module.train_dataloader() for label in batch[1].tolist()) == [0] * 4 + [1] * 4
+
+
+def test_tar_files(tmp_path):
+    tree(tmp_path / "tree")
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            for name in ("ant", "bee"):
+                tar.add(tmp_path / "tree" / split / name, name)
+    folder, tar = data(tmp_path / "tree"), data(tmp_path)
+    assert tar.num_classes == folder.num_classes
+    for a, b in zip(folder.val_dataloader(), tar.val_dataloader(), strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_torchvision_dataset_by_name(tmp_path):
+    """CIFAR-10's own files, with other images in them."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    from torchvision.datasets import CIFAR10
+
+    for name, _ in CIFAR10.train_list + CIFAR10.test_list:
+        batch = {"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [0, 1, 2, 9]}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
+    CIFAR10._check_integrity, check = lambda self: True, CIFAR10._check_integrity
+    meta = CIFAR10.meta
+    CIFAR10.meta = {**meta, "md5": None}
+    try:
+        module = data(tmp_path, dataset="torch/cifar10")
+        assert module.num_classes == 10 and module.classes[3] == "class 3"
+        assert len(module.images["train"]) == 20 and len(module.images["val"]) == 4
+        assert next(iter(module.val_dataloader()))[1].tolist() == [0, 1, 2, 9]
+    finally:
+        CIFAR10._check_integrity, CIFAR10.meta = check, meta
+
+
+def test_digits_are_the_default():
+    module = ClassificationData(train_images=40, val_images=10, batch_size=10, num_workers=0)
+    assert module.num_classes == 10 and len(module.train_dataloader()) == 4
+
+
+def test_augmentation_draws_anew_each_epoch_and_validation_never(tmp_path):
+    module = data(tree(tmp_path), auto_augment="rand-m9-mstd0.5-inc1", erasing=0.25)
+    assert module.num_classes == 2
+    train, val = module.images["train"], module.images["val"]
+    assert not torch.equal(train[0][0], train[0][0])
+    assert torch.equal(val[0][0], val[0][0])
+    for crop in ("padded", "none"):
+        module = data(tmp_path, crop=crop, hflip=0.0)
+        assert module.num_classes == 2
+        again = torch.equal(module.images["train"][0][0], module.images["train"][0][0])
+        assert again == (crop == "none")
+
+
+def test_images_of_any_mode_become_rgb(tmp_path):
+    tree(tmp_path)
+    for mode, suffix in (("L", "png"), ("RGBA", "png"), ("P", "png"), ("I;16", "png"), ("CMYK", "jpg")):
+        path = tmp_path / "train" / "ant" / f"{mode.replace(';', '')}.{suffix}"
+        if mode == "I;16":
+            Image.fromarray(np.full((40, 36), 60000, np.uint16)).save(path)
+        else:
+            image(path, mode=mode)
+    for images, _ in data(tmp_path).train_dataloader():
+        assert images.shape[1:] == (3, 64, 64)
+
+
+def test_corrupt_and_truncated_images_are_named_or_counted(tmp_path):
+    tree(tmp_path)
+    whole = (tmp_path / "train/ant/0.jpg").read_bytes()
+    (tmp_path / "train/ant/1.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "train/bee/2.jpg").write_bytes(b"not an image")
+    for workers in (0, 2):
+        module = data(tmp_path)
+        module.num_workers = workers
+        with pytest.raises(UserError, match=r"train/(ant/1|bee/2)\.jpg: cannot read this image \(") as error:
+            list(module.train_dataloader())
+        assert "\n" not in str(error.value) and "--data.skip_corrupt" in str(error.value)
+        module = data(tmp_path, skip_corrupt=True)
+        module.num_workers = workers
+        assert sum(len(images) for images, _ in module.train_dataloader()) == 8
+        assert module.skipped == 2
+
+
+@pytest.mark.parametrize(
+    "break_it, message",
+    [
+        (lambda root: None, "nowhere: no such folder"),
+        (lambda root: root.mkdir(), r"nowhere/train: no such folder or tar file; name the split with --data.train_split"),
+        (lambda root: (root / "train").mkdir(parents=True), "nowhere/train: no images in class folders"),
+        (lambda root: image(root / "train/a/x.jpg"), "nowhere/val: no such folder or tar file"),
+        (
+            lambda root: [image(root / p) for p in ("train/a/x.jpg", "val/a/x.jpg", "val/b/x.jpg")],
+            "nowhere/val/b: class 'b' is not among the training classes",
+        ),
+        (
+            lambda root: [root.mkdir(), (root / "train.tar").write_bytes(b"rubbish")],
+            "nowhere/train.tar: cannot be read as a tar file",
+        ),
+    ],
+)
+def test_what_is_missing_is_named(tmp_path, break_it, message):
+    break_it(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=message) as error:
+        print(data(tmp_path / "nowhere").num_classes)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_dataset_and_too_large_a_batch(tmp_path):
+    with pytest.raises(UserError, match="dataset 'torch/nothing', split 'train'"):
+        print(data(tmp_path, dataset="torch/nothing").num_classes)
+    module = ClassificationData(train_images=4, val_images=4, batch_size=8)
+    with pytest.raises(UserError, match="4 training images do not fill a batch of 8"):
+        module.train_dataloader()

@@ -1,0 +1,74 @@
+"""The order and the random numbers of the data follow from (seed, epoch, index) alone."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from crossformer_vision.data.loading import EpochBatches, ResumableLoader, seeded
+
+
+class Noise:
+    """Each item is its index and one number from each generator."""
+
+    def __len__(self):
+        return 23
+
+    def __getitem__(self, index):
+        return torch.tensor([index, random.random(), np.random.rand(), torch.rand(()).item()], dtype=torch.float64)
+
+
+def loader(num_workers=0, train=True, rank=0, world=1, batch_size=4):
+    batches = EpochBatches(23, batch_size, seed=5, train=train, rank=rank, world=world)
+    return ResumableLoader(Noise(), batches, seed=5, num_workers=num_workers, collate_fn=None)
+
+
+def epoch(loader, number):
+    loader.batches.set_epoch(number)
+    return list(loader)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_workers_change_nothing(train):
+    a, b = loader(0, train), loader(2, train)
+    for number in (0, 1):
+        for x, y in zip(epoch(a, number), epoch(b, number), strict=True):
+            assert torch.equal(x, y)
+    assert not torch.equal(torch.cat(epoch(a, 0))[:, 1:], torch.cat(epoch(a, 1))[:, 1:])
+
+
+def test_two_processes_see_what_one_does():
+    whole = epoch(loader(batch_size=4), 3)
+    halves = [epoch(loader(batch_size=2, rank=rank, world=2), 3) for rank in (0, 1)]
+    assert len(whole) == len(halves[0]) == len(halves[1]) == 23 // 4
+    for all_, *parts in zip(whole, *halves, strict=True):
+        assert sorted(all_.tolist()) == sorted(torch.cat(parts).tolist())
+
+
+def test_validation_covers_each_image_once():
+    parts = [torch.cat(epoch(loader(train=False, batch_size=2, rank=rank, world=2), 0)) for rank in (0, 1)]
+    assert sorted(torch.cat(parts)[:, 0].tolist()) == list(range(23))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_goes_on_where_it_was_saved(num_workers):
+    whole = epoch(loader(num_workers), 1)
+    first = loader(num_workers)
+    first.batches.set_epoch(1)
+    batches = iter(first)
+    taken = [next(batches) for _ in range(2)]
+    second = loader(num_workers)
+    second.load_state_dict(first.state_dict())
+    rest = epoch(second, 1)
+    assert all(torch.equal(x, y) for x, y in zip(taken + rest, whole, strict=True))
+    assert len(epoch(second, 2)) == len(whole)  # the next epoch is whole again
+
+
+def test_seeded_puts_the_generators_back():
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = random.random(), np.random.rand(), torch.rand(1)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    with seeded(7):
+        random.random(), np.random.rand(), torch.rand(1)
+    assert (random.random(), np.random.rand(), torch.rand(1)) == expected

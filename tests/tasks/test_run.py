@@ -1,0 +1,132 @@
+"""Real training runs in miniature, through the command."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from crossformer_vision.checkpoints import read_checkpoint
+from crossformer_vision.cli import main
+from crossformer_vision.tasks.run import AtomicCheckpoints
+
+CROSSFORMER = str(Path(sys.executable).with_name("crossformer"))
+TINY = """
+  --data.train_images 64 --data.val_images 20 --data.image_size 32 --data.batch_size 16 --data.num_workers 1
+  --model.model_args {depths:[1,1,1,1]} --trainer.max_epochs 3 --trainer.accelerator cpu
+""".split()
+EVERYTHING = """
+  --run.ema 0.9 --model.drop_path_rate 0.1 --model.mixup 0.2 --model.cutmix 1.0 --model.mix_prob 0.7 --data.crop padded
+  --trainer.accumulate_grad_batches 2 --model.grad_checkpointing true --data.auto_augment rand-m9-mstd0.5-inc1
+""".split()
+
+
+def rows(folder):
+    with open(folder / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(path):
+    return read_checkpoint(path)["state_dict"]
+
+
+def test_a_run_leaves_its_folder(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main(["train", *TINY, *EVERYTHING, "--run.folder", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "epoch 3/3" in printed and "images/s" in printed and f"{folder}/best.ckpt" in printed
+    for name in ("curves.png", "confusion_matrix.png", "predictions.png"):
+        with Image.open(folder / name) as picture:
+            assert min(picture.size) > 300 or name == "predictions.png"
+            assert len(set(picture.convert("L").resize((50, 50)).getdata())) > 5  # not blank
+    assert [int(row["epoch"]) for row in rows(folder)] == [0, 1, 2]
+    results = json.loads((folder / "results.json").read_text())
+    assert results["model"] == "crossformer_nano" and results["epochs"] == 3
+    assert results["val_accuracy"] == pytest.approx(max(float(r["val_accuracy"]) for r in rows(folder)), abs=1e-6)
+    assert list((folder / "tensorboard").iterdir())
+    assert not list(folder.glob("*.part"))
+
+    # what it left is enough to validate, to start from, and not to be overwritten by mistake
+    assert main(["validate", str(folder)]) == 0
+    assert f"val_accuracy {results['val_accuracy']:.4f}" in capsys.readouterr().out
+    assert main(["train", *TINY, "--run.folder", str(folder)]) == 1
+    assert "there is a run in it" in capsys.readouterr().err
+    other = [*TINY, "--trainer.max_epochs", "1", "--run.folder", str(tmp_path / "other")]
+    assert main(["train", *other, "--model.checkpoint", str(folder / "best.ckpt")]) == 0
+
+
+def test_early_stop_half_precision_and_any_timm_model(tmp_path):
+    folder = tmp_path / "run"
+    options = "--run.patience 1 --trainer.precision bf16-mixed --model.model resnet18 --model.lr 0".split()
+    args = [a for a in TINY if "depths" not in a and a != "--model.model_args"]
+    assert main(["train", *args, *options, "--trainer.max_epochs", "9", "--run.folder", str(folder)]) == 0
+    assert len(rows(folder)) < 9
+
+
+@pytest.mark.parametrize("save_every", [0, 1], ids=["at epochs", "every step"])
+def test_killed_and_resumed_is_as_left_alone(tmp_path, save_every):
+    """SIGKILL in the middle of an epoch; the resumed run ends with the same weights, bit for bit."""
+    threads = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = [*TINY, *EVERYTHING, "--data.train_images", "256", "--run.save_every", str(save_every)]
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    subprocess.run([CROSSFORMER, "train", *options, "--run.folder", str(alone)], check=True, env=threads)
+    process = subprocess.Popen(
+        [CROSSFORMER, "train", *options, "--run.folder", str(killed)], env=threads, start_new_session=True
+    )
+    while not (killed / "metrics.csv").exists():  # the first epoch is done
+        assert process.poll() is None
+        time.sleep(0.02)
+    step = 0
+    while save_every and step < 10:  # of 8 an epoch: some steps into the second
+        time.sleep(0.05)
+        step = read_checkpoint(killed / "last.ckpt")["global_step"]
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(rows(killed)) < 3
+    subprocess.run([CROSSFORMER, "train", "--resume", str(killed)], check=True, env=threads)
+    for name in ("last.ckpt", "best.ckpt"):
+        a, b = weights(alone / name), weights(killed / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+    kept = [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows(killed)]
+    assert kept == [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows(alone)]
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Two processes with half the batch each: the same losses and weights as one process."""
+    threads = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for folder, devices, batch in (("one", 1, 16), ("two", 2, 8)):
+        options = f"--trainer.devices {devices} --trainer.strategy {'ddp' if devices > 1 else 'auto'}"
+        options += f" --data.batch_size {batch} --data.val_images 21 --run.folder {tmp_path / folder}"
+        subprocess.run([CROSSFORMER, "train", *TINY, *options.split()], check=True, env=threads)
+    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        for name in ("train_loss", "val_accuracy", "lr", "step"):
+            assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-4), name
+    a, b = weights(tmp_path / "one/last.ckpt"), weights(tmp_path / "two/last.ckpt")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=1e-3)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    """A limit on the size of files stands in for the disk: the write fails half way."""
+    script = """
+import resource, signal, sys, torch
+from crossformer_vision.tasks.run import AtomicCheckpoints
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+io, path = AtomicCheckpoints(), sys.argv[1]
+io.save_checkpoint({"x": torch.zeros(10)}, path)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+io.save_checkpoint({"x": torch.ones(1_000_000)}, path)
+"""
+    path = tmp_path / "last.ckpt"
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
+    assert f"{path}: cannot save the checkpoint (" in done.stderr and "File too large" in done.stderr
+    assert torch.equal(AtomicCheckpoints().load_checkpoint(path)["x"], torch.zeros(10))
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]

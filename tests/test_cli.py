@@ -1,0 +1,83 @@
+"""The command: its help is light, and whatever is wrong comes as one line and an exit code."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from data.test_classification import tree
+
+from crossformer_vision.cli import main
+
+
+def test_help_imports_nothing_heavy():
+    script = """
+import sys
+sys.argv = ["crossformer", "--help"]
+from crossformer_vision.cli import main
+assert main() == 0
+assert not {"torch", "timm", "lightning", "numpy", "matplotlib"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "crossformer train" in done.stdout
+
+
+def test_help_of_a_verb_teaches(capsys):
+    assert main(["train", "--help"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("--data.root", "--run.ema", "stochastic depth", "--trainer.devices"):
+        assert words in printed
+
+
+def test_import_registers_and_names_are_public():
+    script = "import timm, crossformer_vision as c; print(timm.is_model('crossformer_pp_huge'), c.load_checkpoint.__name__)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "load_checkpoint"]
+
+
+@pytest.mark.parametrize(
+    "args, code, message",
+    [
+        ("fly", 2, "no verb 'fly'; there are: train, validate, download"),
+        ("train --data.root nowhere", 1, "nowhere: no such folder"),
+        ("train --model.model crossformer_smal", 1, "unknown model 'crossformer_smal'; did you mean crossformer_small"),
+        ("train --config nothing.yaml", 1, "nothing.yaml: no such configuration file"),
+        ("train --resume nowhere", 1, "nowhere: not a run folder, it has no config.yaml"),
+        ("validate nowhere", 1, "nowhere: not a run folder"),
+        ("train --model.lr fast", 2, "lr"),
+        ("train --data.wings 2", 2, "wings"),
+        ("download crossformer_tin", 1, "no published weights of 'crossformer_tin'; there are: crossformer_tiny"),
+        ("train --data.image_size 16", 1, "image of 16x16 pixels is too small: CrossFormer needs 32x32 or more"),
+        ("train --model.checkpoint cut.pth", 1, "cut.pth: truncated or not a checkpoint"),
+        ("train --model.checkpoint other.pth", 1, "other.pth: none of its weights fits this model"),
+        ("validate --checkpoint five.pth", 1, "five.pth: has 5 classes, 10 are wanted"),
+        ("train --data.root tree --data.batch_size 4", 1, "0.jpg: cannot read this image"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(args, code, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if "tree" in args:
+        tree(tmp_path / "tree")
+        (tmp_path / "tree/train/ant/0.jpg").write_bytes(b"rubbish")
+    if "pth" in args:
+        import timm
+
+        (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04cut")
+        torch.save({"conv.weight": torch.ones(3)}, "other.pth")
+        torch.save(timm.create_model("crossformer_nano", num_classes=5).state_dict(), "five.pth")
+    small = "--data.train_images 16 --data.val_images 4 --data.batch_size 4 --data.num_workers 0".split()
+    words = args.split()
+    if words[0] in ("train", "validate") and code == 1 and "--resume" not in words and "nowhere" not in words[1:2]:
+        words += small
+    assert main(words) == code
+    printed = capsys.readouterr()
+    lines = printed.err.strip().splitlines()
+    assert "Traceback" not in printed.err + printed.out
+    assert message in printed.err
+    if code == 1:
+        assert len(lines) == 1 and lines[0].startswith("crossformer: error: ")
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert main(["train", "--data.root", "nowhere", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
