@@ -34,7 +34,9 @@ FORMS = {
     "state_dict": lambda s: {"state_dict": s, "meta": {"epoch": 12}},
     "bare": lambda s: s,
     "module": lambda s: {"model": {f"module.{k}": v for k, v in s.items()}},
-    "backbone": lambda s: {"state_dict": {f"backbone.{k}": v for k, v in s.items()} | {"neck.x": torch.ones(1)}},
+    "backbone": lambda s: {
+        "state_dict": {f"backbone.{k}": v for k, v in s.items()} | {"neck.x": torch.ones(1)}
+    },
     "ours": lambda s: {"state_dict": {f"net.{k}": v for k, v in ours(s).items()}},
 }
 
@@ -162,7 +164,7 @@ class Drive(http.server.BaseHTTPRequestHandler):
 
     body = b""
     mode = "whole"
-    ranges: list[str] = []  # noqa: RUF012
+    ranges: list[str] = []
 
     def do_GET(self):
         url = urllib.parse.urlparse(self.path)
@@ -174,7 +176,9 @@ class Drive(http.server.BaseHTTPRequestHandler):
         elif self.mode == "quota" or "confirm" not in query:
             form = '<form action="/download" method="get"><input type="hidden" name="confirm" value="t">'
             form += f'<input type="hidden" name="id" value="{query["id"]}"></form>'
-            page = "<html>Quota exceeded</html>" if self.mode == "quota" else f"<html>cannot scan{form}</html>"
+            page = (
+                "<html>Quota exceeded</html>" if self.mode == "quota" else f"<html>cannot scan{form}</html>"
+            )
             self.reply(200, page.encode(), "text/html; charset=utf-8")
         else:
             asked = self.headers.get("Range")
@@ -214,7 +218,9 @@ def test_download_through_redirect_and_warning_page(drive):
     expected = read_checkpoint(path)["model"]["norm.weight"]
     assert torch.equal(model.norm.weight, expected)
     features = timm.create_model("crossformer_tiny.in1k", pretrained=True, features_only=True)
-    assert torch.equal(features.model.stages[0].embed.norm.bias, read_checkpoint(path)["model"]["patch_embed.norm.bias"])
+    assert torch.equal(
+        features.model.stages[0].embed.norm.bias, read_checkpoint(path)["model"]["patch_embed.norm.bias"]
+    )
 
 
 def test_truncated_download_is_said_and_resumed(drive):

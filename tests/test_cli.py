@@ -40,14 +40,26 @@ def test_import_registers_and_names_are_public():
     [
         ("fly", 2, "no verb 'fly'; there are: train, validate, download"),
         ("train --data.root nowhere", 1, "nowhere: no such folder"),
-        ("train --model.model crossformer_smal", 1, "unknown model 'crossformer_smal'; did you mean crossformer_small"),
+        (
+            "train --model.model crossformer_smal",
+            1,
+            "unknown model 'crossformer_smal'; did you mean crossformer_small",
+        ),
         ("train --config nothing.yaml", 1, "nothing.yaml: no such configuration file"),
         ("train --resume nowhere", 1, "nowhere: not a run folder, it has no config.yaml"),
         ("validate nowhere", 1, "nowhere: not a run folder"),
         ("train --model.lr fast", 2, "lr"),
         ("train --data.wings 2", 2, "wings"),
-        ("download crossformer_tin", 1, "no published weights of 'crossformer_tin'; there are: crossformer_tiny"),
-        ("train --data.image_size 16", 1, "image of 16x16 pixels is too small: CrossFormer needs 32x32 or more"),
+        (
+            "download crossformer_tin",
+            1,
+            "no published weights of 'crossformer_tin'; there are: crossformer_tiny",
+        ),
+        (
+            "train --data.image_size 16",
+            1,
+            "image of 16x16 pixels is too small: CrossFormer needs 32x32 or more",
+        ),
         ("train --model.checkpoint cut.pth", 1, "cut.pth: truncated or not a checkpoint"),
         ("train --model.checkpoint other.pth", 1, "other.pth: none of its weights fits this model"),
         ("validate --checkpoint five.pth", 1, "five.pth: has 5 classes, 10 are wanted"),
@@ -67,7 +79,12 @@ def test_what_is_wrong_is_said_in_one_line(args, code, message, tmp_path, monkey
         torch.save(timm.create_model("crossformer_nano", num_classes=5).state_dict(), "five.pth")
     small = "--data.train_images 16 --data.val_images 4 --data.batch_size 4 --data.num_workers 0".split()
     words = args.split()
-    if words[0] in ("train", "validate") and code == 1 and "--resume" not in words and "nowhere" not in words[1:2]:
+    if (
+        words[0] in ("train", "validate")
+        and code == 1
+        and "--resume" not in words
+        and "nowhere" not in words[1:2]
+    ):
         words += small
     assert main(words) == code
     printed = capsys.readouterr()

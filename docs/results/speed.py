@@ -1,7 +1,7 @@
 """Images a second of several timm models on this machine's CPU, interleaved: python docs/results/speed.py
 
-Each round times every model once, so that what else happens on the machine falls on all of them; the ratio to the
-first model is taken inside a round, and the median over the rounds is printed.
+Each round times every model once, so that what else happens on the machine falls on all of them; the ratio
+to the first model is taken inside a round, and the median over the rounds is printed.
 """
 
 import statistics

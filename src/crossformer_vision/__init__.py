@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
-# Importing registers the models and the way to their weights. The installed command alone puts that off until a
-# verb needs it, so that its help does not wait seconds for torch.
+# Importing registers the models and the way to their weights. The installed command alone puts that off until
+# a verb needs it, so that its help does not wait seconds for torch.
 if PurePath(next(iter(sys.argv), "")).name not in ("crossformer", "crossformer.exe"):
     importlib.import_module("crossformer_vision.checkpoints")

@@ -31,7 +31,7 @@ log = logging.getLogger("crossformer_vision")
 # ------------------------------------------------------------------------------------------------------------
 
 
-# A published classification file also holds its training configuration, a yacs node: to us a plain dictionary.
+# A published classification file also holds its training configuration, a yacs node: for us a dictionary.
 CONFIG_NODES: list[Any] = [(OrderedDict, "yacs.config.CfgNode")]
 
 

@@ -2,6 +2,7 @@
 
 import sys
 import traceback
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,12 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        lines = str(error).splitlines() or [type(error).__name__]
-        print(f"crossformer: error: {lines[0]}", file=sys.stderr)
-        return 1
+        usage = isinstance(error, ArgumentError)  # its reasons come as indented lines
+        lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+        from_worker = "Original Traceback" in str(error)  # a data loader's; the error itself is its last line
+        line = " ".join(lines) if usage else lines[-1 if from_worker else 0]
+        print(f"crossformer: error: {line}", file=sys.stderr)
+        return 2 if usage else 1
     return 0
 
 
@@ -195,6 +199,7 @@ def _parse(args: list[str], verb: str, resumed: bool) -> Any:
         args=args,
         run=False,
         save_config_callback=None,
+        auto_configure_optimizers=False,
         seed_everything_default=0,
         trainer_defaults={
             "max_epochs": 10,
@@ -204,7 +209,7 @@ def _parse(args: list[str], verb: str, resumed: bool) -> Any:
             "num_sanity_val_steps": 0,
             "gradient_clip_val": 5.0,
         },
-        parser_kwargs={"prog": f"crossformer {verb}"},
+        parser_kwargs={"prog": f"crossformer {verb}", "exit_on_error": False},
     )
 
 

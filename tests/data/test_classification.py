@@ -37,7 +37,10 @@ def test_folders(tmp_path, val, nested):
     assert module.num_classes == 2 and module.classes == ["ant", "bee"]
     images, labels = next(iter(module.val_dataloader()))
     assert images.shape == (4, 3, 64, 64) and labels.tolist() == [0, 0, 0, 0]
-    assert sorted(label for batch in module.train_dataloader() for label in batch[1].tolist()) == [0] * 4 + [1] * 4
+    assert (
+        sorted(label for batch in module.train_dataloader() for label in batch[1].tolist())
+        == [0] * 4 + [1] * 4
+    )
 
 
 def test_tar_files(tmp_path):
@@ -126,7 +129,10 @@ def test_corrupt_and_truncated_images_are_named_or_counted(tmp_path):
     "break_it, message",
     [
         (lambda root: None, "nowhere: no such folder"),
-        (lambda root: root.mkdir(), r"nowhere/train: no such folder or tar file; name the split with --data.train_split"),
+        (
+            lambda root: root.mkdir(),
+            r"nowhere/train: no such folder or tar file; name the split with --data.train_split",
+        ),
         (lambda root: (root / "train").mkdir(parents=True), "nowhere/train: no images in class folders"),
         (lambda root: image(root / "train/a/x.jpg"), "nowhere/val: no such folder or tar file"),
         (

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import lightning as L
 import torch
 from PIL import Image
 from timm.data import create_transform, str_to_interp_mode
@@ -17,7 +16,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from crossformer_vision.data import digits
-from crossformer_vision.data.loading import EpochBatches, ResumableLoader
+from crossformer_vision.data.loading import ResumableData, SeededLoader
 from crossformer_vision.errors import UserError
 from crossformer_vision.models import find_model
 
@@ -179,7 +178,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         raise UserError(f"none of the {len(self)} images can be read")
 
 
-class ClassificationData(L.LightningDataModule):
+class ClassificationData(ResumableData):
     """Images with one class each, through timm's readers and augmentation.
 
     Args:
@@ -312,25 +311,17 @@ class ClassificationData(L.LightningDataModule):
             crop_and_flip.transforms.append(transforms.RandomHorizontalFlip(self.hflip))
         return transforms.Compose([crop_and_flip, recolour, finish])
 
-    def _loader(self, stage: str) -> ResumableLoader:
+    def _loader(self, stage: str) -> SeededLoader:
         assert self.num_classes  # the images are found
-        images, train = self.images[stage], stage == "train"
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        if train and len(images) < self.batch_size * world:
-            raise UserError(
-                f"{len(images)} training images do not fill a batch of {self.batch_size * world}; "
-                "lower --data.batch_size"
-            )
-        batches = EpochBatches(len(images), self.batch_size, self.seed, train, rank, world)
-        return ResumableLoader(images, batches, self.seed, self.num_workers, None)
+        return self.loader(self.images[stage], self.batch_size, self.seed, self.num_workers, stage == "train")
 
     @property
     def skipped(self) -> int:
         """How often an unreadable image was left out so far, by this process and its workers."""
         return sum(int(images.skipped) for images in self.images.values())
 
-    def train_dataloader(self) -> ResumableLoader:
+    def train_dataloader(self) -> SeededLoader:
         return self._loader("train")
 
-    def val_dataloader(self) -> ResumableLoader:
+    def val_dataloader(self) -> SeededLoader:
         return self._loader("val")

@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import lightning as L
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from crossformer_vision.errors import UserError
 
 
 def mix_seed(*parts: int) -> int:
@@ -99,8 +102,8 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             yield [(self.epoch, index) for index in batch]
 
 
-class ResumableLoader(DataLoader[Any]):
-    """A DataLoader of `EpochBatches` that Lightning saves and restores in the middle of an epoch."""
+class SeededLoader(DataLoader[Any]):
+    """A DataLoader of `EpochBatches` that counts the batches taken in this epoch."""
 
     def __init__(
         self,
@@ -108,7 +111,7 @@ class ResumableLoader(DataLoader[Any]):
         batches: EpochBatches,
         seed: int,
         num_workers: int,
-        collate_fn: Callable[..., Any] | None,
+        collate_fn: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(
             SeededDataset(dataset, seed),
@@ -119,17 +122,45 @@ class ResumableLoader(DataLoader[Any]):
             persistent_workers=num_workers > 0,
         )
         self.batches = batches
-        self._taken = 0
+        self.taken = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator: the loader's workers start at the first batch, when the epoch is known.
-        self._taken = self.batches.start
+        self.taken = self.batches.start
         for batch in super().__iter__():
-            self._taken += 1
+            self.taken += 1
             yield batch
 
+
+class ResumableData(L.LightningDataModule):
+    """Base of the data modules: training goes on in the middle of an epoch.
+
+    Lightning restores a stateful loader too, but not once anything has asked for the number of steps, as a
+    schedule must.
+    """
+
+    _training: SeededLoader | None = None
+    _start = 0
+
+    def loader(self, dataset: Any, batch_size: int, seed: int, num_workers: int, train: bool) -> SeededLoader:
+        """The loader of this process; `batch_size` is its own."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if train and len(dataset) < batch_size * world:
+            raise UserError(
+                f"{len(dataset)} training images do not fill a batch of {batch_size * world}; "
+                "lower --data.batch_size"
+            )
+        batches = EpochBatches(len(dataset), batch_size, seed, train, rank, world)
+        loader = SeededLoader(dataset, batches, seed, num_workers)
+        if train:
+            batches.start, self._start = self._start, 0
+            self._training = loader
+        return loader
+
     def state_dict(self) -> dict[str, int]:
-        return {"taken": self._taken}
+        if self._training is None or self.trainer is None:
+            return {}
+        return {"taken": self._training.taken % int(self.trainer.num_training_batches)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.batches.start = state["taken"]
+        self._start = state.get("taken", 0)

@@ -143,8 +143,6 @@ class RunFolder(Callback):
     def __init__(self, folder: Path, config: str, resumed: bool) -> None:
         self.folder, self.config, self.resumed = folder, config, resumed
         self.rows: list[dict[str, Any]] = []
-        self.images, self.seconds, self.began = 0, 1e-9, 0.0
-        self.started = time.time()
 
     def images_per_second(self) -> float:
         return self.images / self.seconds
@@ -166,7 +164,13 @@ class RunFolder(Callback):
         metrics = self.folder / "metrics.csv"
         if self.resumed and metrics.exists():
             with metrics.open() as file:
-                self.rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+                self.rows = [
+                    {k: int(v) if v.isdigit() else float(v) for k, v in row.items() if v}
+                    for row in csv.DictReader(file)
+                ]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.on_train_epoch_start(trainer, pl_module)  # not called where a run goes on inside an epoch
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.images, self.seconds, self.batches = 0, 1e-9, 0
@@ -180,7 +184,7 @@ class RunFolder(Callback):
         self.seconds = time.perf_counter() - self.began
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or not self.batches:  # none: resumed from this epoch's end
             return
         values = {k: float(v) for k, v in trainer.callback_metrics.items()}
         lr = trainer.optimizers[0].param_groups[0]["lr"]
@@ -224,6 +228,7 @@ def quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message="Grad strides do not match")  # of depth-wise convolutions
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
 
 
@@ -242,6 +247,9 @@ def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | Non
     trainer.fit(task, data, ckpt_path=str(folder / "last.ckpt") if resume else None, weights_only=True)
     seconds = time.time() - began
     best = folder / "best.ckpt"
+    # It would validate the last epoch's average in place of the best weights.
+    kept = [c for c in trainer.callbacks if not isinstance(c, EMAWeightAveraging)]  # type: ignore[attr-defined]
+    trainer.callbacks = kept  # type: ignore[attr-defined]
     metrics = validate(trainer, task, data, best, folder)
     results = {
         "model": task.hparams.get("model"),
