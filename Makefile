@@ -21,10 +21,10 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 test-all: test
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n 2 -m slow
 
 docs: setup
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'

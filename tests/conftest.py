@@ -1,4 +1,4 @@
-"""Shared by all tests: two threads, no network, the oracle's records."""
+"""Shared by all tests: one thread in each of two test processes, the oracle's records."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ PARITY = Path(__file__).parent / "parity"
 
 @pytest.fixture(scope="session", autouse=True)
 def threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,10 @@
 import copy
 import io
 import pickle
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from timm.layers import set_scriptable
@@ -175,3 +177,17 @@ def test_grad_checkpointing_changes_nothing(name):
     model(x).sum().backward()
     for n, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[n])
+
+
+def test_weights_that_come_with_the_library():
+    model = timm.create_model("crossformer_nano.cifar10", pretrained=True).eval()
+    assert model.num_classes == 10
+    path = Path(model.pretrained_cfg["file"])
+    assert path.stat().st_size <= 8e6
+    stored = safetensors.torch.load_file(path)
+    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+    other = timm.create_model("crossformer_nano", pretrained=True, num_classes=3, in_chans=1)
+    assert torch.equal(other.norm.weight, model.norm.weight) and other(torch.randn(1, 1, 64, 64)).shape == (
+        1,
+        3,
+    )
