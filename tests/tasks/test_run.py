@@ -110,9 +110,10 @@ def test_two_processes_train_as_one(tmp_path):
     for folder, devices, batch in (("one", 1, 16), ("two", 2, 8)):
         options = f"--trainer.devices {devices} --trainer.strategy {'ddp' if devices > 1 else 'auto'}"
         options += f" --data.batch_size {batch} --data.val_images 21 --run.folder {tmp_path / folder}"
+        options += " --model.optimizer adamw"  # Muon magnifies the rounding of small gradients
         subprocess.run([CROSSFORMER, "train", *TINY, *options.split()], check=True, env=threads)
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        for name in ("train_loss", "val_accuracy", "lr", "step"):
+        for name in ("train_loss", "val_loss", "val_accuracy", "lr", "step"):
             assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-4), name
     a, b = weights(tmp_path / "one/last.ckpt"), weights(tmp_path / "two/last.ckpt")
     for name in a:
