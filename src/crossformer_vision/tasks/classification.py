@@ -109,10 +109,10 @@ class Classification(Task):
         self.log("val_loss", self.loss, on_epoch=True, batch_size=n)
         self.log("val_accuracy", self.accuracy, on_epoch=True, batch_size=n)
         self.log("val_accuracy_top5", self.accuracy_top5, on_epoch=True, batch_size=n)
+        # A few of every n-th batch, since batches may come class by class.
         batches = int(sum(self.trainer.num_val_batches))
-        for i in range(
-            min(n, -(-SHOWN // batches))
-        ):  # a few of each batch, since batches may come class by class
+        few = -(-SHOWN // batches) if batch_idx % max(1, batches // SHOWN) == 0 else 0
+        for i in range(min(n, few)):
             if len(self.shown) < SHOWN:
                 probability, predicted = logits[i].softmax(0).max(0)
                 self.shown.append(
