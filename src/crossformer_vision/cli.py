@@ -11,7 +11,7 @@ usage: crossformer VERB [options]      crossformer VERB --help for all options o
 
 CrossFormer and CrossFormer++: train and evaluate vision models on images of your own.
 
-  train       train a model; without options, the quickstart: two minutes on handwritten digits
+  train       train a model; without options, the quickstart: three minutes on handwritten digits
   validate    evaluate a checkpoint, and draw what it gets right and wrong
   download    bring published weights into torch's cache
 
