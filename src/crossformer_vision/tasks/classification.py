@@ -71,9 +71,8 @@ class Classification(Task):
             self.mix = Mixup(
                 mixup, cutmix, prob=mix_prob, label_smoothing=label_smoothing, num_classes=num_classes
             )
-        self.loss = (
-            MeanMetric()
-        )  # Lightning's own mean is wrong where processes have unequal shares of images
+        # Lightning's own mean is wrong where processes have unequal shares of images.
+        self.loss = MeanMetric()
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.accuracy_top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
         self.confusion = MulticlassConfusionMatrix(num_classes)
