@@ -6,13 +6,15 @@ from pathlib import PurePath
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["CrossFormer", "LoadReport", "UserError", "load_checkpoint"]
+__all__ = ["CrossFormer", "LoadReport", "UserError", "create_detector", "load_checkpoint", "load_predictor"]
 
 _HOMES = {
     "CrossFormer": "crossformer_vision.models.crossformer",
     "LoadReport": "crossformer_vision.checkpoints",
     "UserError": "crossformer_vision.errors",
+    "create_detector": "crossformer_vision.models.detectors",
     "load_checkpoint": "crossformer_vision.checkpoints",
+    "load_predictor": "crossformer_vision.predict",
 }
 
 

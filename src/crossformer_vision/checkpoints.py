@@ -10,7 +10,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from crossformer_vision.errors import UserError
 from crossformer_vision.models import crossformer
+from crossformer_vision.models.backbones import DenseModel
 
 log = logging.getLogger("crossformer_vision")
 
@@ -115,10 +116,11 @@ def load_checkpoint(
     Takes files of this library and published ones (`{"model": …}`, `{"state_dict": …}` or bare; names with
     `module.` or `backbone.` in front), `.pth`, `.ckpt` or `.safetensors`. First convolutions of another
     channel count are adapted as timm does. The head and the final norm may be absent on either side; anything
-    else must match.
+    else must match. A detector takes files of whole detectors, and those of backbones alone, whose neck and
+    heads it keeps as they were.
 
     Args:
-        model: a classifier, or a `features_only` backbone.
+        model: a classifier, a `features_only` backbone, or a detector.
         checkpoint: a path, or a state dict or checkpoint in memory.
         adapt_classifier: leave a classifier of another class count as it is, with a notice, instead of
             refusing.
@@ -132,15 +134,26 @@ def load_checkpoint(
     source = "state dict" if isinstance(checkpoint, dict) else str(checkpoint)
     content = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint)
     target = model.state_dict()
-    inner = "model." if all(name.startswith("model.") for name in target) else ""  # a features_only wrapper
-    state = _best_names(_state_dict(content), {name.removeprefix(inner) for name in target})
-    state = {inner + name: value for name, value in state.items()}
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    if isinstance(model, DenseModel):
+        inner, heads, class_layers, rename = (
+            model.body_name,
+            model.heads,
+            model.class_layers,
+            model.rename_published,
+        )
+    else:
+        inner = "model." if all(name.startswith("model.") for name in target) else ""  # features_only
+        heads = class_layers = (inner + str(cfg.get("classifier", "head")),)
+
+        def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {inner + name: x for name, x in crossformer.checkpoint_filter_fn(state).items()}
+
+    state = _best_names(_state_dict(content), set(target), rename)
 
     report = LoadReport()
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    classifier = inner + str(cfg.get("classifier", "head"))
     convs = tuple(f"{inner}{name}.weight" for name in _as_tuple(cfg.get("first_conv")))
-    optional = (classifier, inner + "norm.", inner + "head.")
+    optional = (*heads, inner + "norm.", inner + "head.")
     fitting: dict[str, Tensor] = {}
     for name, value in state.items():
         if name not in target:
@@ -150,7 +163,7 @@ def load_checkpoint(
             value = adapt_input_conv(target[name].shape[1], value)
         if value.shape == target[name].shape:
             fitting[name] = value
-        elif name.startswith(classifier):
+        elif name.startswith(class_layers):
             report.dropped.append(name)
         else:
             raise UserError(
@@ -163,28 +176,39 @@ def load_checkpoint(
         raise UserError(
             f"{source}: none of its weights fits this model ({_some(state) or 'it holds no tensors'})"
         )
+    partial = tuple(part for part in heads if any(name.startswith(part) for name in fitting))
     for names, what in ((report.missing, "lacks"), (report.unused, "has, and this model has not,")):
         wrong = [
-            name for name in names if not name.startswith(optional) and _is_backbone(name, inner, target)
+            name
+            for name in names
+            if (not name.startswith(optional) and _is_backbone(name, inner, target))
+            or name.startswith(partial)
         ]
         if wrong:
             raise UserError(
                 f"{source}: belongs to another model: it {what} {len(wrong)} weights ({_some(wrong)})"
             )
-    if report.dropped and not adapt_classifier:
+    if not adapt_classifier and report.dropped:
         name = report.dropped[0]
+        if isinstance(model, DenseModel):
+            there, here = list(state[name].shape), list(target[name].shape)
+            raise UserError(f"{source}: is for other classes: {name} is {there} there, {here} here")
         raise UserError(f"{source}: has {len(state[name])} classes, {len(target[name])} are wanted")
+    if not adapt_classifier and report.missing:
+        raise UserError(f"{source}: lacks {len(report.missing)} weights ({_some(report.missing)})")
     model.load_state_dict(fitting, strict=False)
-    log.log(logging.WARNING if report.dropped else logging.INFO, "%s: %s", source, report)
+    log.log(logging.WARNING if report.dropped or report.missing else logging.INFO, "%s: %s", source, report)
     return report
 
 
-def _best_names(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
-    """`state` under those names, stripped of prefixes and translated, that match `wanted` most."""
+def _best_names(
+    state: dict[str, Tensor], wanted: set[str], rename: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """`state` under those names, stripped of prefixes and renamed, that match `wanted` most."""
     best: dict[str, Tensor] = {}
     tried = {name: name for name in state}
     while True:
-        renamed = crossformer.checkpoint_filter_fn({short: state[name] for name, short in tried.items()})
+        renamed = rename({short: state[name] for name, short in tried.items()})
         if len(wanted & renamed.keys()) > len(wanted & best.keys()) or not best:
             best = renamed
         prefix = next((p for p in PREFIXES if any(short.startswith(p) for short in tried.values())), None)

@@ -3,8 +3,9 @@
 import sys
 import traceback
 from argparse import ArgumentError
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HELP = """\
 usage: crossformer VERB [options]      crossformer VERB --help for all options of a verb
@@ -13,21 +14,52 @@ CrossFormer and CrossFormer++: train and evaluate vision models on images of you
 
   train       train a model; without options, the quickstart: three minutes on handwritten digits
   validate    evaluate a checkpoint, and draw what it gets right and wrong
+  predict     what a trained checkpoint sees in images and folders: pictures and JSON
+  info        parameters and operations of a model, beside the published ones
   download    bring published weights into torch's cache
+
+tasks, by --task or the configuration's: classification (the default), detection
 
 examples
   crossformer train
   crossformer train --data.root my_images --model.model crossformer_small --trainer.max_epochs 30
   crossformer train --config classification/crossformer_small.yaml --data.root imagenet --trainer.devices 8
+  crossformer train --config quickstart/detection.yaml
+  crossformer train --task detection --data.root my_coco --model.detector mask_rcnn
   crossformer train --resume runs/my-run
   crossformer validate runs/my-run
+  crossformer predict runs/my-run photo.jpg more_photos/
+  crossformer info crossformer_small --detector mask_rcnn
   crossformer download crossformer_small
 
-my_images holds train/<class>/… and val/<class>/… with the images of each class.
+my_images holds train/<class>/… and val/<class>/… with the images of each class; my_coco holds
+annotations/instances_train.json, annotations/instances_val.json, and images/train/ and images/val/.
 --debug with any verb shows the traceback of an error.   --version shows the version.
 """
 
-QUICKSTART = "quickstart/classification.yaml"
+
+class TaskParts(NamedTuple):
+    """Where a task's classes are, its configuration by default, what its data take from its model."""
+
+    module: str  # in `tasks` and in `data`
+    task: str
+    data: str
+    quickstart: str
+    links: tuple[str, ...]  # options of the model that the data have, too
+
+
+TASKS = {
+    "classification": TaskParts(
+        "classification", "Classification", "ClassificationData", "quickstart/classification.yaml", ("model",)
+    ),
+    "detection": TaskParts(
+        "detection",
+        "Detection",
+        "DetectionData",
+        "quickstart/detection.yaml",
+        ("detector", "min_size", "max_size"),
+    ),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +75,13 @@ def main(argv: list[str] | None = None) -> int:
 
         print(version("crossformer-vision"))
         return 0
-    verbs = {"train": train, "validate": validate, "download": download}
+    verbs = {
+        "train": train,
+        "validate": validate,
+        "predict": predict,
+        "info": info,
+        "download": download,
+    }
     if args[0] not in verbs:
         print(f"crossformer: error: no verb '{args[0]}'; there are: {', '.join(verbs)}", file=sys.stderr)
         return 2
@@ -94,12 +132,14 @@ def train(args: list[str]) -> None:
     results = run.train(cli.trainer, cli.model, cli.datamodule, cli.run, resume)
     if cli.trainer.is_global_zero:
         folder = cli.run.folder
-        print(f"\naccuracy {results['val_accuracy']:.2%} after {results['minutes']} minutes")
+        metric = cli.model.monitor
+        name = metric.removeprefix("val_").replace("_ap", " AP").replace("_", " ")
+        print(f"\n{name} {results[metric]:.2%} after {results['minutes']} minutes")
         print(f"  checkpoint  {folder}/best.ckpt")
-        print(f"  pictures    {folder}/curves.png, confusion_matrix.png, predictions.png")
+        print(f"  pictures    {folder}/: {', '.join(sorted(p.name for p in Path(folder).glob('*.png')))}")
         print(f"  numbers     {folder}/results.json, metrics.csv; tensorboard --logdir {folder}")
         print(
-            f"next: crossformer validate {folder}, or train on images of your own: crossformer train --help"
+            f"next: crossformer predict {folder} photo.jpg; train on images of your own: crossformer --help"
         )
 
 
@@ -119,6 +159,47 @@ def validate(args: list[str]) -> None:
     if cli.trainer.is_global_zero:
         print("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         print(f"pictures in {cli.run.folder}")
+
+
+def predict(args: list[str]) -> None:
+    """`crossformer predict`"""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        "crossformer predict", description="Draw and write down what a trained checkpoint sees in images."
+    )
+    parser.add_argument("run", help="run folder, whose best.ckpt is taken, or a checkpoint file of a run")
+    parser.add_argument("images", nargs="+", help="image files, or folders of them")
+    parser.add_argument("--out", default="predictions", help="folder for pictures and JSON (predictions)")
+    parser.add_argument("--score", type=float, default=0.5, help="least score of an object (0.5)")
+    parser.add_argument("--device", help="cpu, cuda, …; the best there is, if not given")
+    options = parser.parse_args(args)
+    from crossformer_vision import predict
+
+    checkpoint = Path(options.run)
+    predictor = predict.load_predictor(
+        checkpoint / "best.ckpt" if checkpoint.is_dir() else checkpoint, options.device, options.score
+    )
+    predict.predict_files(predictor, options.images, Path(options.out))
+
+
+def info(args: list[str]) -> None:
+    """`crossformer info`"""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        "crossformer info",
+        description="Parameters and multiply-accumulates (MACs) of a model, beside the published ones.",
+    )
+    parser.add_argument("model", help="any timm model, such as crossformer_small")
+    parser.add_argument("--detector", choices=("retinanet", "mask_rcnn"), help="on the model as backbone")
+    parser.add_argument(
+        "--size", nargs=2, type=int, metavar=("H", "W"), help="of the image; the task's own if not given"
+    )
+    options = parser.parse_args(args)
+    from crossformer_vision import info
+
+    print(info.describe(options.model, options.detector, options.size))
 
 
 def download(args: list[str]) -> None:
@@ -162,21 +243,23 @@ def _parse(args: list[str], verb: str, resumed: bool) -> Any:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     import crossformer_vision.checkpoints  # noqa: F401  (registers the models with timm)
-    from crossformer_vision.data.classification import ClassificationData
-    from crossformer_vision.tasks.classification import Classification
     from crossformer_vision.tasks.run import Run, new_folder, quiet
 
     quiet()
-    if not any(a == "--config" or a.startswith("--config=") for a in args):
-        args = ["--config", QUICKSTART, *args]
     args = [find_config(a) if i and args[i - 1] == "--config" else a for i, a in enumerate(args)]
+    name = _task_name(args)
+    parts = TASKS[name]
+    if not any(a == "--config" or a.startswith("--config=") for a in args):
+        args = ["--config", find_config(parts.quickstart), *args]
 
     class Cli(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.add_argument("--task", default=name, help=f"one of {', '.join(TASKS)}")
             parser.add_class_arguments(Run, "run")
             parser.link_arguments("seed_everything", "data.seed")
             parser.link_arguments("seed_everything", "model.seed")
-            parser.link_arguments("model.model", "data.model")
+            for option in parts.links:
+                parser.link_arguments(f"model.{option}", f"data.{option}")
             parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -190,12 +273,11 @@ def _parse(args: list[str], verb: str, resumed: bool) -> Any:
                     f"{self.run.folder}: there is a run in it; --resume it, or choose another --run.folder"
                 )
             text = self.parser.dump(self.config, skip_link_targets=True, skip_none=False)
-            parts = self.run.trainer_parts(self.model, text, resumed)
-            return super().instantiate_trainer(**parts, **kwargs)
+            return super().instantiate_trainer(**self.run.trainer_parts(self.model, text, resumed), **kwargs)
 
     return Cli(
-        Classification,
-        ClassificationData,
+        getattr(import_module(f"crossformer_vision.tasks.{parts.module}"), parts.task),
+        getattr(import_module(f"crossformer_vision.data.{parts.module}"), parts.data),
         args=args,
         run=False,
         save_config_callback=None,
@@ -211,6 +293,26 @@ def _parse(args: list[str], verb: str, resumed: bool) -> Any:
         },
         parser_kwargs={"prog": f"crossformer {verb}", "exit_on_error": False},
     )
+
+
+def _task_name(args: list[str]) -> str:
+    """The task of a command line: `--task`, or the configuration's, or classification."""
+    name = _take(list(args), "--task")
+    config = _take(list(args), "--config")
+    if name is None and config is not None:
+        import yaml
+
+        try:
+            content = yaml.safe_load(Path(config).read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):  # the parser will say what is wrong with it
+            content = None
+        name = content.get("task") if isinstance(content, dict) else None
+    name = name or "classification"
+    if name not in TASKS:
+        from crossformer_vision.errors import UserError
+
+        raise UserError(f"no task '{name}'; there are: {', '.join(TASKS)}")
+    return name
 
 
 def script() -> None:

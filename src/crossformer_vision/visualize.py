@@ -1,4 +1,4 @@
-"""Pictures: training curves, confusion matrices, predictions."""
+"""Pictures: training curves, confusion matrices, precision and recall, predictions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,6 +6,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+# Of classes, in turn: told apart on photographs, and by people who see red and green alike (Okabe and Ito).
+COLOURS = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    (204, 121, 167),
+)
 
 
 def _figure(width: float, height: float, rows: int = 1, cols: int = 1) -> tuple[Any, Any]:
@@ -97,3 +109,118 @@ def predictions(shown: Sequence[tuple[NDArray[np.float32], str, str, float]], pa
         title = f"{predicted} {probability:.0%}" + ("" if right else f"\nnot {true}")
         axis.set_title(title, fontsize=8, color="darkgreen" if right else "crimson")
     figure.savefig(path, dpi=110)
+
+
+def precision_recall(kinds: dict[str, dict[str, NDArray[np.float64]]], path: Path) -> None:
+    """Precision by recall at an IoU of 0.5, a plot for each of boxes and masks, a line a class.
+
+    Args:
+        kinds: `"box"` or `"mask"` -> class -> precision at recalls from 0 to 1; negative where there is none.
+        path: the PNG to write.
+    """
+    figure, axes = _figure(5.5 * len(kinds), 4.2, 1, len(kinds))
+    for axis, (kind, classes) in zip(axes[0], kinds.items()):
+        shown = {name: values for name, values in classes.items() if (values >= 0).any()}
+        for name, values in shown.items():
+            recall = np.linspace(0, 1, len(values))
+            label = f"{name} {values[values >= 0].mean():.2f}" if len(shown) <= 20 else None
+            axis.plot(recall, np.where(values >= 0, values, np.nan), lw=1, alpha=0.7, label=label)
+        if shown:
+            mean = np.mean([np.clip(values, 0, 1) for values in shown.values()], axis=0)
+            axis.plot(np.linspace(0, 1, len(mean)), mean, "k", lw=2, label=f"mean {mean.mean():.2f}")
+            axis.legend(fontsize=7)
+        axis.set(
+            title=f"{kind}es at IoU 0.5" if kind == "box" else f"{kind}s at IoU 0.5",
+            xlabel="recall",
+            ylabel="precision",
+            xlim=(0, 1),
+            ylim=(0, 1.02),
+        )
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def draw_objects(image: Image.Image, objects: dict[str, NDArray[Any]], classes: Sequence[str]) -> Image.Image:
+    """The image with masks, boxes, and a label each, with its score where there is one.
+
+    Args:
+        image: RGB.
+        objects: `boxes` (n, 4) in pixels, `labels` (n,) from 1, and, if there are, `scores` (n,) and `masks`
+            (n, H, W) of 0 and 1.
+        classes: names; that of label 1 comes first.
+    """
+    pixels = np.array(image, np.float32)
+    masks = objects.get("masks")
+    if masks is not None:
+        for n, mask in enumerate(masks):  # instances of a class lie side by side: each has its own colour
+            pixels[mask > 0] = 0.5 * pixels[mask > 0] + 0.5 * np.array(COLOURS[n % len(COLOURS)])
+    drawn = Image.fromarray(pixels.round().astype(np.uint8))
+    canvas = ImageDraw.Draw(drawn)
+    line = max(1, round(min(drawn.size) / 250))
+    font = ImageFont.load_default(max(11, round(min(drawn.size) / 24)))
+    for n, (box, label) in enumerate(zip(objects["boxes"], objects["labels"])):
+        colour = COLOURS[(n if masks is not None else int(label) - 1) % len(COLOURS)]
+        canvas.rectangle([float(v) for v in box], outline=colour, width=line)
+        text = classes[int(label) - 1]
+        if "scores" in objects:
+            text += f" {objects['scores'][n]:.2f}".replace("0.", ".", 1)
+        left, top = float(box[0]), float(box[1])
+        area = canvas.textbbox((left, top), text, font=font, anchor="lb")
+        if area[1] < 0:  # no room above the box
+            area = canvas.textbbox((left, top), text, font=font, anchor="lt")
+        canvas.rectangle(area, fill=colour)
+        canvas.text((area[0], area[1]), text, fill="black", font=font, anchor="lt")
+    return drawn
+
+
+def captioned(image: Image.Image, lines: Sequence[str]) -> Image.Image:
+    """The image below some lines of text; small images are enlarged to have room for them."""
+    factor = max(1, round(320 / image.width))
+    image = image.resize((image.width * factor, image.height * factor))
+    size = max(12, round(image.width / 24))
+    font = ImageFont.load_default(size)
+    height = round(1.5 * size)
+    page = Image.new("RGB", (image.width, image.height + height * len(lines) + size // 2), "white")
+    page.paste(image, (0, page.height - image.height))
+    canvas = ImageDraw.Draw(page)
+    for n, line in enumerate(lines):
+        canvas.text((size // 2, size // 4 + n * height), line, fill="black", font=font)
+    return page
+
+
+def detections(
+    rows: Sequence[tuple[NDArray[np.float32], dict[str, NDArray[Any]], dict[str, NDArray[Any]]]],
+    classes: Sequence[str],
+    path: Path,
+) -> None:
+    """What is in some images beside what was found, two images a row.
+
+    Args:
+        rows: (image (H, W, 3) in 0..1, true objects, found objects) each; see `draw_objects`.
+        classes: names; that of label 1 comes first.
+        path: the PNG to write.
+    """
+    lines = -(-len(rows) // 2)
+    figure, axes = _figure(13, 3.4 * lines, lines, 4)
+    for axis in axes.flat:
+        axis.axis("off")
+    for k, (pixels, truth, found) in enumerate(rows):
+        image = Image.fromarray((pixels * 255).round().astype(np.uint8))
+        factor = max(
+            1, round(480 / min(image.size))
+        )  # small images are enlarged, to have room for the labels
+        for column, (title, objects) in enumerate((("true", truth), ("found, score 0.5 or more", found))):
+            axis = axes[k // 2][2 * (k % 2) + column]
+            axis.imshow(draw_objects(*enlarged(image, objects, factor), classes))
+            axis.set_title(title, fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def enlarged(
+    image: Image.Image, objects: dict[str, NDArray[Any]], factor: int
+) -> tuple[Image.Image, dict[str, NDArray[Any]]]:
+    """An image and its objects, `factor` times as large."""
+    objects = {**objects, "boxes": objects["boxes"] * factor}
+    if "masks" in objects:
+        objects["masks"] = objects["masks"].repeat(factor, 1).repeat(factor, 2)
+    return image.resize((image.width * factor, image.height * factor)), objects

@@ -23,7 +23,7 @@ class Noise:
 
 def loader(num_workers=0, train=True, rank=0, world=1, batch_size=4):
     batches = EpochBatches(23, batch_size, seed=5, train=train, rank=rank, world=world)
-    return SeededLoader(Noise(), batches, seed=5, num_workers=num_workers, collate_fn=None)
+    return SeededLoader(Noise(), batches, seed=5, num_workers=num_workers)
 
 
 def epoch(loader, number):

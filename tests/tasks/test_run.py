@@ -9,12 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from PIL import Image
 
 from crossformer_vision.checkpoints import read_checkpoint
 from crossformer_vision.cli import main
+from crossformer_vision.data.classification import ClassificationData
+from crossformer_vision.tasks.classification import Classification
 from crossformer_vision.tasks.run import AtomicCheckpoints
 
 CROSSFORMER = str(Path(sys.executable).with_name("crossformer"))
@@ -137,3 +140,24 @@ io.save_checkpoint({"x": torch.ones(1_000_000)}, path)
     assert f"{path}: cannot save the checkpoint (" in done.stderr and "File too large" in done.stderr
     assert torch.equal(AtomicCheckpoints().load_checkpoint(path)["x"], torch.zeros(10))
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_each_epoch_has_an_order_and_augmentation_of_its_own():
+    """Once, nothing told the sampler of a new epoch: the first one's images came again and again."""
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, task, batch, batch_idx):
+            seen.append((trainer.current_epoch, *(round(float(image.sum()), 3) for image in batch[0])))
+
+    data = ClassificationData(train_images=16, val_images=4, image_size=32, batch_size=8, num_workers=1)
+    task = Classification(num_classes=data.num_classes, model_args={"depths": [1, 1, 1, 1]})
+    quiet = dict(
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    L.Trainer(
+        max_epochs=3, accelerator="cpu", callbacks=[Watch()], use_distributed_sampler=False, **quiet
+    ).fit(task, data)
+    images = [{value for epoch, *batch in seen if epoch == n for value in batch} for n in range(3)]
+    assert all(len(values) == 16 for values in images)
+    assert not images[0] & images[1] and not images[1] & images[2]

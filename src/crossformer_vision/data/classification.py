@@ -2,35 +2,31 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import torch
 from PIL import Image
 from timm.data import create_transform, str_to_interp_mode
 from timm.data.dataset_factory import create_dataset
 from timm.data.readers import get_img_extensions
 from timm.data.readers.reader_factory import create_reader
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision import transforms
 
 from crossformer_vision.data import digits
-from crossformer_vision.data.loading import ResumableData, SeededLoader
+from crossformer_vision.data.loading import ReadImages, ResumableData, SeededLoader, Source
 from crossformer_vision.errors import UserError
 from crossformer_vision.models import find_model
 
-SYNONYMS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 
-
-class Source(Protocol):
-    """Images with a class each, as they lie somewhere."""
+class LabelledSource(Source, Protocol):
+    """Images with a class each."""
 
     classes: list[str]
 
-    def __len__(self) -> int: ...
-    def read(self, index: int) -> tuple[Image.Image, int]: ...
-    def name(self, index: int) -> str: ...
+
+SYNONYMS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 
 
 class FolderImages:
@@ -141,41 +137,10 @@ def _number(path: Path, found: list[str], classes: list[str]) -> dict[str, int]:
     return {name: i for i, name in enumerate(classes or found)}
 
 
-class LabelledImages(Dataset[tuple[Tensor, int]]):
-    """(image tensor, class) of a source.
-
-    Args:
-        source: of images and classes.
-        transform: PIL image -> tensor.
-        skip_corrupt: replace an image that cannot be read by the next one and count it, instead of stopping.
-    """
-
-    def __init__(
-        self, source: Source, transform: Callable[[Image.Image], Tensor], skip_corrupt: bool
-    ) -> None:
-        self.source, self.transform, self.skip_corrupt = source, transform, skip_corrupt
-        self.skipped = torch.zeros(1, dtype=torch.int64).share_memory_()  # counted by all workers
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        for k in range(len(self)):
-            at = (index + k) % len(self)
-            try:
-                image, label = self.source.read(at)
-                image = image.convert("RGB")  # decodes the pixels
-            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-                if not self.skip_corrupt:
-                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    raise UserError(
-                        f"{self.source.name(at)}: cannot read this image ({reason}); replace it, or leave "
-                        "such images out with --data.skip_corrupt true"
-                    ) from None
-                self.skipped += 1
-                continue
-            return self.transform(image), label
-        raise UserError(f"none of the {len(self)} images can be read")
+def _with_label(
+    transform: Callable[[Image.Image], Tensor], image: Image.Image, label: int
+) -> tuple[Tensor, int]:
+    return transform(image), label
 
 
 class ClassificationData(ResumableData):
@@ -241,7 +206,7 @@ class ClassificationData(ResumableData):
         self.color_jitter, self.erasing = color_jitter, erasing
         self.lengths = {"train": train_images, "val": val_images}
         self.classes: list[str] = []
-        self.images: dict[str, LabelledImages] = {}
+        self.images: dict[str, ReadImages] = {}
 
     @property
     def num_classes(self) -> int:
@@ -254,7 +219,8 @@ class ClassificationData(ResumableData):
             for stage in ("train", "val"):  # the training classes number the validation ones
                 source = self._source(stage)
                 self.classes = self.classes or source.classes
-                self.images[stage] = LabelledImages(source, self._transform(stage), self.skip_corrupt)
+                transform = partial(_with_label, self._transform(stage))
+                self.images[stage] = ReadImages(source, transform, self.skip_corrupt)
         return len(self.classes)
 
     def _find(self, stage: str) -> Path:
@@ -272,7 +238,7 @@ class ClassificationData(ResumableData):
             f"{root / split}: no such folder or tar file; name the split with --data.{stage}_split"
         )
 
-    def _source(self, stage: str) -> Source:
+    def _source(self, stage: str) -> LabelledSource:
         if self.dataset:
             split = {"train": "train", "val": "validation"}.get(self.splits[stage], self.splits[stage])
             return NamedImages(self.dataset, self.root, split, self.download)
@@ -284,15 +250,23 @@ class ClassificationData(ResumableData):
     def _size(self) -> int:
         return self.image_size or self.model_cfg.input_size[-1]
 
-    def _transform(self, stage: str) -> Callable[[Image.Image], Tensor]:
-        common: dict[str, Any] = dict(
+    def _image(self) -> dict[str, Any]:
+        """Size and normalisation, as timm's `create_transform` takes them."""
+        return dict(
             input_size=(3, self._size(), self._size()),
-            mean=self.model_cfg.mean,
-            std=self.model_cfg.std,
+            mean=tuple(self.model_cfg.mean),
+            std=tuple(self.model_cfg.std),
             interpolation=self.interpolation or self.model_cfg.interpolation,
         )
+
+    def describe(self) -> dict[str, Any]:
+        crop_pct = self.crop_pct or self.model_cfg.crop_pct
+        return {"classes": self.classes, "image": {**self._image(), "crop_pct": crop_pct}}
+
+    def _transform(self, stage: str) -> Callable[[Image.Image], Tensor]:
         if stage == "val":
-            return create_transform(**common, crop_pct=self.crop_pct or self.model_cfg.crop_pct)
+            return create_transform(**self.describe()["image"])
+        common = self._image()
         crop_and_flip, recolour, finish = create_transform(
             **common,
             is_training=True,
@@ -314,11 +288,6 @@ class ClassificationData(ResumableData):
     def _loader(self, stage: str) -> SeededLoader:
         assert self.num_classes  # the images are found
         return self.loader(self.images[stage], self.batch_size, self.seed, self.num_workers, stage == "train")
-
-    @property
-    def skipped(self) -> int:
-        """How often an unreadable image was left out so far, by this process and its workers."""
-        return sum(int(images.skipped) for images in self.images.values())
 
     def train_dataloader(self) -> SeededLoader:
         return self._loader("train")

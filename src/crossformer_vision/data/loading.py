@@ -1,5 +1,5 @@
-"""How every task reads its samples: in an order and with random numbers that follow from (seed, epoch, index)
-alone.
+"""How every task reads its samples: images as RGB, in an order and with random numbers that follow from
+(seed, epoch, index) alone.
 
 So a run does not depend on the number of workers, two processes see what one would, and a run that was killed
 goes on from its checkpoint as if nothing had happened.
@@ -8,12 +8,13 @@ goes on from its checkpoint as if nothing had happened.
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from crossformer_vision.errors import UserError
 
@@ -45,6 +46,58 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
+class Source(Protocol):
+    """Images, each with what is to be learned of it, as they lie somewhere."""
+
+    def __len__(self) -> int: ...
+    def read(self, index: int) -> tuple[Image.Image, Any]: ...
+    def name(self, index: int) -> str: ...
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The decoded image in RGB: greyscale, palettes, transparency (dropped) and 16 bits (scaled to 8) too."""
+    if image.mode.startswith("I"):  # PIL would clip 16 bits at 255
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+class ReadImages(Dataset[Any]):
+    """The samples of a source.
+
+    Args:
+        source: of images and their targets.
+        transform: (image in RGB, target) -> sample.
+        skip_corrupt: replace an image that cannot be read by the next one and count it, instead of stopping.
+    """
+
+    def __init__(
+        self, source: Source, transform: Callable[[Image.Image, Any], Any], skip_corrupt: bool
+    ) -> None:
+        self.source, self.transform, self.skip_corrupt = source, transform, skip_corrupt
+        self.skipped = torch.zeros(1, dtype=torch.int64).share_memory_()  # counted by all workers
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Any:
+        for k in range(len(self)):
+            at = (index + k) % len(self)
+            try:
+                image, target = self.source.read(at)
+                image = to_rgb(image)
+            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+                if not self.skip_corrupt:
+                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    raise UserError(
+                        f"{self.source.name(at)}: cannot read this image ({reason}); replace it, or leave "
+                        "such images out with --data.skip_corrupt true"
+                    ) from None
+                self.skipped += 1
+                continue
+            return self.transform(image, target)
+        raise UserError(f"none of the {len(self)} images can be read")
+
+
 class SeededDataset(Dataset[Any]):
     """A map-style dataset read by (epoch, index), which seed whatever its transforms draw."""
 
@@ -73,13 +126,23 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         seed: of the order.
         train: shuffle, and drop the samples that do not fill a global batch; otherwise all, in order.
         rank, world: this process, and how many there are.
+        kinds: of the samples, in training: a batch holds one kind, apart from the last ones, which hold what
+            is left over.
     """
 
     def __init__(
-        self, length: int, batch_size: int, seed: int, train: bool, rank: int = 0, world: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        train: bool,
+        rank: int = 0,
+        world: int = 1,
+        kinds: list[int] | None = None,
     ) -> None:
         self.length, self.batch_size, self.seed, self.train = length, batch_size, seed, train
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.kinds = rank, world, kinds
+        self.sampler = self  # where Lightning looks for `set_epoch`
         self.epoch = 0
         self.start = 0  # batch that the next iteration begins with
 
@@ -95,11 +158,36 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         if self.train:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
             order = torch.randperm(self.length, generator=generator)
+            if self.kinds:
+                order = self._by_kind(order)
         whole = self.batch_size * self.world
         start, self.start = self.start, 0
         for k in range(start, len(self)):
             batch = order[k * whole : (k + 1) * whole][self.rank :: self.world].tolist()
             yield [(self.epoch, index) for index in batch]
+
+    def _by_kind(self, order: torch.Tensor) -> torch.Tensor:
+        assert self.kinds
+        whole = self.batch_size * self.world
+        filling: dict[int, list[int]] = {}
+        batches: list[int] = []
+        for index in order.tolist():
+            kind = filling.setdefault(self.kinds[index], [])
+            kind.append(index)
+            if len(kind) == whole:
+                batches += kind
+                kind.clear()
+        return torch.tensor(batches + [index for kind in filling.values() for index in kind])
+
+
+class Collate:
+    """Samples -> batch; None where a process has no share of the last validation batch."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[Any]) -> Any:
+        return self.collate(samples) if samples else None
 
 
 class SeededLoader(DataLoader[Any]):
@@ -111,13 +199,13 @@ class SeededLoader(DataLoader[Any]):
         batches: EpochBatches,
         seed: int,
         num_workers: int,
-        collate_fn: Callable[..., Any] | None = None,
+        collate: Callable[[list[Any]], Any] = default_collate,
     ) -> None:
         super().__init__(
             SeededDataset(dataset, seed),
             batch_sampler=batches,
             num_workers=num_workers,
-            collate_fn=collate_fn,
+            collate_fn=Collate(collate),
             pin_memory=torch.cuda.is_available(),
             persistent_workers=num_workers > 0,
         )
@@ -139,19 +227,38 @@ class ResumableData(L.LightningDataModule):
     schedule must.
     """
 
+    images: dict[str, ReadImages]  # "train" and "val"
     _training: SeededLoader | None = None
     _start = 0
 
-    def loader(self, dataset: Any, batch_size: int, seed: int, num_workers: int, train: bool) -> SeededLoader:
-        """The loader of this process; `batch_size` is its own."""
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint must say for its weights to be of use: names of the classes, the images' size."""
+        raise NotImplementedError
+
+    @property
+    def skipped(self) -> int:
+        """How often an unreadable image was left out so far, by this process and its workers."""
+        return sum(int(images.skipped) for images in self.images.values())
+
+    def loader(
+        self,
+        dataset: Any,
+        batch_size: int,
+        seed: int,
+        num_workers: int,
+        train: bool,
+        collate: Callable[[list[Any]], Any] = default_collate,
+        kinds: list[int] | None = None,
+    ) -> SeededLoader:
+        """The loader of this process; `batch_size` is its own. For `kinds` see `EpochBatches`."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if train and len(dataset) < batch_size * world:
             raise UserError(
                 f"{len(dataset)} training images do not fill a batch of {batch_size * world}; "
                 "lower --data.batch_size"
             )
-        batches = EpochBatches(len(dataset), batch_size, seed, train, rank, world)
-        loader = SeededLoader(dataset, batches, seed, num_workers)
+        batches = EpochBatches(len(dataset), batch_size, seed, train, rank, world, kinds)
+        loader = SeededLoader(dataset, batches, seed, num_workers, collate)
         if train:
             batches.start, self._start = self._start, 0
             self._training = loader

@@ -194,7 +194,8 @@ class DynamicPositionBias(nn.Module):
     @torch.jit.unused
     def recall(self, gh: int, gw: int) -> Tensor:
         """`compute`, kept from call to call while no gradient is wanted and no weight has changed."""
-        if self.training or torch.is_grad_enabled() or self.proj.weight.is_inference():
+        weight = self.proj.weight
+        if self.training or torch.is_grad_enabled() or weight.is_inference() or weight.is_meta:
             return self.compute(gh, gw)
         weights = [(p.data_ptr(), p._version) for p in self.parameters()]
         if weights != self._weights or len(self._kept) == 64:
@@ -202,7 +203,7 @@ class DynamicPositionBias(nn.Module):
             self._weights = weights
             self._storages = [p.detach() for p in self.parameters()]
         if (gh, gw) not in self._kept:
-            with torch.autocast(self.proj.weight.device.type, enabled=False):
+            with torch.autocast(weight.device.type, enabled=False):
                 self._kept[gh, gw] = self.compute(gh, gw)
         return self._kept[gh, gw]
 

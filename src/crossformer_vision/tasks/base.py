@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 import lightning as L
 from timm.optim import create_optimizer_v2
-from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
@@ -13,30 +14,37 @@ from crossformer_vision.data.loading import mix_seed, seed_all
 
 
 class Task(L.LightningModule):
-    """Base of the tasks. A subclass sets `net` and `monitor`, and writes the two steps and `pictures`.
+    """Base of the tasks. A subclass sets `name`, `net`, `monitor`, and writes the two steps and `pictures`.
 
     Args:
         optimizer: timm's name of it.
         lr: peak learning rate, for the global batch as it is.
         weight_decay: not on norms and biases.
+        schedule: `cosine` falls from `lr` to `min_lr`, `step` to a tenth at each of `milestones`.
+        milestones: epochs after which `step` goes down.
         warmup_epochs: linear warm-up from `warmup_lr`; may be a fraction.
+        warmup_steps: its length in optimizer steps, in place of `warmup_epochs`.
         warmup_lr: learning rate of the first step.
         min_lr: learning rate at the end of the cosine.
         grad_checkpointing: recompute activations in the backward pass, for memory.
-        compile: train and validate through `torch.compile`.
+        compile: train and validate through `torch.compile`; of a dense model, the backbone.
         seed: of everything random in a step.
     """
 
-    monitor = ""  # the validation metric that picks the best checkpoint
+    name: str  # as the command and checkpoints have it
+    monitor: str  # the validation metric that picks the best checkpoint
     monitor_mode: Literal["max", "min"] = "max"
-    net: Any  # a timm model
+    net: Any
 
     def __init__(
         self,
         optimizer: str = "adamw",
         lr: float = 1e-3,
         weight_decay: float = 0.05,
+        schedule: Literal["cosine", "step"] = "cosine",
+        milestones: tuple[float, ...] = (8, 11),
         warmup_epochs: float = 1.0,
+        warmup_steps: int | None = None,
         warmup_lr: float = 1e-6,
         min_lr: float = 1e-5,
         grad_checkpointing: bool = False,
@@ -45,14 +53,17 @@ class Task(L.LightningModule):
     ) -> None:
         super().__init__()
         self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
-        self.warmup_epochs, self.warmup_lr, self.min_lr = warmup_epochs, warmup_lr, min_lr
+        self.schedule, self.milestones = schedule, milestones
+        self.warmup_epochs, self.warmup_steps = warmup_epochs, warmup_steps
+        self.warmup_lr, self.min_lr = warmup_lr, min_lr
         self.grad_checkpointing, self.compile_net, self.seed = grad_checkpointing, compile, seed
 
     def setup(self, stage: str) -> None:
+        body = getattr(getattr(self.net, "backbone", None), "body", self.net)  # a dense model's timm model
         if self.grad_checkpointing:
-            self.net.set_grad_checkpointing(True)
+            getattr(body, "model", body).set_grad_checkpointing(True)  # `model` in a features_only wrapper
         if self.compile_net:
-            self.net.compile()
+            body.compile()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout, stochastic depth and mixup follow from the step alone, so a resumed run repeats none of the
@@ -62,23 +73,32 @@ class Task(L.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = create_optimizer_v2(self.net, self.optimizer, lr=self.lr, weight_decay=self.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
-        warmup = round(self.warmup_epochs * steps / max(1, self.trainer.max_epochs or 1))
-        schedule = CosineLRScheduler(
-            optimizer,
-            t_initial=steps,
-            lr_min=min(self.min_lr, self.lr),
+        epoch = steps / max(1, self.trainer.max_epochs or 1)
+        warmup = round(self.warmup_epochs * epoch) if self.warmup_steps is None else self.warmup_steps
+        common: dict[str, Any] = dict(
             warmup_t=min(warmup, steps - 1),
             warmup_lr_init=min(self.warmup_lr, self.lr),
             warmup_prefix=False,
             t_in_epochs=False,
         )
+        if self.schedule == "cosine":
+            schedule: Scheduler = CosineLRScheduler(
+                optimizer, t_initial=steps, lr_min=min(self.min_lr, self.lr), **common
+            )
+        else:  # timm's goes down one step before its milestones
+            down = [round(milestone * epoch) + 1 for milestone in self.milestones]
+            schedule = MultiStepLRScheduler(optimizer, decay_t=down, decay_rate=0.1, **common)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["task"] = self.name
+        checkpoint.update(self.trainer.datamodule.describe())  # type: ignore[attr-defined]
 
     def pictures(self, folder: Path, classes: list[str]) -> None:
         """Draw what the last validation saw."""
         raise NotImplementedError
 
-    def lr_scheduler_step(self, scheduler: CosineLRScheduler, metric: Any) -> None:  # type: ignore[override]
+    def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:  # type: ignore[override]
         scheduler.step_update(self.global_step)
 
     def configure_gradient_clipping(

@@ -37,6 +37,7 @@ class Classification(Task):
         **optimization: see `Task`.
     """
 
+    name = "classification"
     monitor = "val_accuracy"
 
     def __init__(
@@ -97,7 +98,9 @@ class Classification(Task):
     def on_validation_epoch_start(self) -> None:
         self.shown = []
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, Tensor] | None, batch_idx: int) -> None:
+        if batch is None:
+            return
         images, labels = batch
         logits = self(images).float()
         self.loss(F.cross_entropy(logits, labels), len(images))

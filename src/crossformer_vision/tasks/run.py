@@ -237,8 +237,9 @@ def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | Non
     folder = Path(str(run.folder))
     params = sum(p.numel() for p in task.net.parameters())
     if trainer.is_global_zero:
+        name = " on ".join(str(task.hparams[key]) for key in ("detector", "model") if key in task.hparams)
         print(
-            f"training {task.hparams.get('model')} ({params / 1e6:.1f} M parameters) on "
+            f"training {name} ({params / 1e6:.1f} M parameters) on "
             f"{len(data.images['train'])} images of {len(data.classes)} classes, "
             f"validating on {len(data.images['val'])}; run folder: {folder}",
             flush=True,
@@ -252,7 +253,7 @@ def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | Non
     trainer.callbacks = kept  # type: ignore[attr-defined]
     metrics = validate(trainer, task, data, best, folder)
     results = {
-        "model": task.hparams.get("model"),
+        **{key: task.hparams[key] for key in ("detector", "model") if key in task.hparams},
         "parameters": params,
         **metrics,
         "epochs": trainer.current_epoch,

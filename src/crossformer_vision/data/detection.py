@@ -1,0 +1,393 @@
+"""Detection and instance segmentation: COCO files, or the digits that come with the library -> batches."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from faster_coco_eval.core import mask as rle
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from crossformer_vision.data import digits
+from crossformer_vision.data.loading import ReadImages, ResumableData, SeededLoader
+from crossformer_vision.errors import UserError
+
+log = logging.getLogger("crossformer_vision")
+
+Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
+SYNONYMS = {
+    "train": ("train", "train2017", "training"),
+    "val": ("val", "val2017", "valid", "validation", "test"),
+}
+GREY = (124, 116, 104)  # ImageNet's mean, around images that do not fill their crop
+
+
+# ------------------------------------------------------------------------------------------------------------
+# COCO files
+# ------------------------------------------------------------------------------------------------------------
+
+
+class CocoImages:
+    """Images and objects of a file in COCO's format.
+
+    Boxes are cut to the image; those of which nothing is left are dropped, with one warning that counts them
+    and names the first.
+
+    Args:
+        annotations: the JSON file.
+        folder: of the images.
+        categories: COCO's id -> name of the training file; None numbers the file's own, in the order of ids.
+        masks: read the segmentations too.
+
+    Attributes:
+        categories: COCO's id -> name; the label of the k-th is k + 1.
+        sizes: (width, height) of each image, as the file says.
+
+    Raises:
+        UserError: a file that is missing, no JSON or not COCO's; an annotation of an unknown image or
+            category, without a box, or with a polygon of fewer than three points or a mask of another size.
+    """
+
+    def __init__(
+        self, annotations: Path, folder: Path, categories: dict[int, str] | None = None, masks: bool = False
+    ) -> None:
+        self.annotations, self.folder, self.masks = annotations, folder, masks
+        content = _read_json(annotations)
+        try:
+            found = {
+                int(c["id"]): str(c["name"]) for c in sorted(content["categories"], key=lambda c: c["id"])
+            }
+            self.images = [
+                (int(i["id"]), str(i["file_name"]), int(i["width"]), int(i["height"]))
+                for i in content["images"]
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{annotations}: not a COCO file: its images need id, file_name, width and height, its "
+                f"categories id and name ({type(error).__name__}: {error})"
+            ) from error
+        if not self.images or not found:
+            raise UserError(f"{annotations}: lists no {'categories' if self.images else 'images'}")
+        self.categories = found if categories is None else categories
+        self.sizes = [image[2:] for image in self.images]
+        number = {image[0]: n for n, image in enumerate(self.images)}
+        label = {category: k + 1 for k, category in enumerate(self.categories)}
+        self.objects: list[list[dict[str, Any]]] = [[] for _ in self.images]
+        dropped: list[str] = []
+        for annotation in content["annotations"]:
+            name = f"{annotations}: annotation {annotation.get('id', '?')}"
+            n, k = number.get(annotation.get("image_id")), label.get(annotation.get("category_id"))
+            if n is None:
+                raise UserError(f"{name}: of image {annotation.get('image_id')}, which is not in the file")
+            if k is None:
+                raise UserError(
+                    f"{name}: of category {annotation.get('category_id')}; known are "
+                    f"{', '.join(f'{i} ({c})' for i, c in list(self.categories.items())[:5])}"
+                )
+            box = self._box(name, annotation, n)
+            if box is None:
+                dropped.append(f"{annotation.get('bbox')} of annotation {annotation.get('id', '?')}")
+                continue
+            shape = annotation.get("segmentation")
+            if masks:
+                self._check_shape(name, shape, n)
+            self.objects[n].append(
+                dict(
+                    box=box,
+                    label=k,
+                    iscrowd=int(annotation.get("iscrowd", 0)),
+                    area=float(annotation.get("area") or (box[2] - box[0]) * (box[3] - box[1])),
+                    segmentation=shape if masks else None,
+                )
+            )
+        if dropped:
+            log.warning(
+                "%s: %d boxes outside their image or of no size left out, the first: %s",
+                annotations,
+                len(dropped),
+                dropped[0],
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        return str(self.folder / self.images[index][1])
+
+    def read(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
+        image_id, file_name, width, height = self.images[index]
+        path = (self.folder / file_name).resolve()
+        if not path.is_relative_to(self.folder.resolve()):
+            raise UserError(f"{self.annotations}: image {image_id}: {file_name} lies outside {self.folder}")
+        image = Image.open(path)
+        if image.size != (width, height):
+            raise UserError(
+                f"{path}: is {image.size[0]}x{image.size[1]}, {self.annotations} says {width}x{height}"
+            )
+        objects = self.objects[index]
+        target: dict[str, Any] = dict(
+            image_id=image_id,
+            boxes=np.array([o["box"] for o in objects], np.float32).reshape(-1, 4),
+            labels=np.array([o["label"] for o in objects], np.int64),
+            iscrowd=np.array([o["iscrowd"] for o in objects], np.int64),
+            area=np.array([o["area"] for o in objects], np.float32),
+        )
+        if self.masks:
+            shapes = [decode_mask(o["segmentation"], width, height) for o in objects]
+            target["masks"] = np.stack(shapes) if shapes else np.zeros((0, height, width), np.uint8)
+        return image, target
+
+    def _box(self, name: str, annotation: dict[str, Any], n: int) -> tuple[float, ...] | None:
+        """x1, y1, x2, y2 of an annotation, cut to its image; None where nothing is left."""
+        width, height = self.sizes[n]
+        try:
+            x, y, w, h = (float(value) for value in annotation["bbox"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{name}: its bbox is not [x, y, width, height]") from None
+        box = (max(0.0, x), max(0.0, y), min(width, x + w), min(height, y + h))
+        return box if w > 0 and h > 0 and box[2] > box[0] and box[3] > box[1] else None
+
+    def _check_shape(self, name: str, shape: Any, n: int) -> None:
+        width, height = self.sizes[n]
+        if isinstance(shape, dict):
+            if list(shape.get("size", ())) != [height, width] or not shape.get("counts"):
+                raise UserError(
+                    f"{name}: its mask is of size {shape.get('size')}, the image of [{height}, {width}]"
+                )
+        elif not isinstance(shape, list) or not shape:
+            raise UserError(f"{name}: has no segmentation; without masks there is --model.detector retinanet")
+        elif any(len(polygon) < 6 or len(polygon) % 2 for polygon in shape):
+            raise UserError(f"{name}: a polygon of fewer than three points in its segmentation")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such annotation file")
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(key), list) for key in ("images", "annotations", "categories")
+    ):
+        raise UserError(f"{path}: not a COCO file: it needs the lists images, annotations and categories")
+    return content
+
+
+def decode_mask(segmentation: Any, width: int, height: int) -> NDArray[np.uint8]:
+    """Polygons or a run-length encoding, as COCO writes them, to (height, width) of 0 and 1."""
+    if isinstance(segmentation, list) or not isinstance(segmentation["counts"], (str, bytes)):
+        segmentation = rle.segmToRle(segmentation, width, height)
+    return rle.decode(segmentation)
+
+
+class DigitObjects:
+    """The multi-scale digits, several in an image."""
+
+    categories = {k + 1: name for k, name in enumerate(digits.CLASSES)}
+
+    def __init__(self, stage: str, length: int, size: int, masks: bool, seed: int) -> None:
+        self.dataset = digits.MultiScaleDigits(stage, length, size, (1, 4), (0.2, 0.6), seed)
+        self.sizes = [(size, size)] * length
+        self.masks = masks
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        return f"digits {index}"
+
+    def read(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
+        image, drawn = self.dataset[index]
+        target = dict(
+            image_id=index,
+            boxes=drawn["boxes"],
+            labels=drawn["labels"] + 1,
+            iscrowd=np.zeros(len(drawn["labels"]), np.int64),
+            area=drawn["masks"].sum((1, 2)).astype(np.float32),
+        )
+        return image, {**target, "masks": drawn["masks"]} if self.masks else target
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Batches
+# ------------------------------------------------------------------------------------------------------------
+
+
+class ToTensors:
+    """(image, target) in NumPy -> the same as torchvision's tensors, augmented; crowds are not trained on."""
+
+    def __init__(self, transform: Callable[..., Any], train: bool) -> None:
+        self.transform, self.train = transform, train
+
+    def __call__(self, image: Image.Image, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        canvas = (image.height, image.width)
+        kept = target["iscrowd"] == 0 if self.train else np.ones(len(target["labels"]), bool)
+        tensors: dict[str, Any] = {
+            name: torch.from_numpy(value[kept])
+            for name, value in target.items()
+            if isinstance(value, np.ndarray) and not (self.train and name in ("iscrowd", "area"))
+        }
+        tensors["boxes"] = tv_tensors.BoundingBoxes(tensors["boxes"], format="XYXY", canvas_size=canvas)
+        if "masks" in tensors:
+            tensors["masks"] = tv_tensors.Mask(tensors["masks"])
+        pixels, tensors = self.transform(v2.functional.pil_to_tensor(image), tensors)
+        plain = {k: v.as_subclass(Tensor) for k, v in tensors.items()}
+        return pixels.as_subclass(Tensor), {**plain, "image_id": torch.tensor(target["image_id"])}
+
+
+def lists(samples: list[tuple[Tensor, dict[str, Tensor]]]) -> Batch:
+    """Images of many sizes cannot be stacked: a batch is a list of them, and one of targets."""
+    return [image for image, _ in samples], [target for _, target in samples]
+
+
+class DetectionData(ResumableData):
+    """Images with boxes, and masks where the detector learns them, in COCO's format.
+
+    Training batches hold images that are all wide or all tall. Validation reads image by image, so that a
+    result does not depend on its neighbours' size.
+
+    Args:
+        root: folder with COCO's layout: `annotations/instances_<split>.json` and the images in `<split>/` or
+            `images/<split>/`; or `<split>/_annotations.coco.json` beside the images. Null for the multi-scale
+            digits that come with the library.
+        train_split: split to train on; `train` finds `train2017`, too.
+        val_split: split to validate on; `val` finds `val2017` and `valid`, too.
+        detector: that is trained; `mask_rcnn` learns masks, too. The command takes it from the model.
+        min_size: a training image's shorter side is brought to this many pixels, or to one of several,
+        max_size: but its longer side to at most so many. The command takes both from the model.
+        batch_size: images a step, of each process.
+        num_workers: processes that read images; null for one less than there are cores, at most 8.
+        hflip: probability of a horizontal flip.
+        vflip: probability of a vertical flip.
+        scale_jitter: smallest and largest factor by which an image is resized at random, before a crop of
+            `min_size` squared; null to resize to `min_size` and `max_size` without a crop.
+        photometric: distort brightness, contrast, saturation and hue.
+        image_size: digits only: side of the images, in pixels.
+        train_images: digits only: images an epoch.
+        val_images: digits only: images to validate on.
+        skip_corrupt: leave unreadable images out and count them, instead of stopping at the first.
+        seed: of the order, the augmentation and the digits.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        train_split: str = "train",
+        val_split: str = "val",
+        detector: Literal["retinanet", "mask_rcnn"] = "retinanet",
+        min_size: int | list[int] = 800,
+        max_size: int = 1333,
+        batch_size: int = 2,
+        num_workers: int | None = None,
+        hflip: float = 0.5,
+        vflip: float = 0.0,
+        scale_jitter: tuple[float, float] | None = None,
+        photometric: bool = False,
+        image_size: int = 128,
+        train_images: int = 1000,
+        val_images: int = 200,
+        skip_corrupt: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.root, self.splits = root, {"train": train_split, "val": val_split}
+        self.masks = detector == "mask_rcnn"
+        self.batch_size, self.seed, self.skip_corrupt = batch_size, seed, skip_corrupt
+        self.min_sizes = [min_size] if isinstance(min_size, int) else list(min_size)
+        self.max_size = max_size
+        self.num_workers = min(8, max(0, (os.cpu_count() or 1) - 1)) if num_workers is None else num_workers
+        self.hflip, self.vflip = hflip, vflip
+        self.scale_jitter, self.photometric = scale_jitter, photometric
+        self.image_size = image_size
+        self.lengths = {"train": train_images, "val": val_images}
+        self.categories: dict[int, str] = {}
+        self.images: dict[str, ReadImages] = {}
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes; that of label 1 comes first."""
+        return list(self.categories.values())
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are; reads the annotations if that has not been done.
+
+        Raises:
+            UserError: for what is wrong with a file (see `CocoImages`), and for a split without one.
+        """
+        if not self.images:
+            for stage in ("train", "val"):  # the training file numbers the classes
+                source = self._source(stage)
+                self.categories = self.categories or source.categories
+                transform = ToTensors(self._transform(stage), train=stage == "train")
+                self.images[stage] = ReadImages(source, transform, self.skip_corrupt)
+        return len(self.categories)
+
+    def describe(self) -> dict[str, Any]:
+        return {"classes": self.classes}
+
+    def _source(self, stage: str) -> Any:
+        if self.root is None:
+            return DigitObjects(stage, self.lengths[stage], self.image_size, self.masks, self.seed)
+        return CocoImages(*self._find(stage), self.categories or None, self.masks)
+
+    def _find(self, stage: str) -> tuple[Path, Path]:
+        """The annotation file and the folder of images of a split."""
+        root, split = Path(str(self.root)), self.splits[stage]
+        if not root.is_dir():
+            raise UserError(f"{root}: no such folder; --data.root needs annotations and images in it")
+        for name in (split, *(SYNONYMS[stage] if split in SYNONYMS[stage] else ())):
+            for annotations, folders in (
+                (root / "annotations" / f"instances_{name}.json", (root / name, root / "images" / name)),
+                (root / name / "_annotations.coco.json", (root / name,)),
+            ):
+                if annotations.exists():
+                    for folder in folders:
+                        if folder.is_dir():
+                            return annotations, folder
+                    raise UserError(f"{folders[0]}: no such folder, for the images of {annotations}")
+        raise UserError(
+            f"{root / 'annotations' / f'instances_{split}.json'}: no such annotation file; "
+            f"name the split with --data.{stage}_split"
+        )
+
+    def _transform(self, stage: str) -> Callable[..., Any]:
+        steps: list[Any] = []
+        if stage == "train":
+            if self.photometric:
+                steps.append(v2.RandomPhotometricDistort())
+            # Without antialiasing, as torchvision's detectors resize an image when they are evaluated.
+            if self.scale_jitter:
+                side = (self.min_sizes[-1],) * 2
+                steps += [
+                    v2.ScaleJitter(side, self.scale_jitter, antialias=False),
+                    v2.RandomCrop(side, pad_if_needed=True, fill={torch.Tensor: GREY, tv_tensors.Mask: 0}),
+                ]
+            else:
+                steps.append(v2.RandomShortestSize(self.min_sizes, self.max_size, antialias=False))
+            steps += [v2.RandomHorizontalFlip(self.hflip), v2.RandomVerticalFlip(self.vflip)]
+            steps.append(v2.SanitizeBoundingBoxes())
+        # Of the plain tensors a target holds, none is an image.
+        steps.append(v2.ToDtype({torch.Tensor: torch.float32, "others": None}, scale=True))
+        return v2.Compose(steps)
+
+    def train_dataloader(self) -> SeededLoader:
+        assert self.num_classes
+        source: Any = self.images["train"].source
+        tall = [int(height > width) for width, height in source.sizes]
+        return self.loader(
+            self.images["train"], self.batch_size, self.seed, self.num_workers, True, lists, tall
+        )
+
+    def val_dataloader(self) -> SeededLoader:
+        assert self.num_classes
+        return self.loader(self.images["val"], 1, self.seed, self.num_workers, False, lists)

@@ -1,0 +1,97 @@
+"""Any timm model as the backbone of a dense model: four maps, at any image size."""
+
+import re
+from typing import Any, ClassVar
+
+import timm
+from timm.layers import Format
+from torch import Tensor, nn
+
+from crossformer_vision.models import crossformer, find_model
+
+STRIDES = (4, 8, 16, 32)
+
+
+def create_backbone(name: str, pretrained: bool = False, **backbone_args: Any) -> nn.Module:
+    """A timm model from images (B, 3, H, W) of any size to a list of maps.
+
+    Args:
+        name: timm's, with a tag to choose weights.
+        pretrained: start from its published weights.
+        **backbone_args: further keywords of the model, such as `drop_path_rate` or `group_size`.
+
+    Raises:
+        ValueError: unknown model, or one without maps at strides 4, 8, 16 and 32.
+    """
+    find_model(name)
+    model: Any = None
+    # The keyword for any size, of those models that have a fixed one; the others do not know it.
+    keywords: list[dict[str, Any]] = [{"strict_img_size": False}, {"dynamic_img_size": True}, {}]
+    for any_size in keywords:
+        try:
+            model = timm.create_model(
+                name, features_only=True, pretrained=pretrained, **any_size, **backbone_args
+            )
+            break
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+    if not set(STRIDES) <= set(model.feature_info.reduction()):
+        raise ValueError(
+            f"model '{name}' has maps at strides {model.feature_info.reduction()}; 4, 8, 16 and 32 are needed"
+        )
+    return model
+
+
+def map_channels(model: Any) -> list[int]:
+    """Channels of the maps at strides 4, 8, 16 and 32."""
+    channels = dict(zip(model.feature_info.reduction(), model.feature_info.channels(), strict=True))
+    return [channels[stride] for stride in STRIDES]
+
+
+def feature_maps(model: Any, images: Tensor) -> list[Tensor]:
+    """The maps at strides 4, 8, 16 and 32: (B, 3, H, W) -> 4 x (B, C, ceil(H / stride), ceil(W / stride))."""
+    by_stride = dict(zip(model.feature_info.reduction(), model(images), strict=True))
+    maps = [by_stride[stride] for stride in STRIDES]
+    if model.output_fmt == Format.NHWC:
+        maps = [x.permute(0, 3, 1, 2) for x in maps]
+    return maps
+
+
+class DenseModel(nn.Module):
+    """Base of dense models, beside torchvision's: which of its weights are which, for `load_checkpoint`.
+
+    Attributes:
+        body_name: where the names of the timm model's weights begin.
+        heads: where all others begin; a file of a backbone lacks them.
+        class_layers: the heads' weights whose shape follows from the number of classes.
+        published_names: OpenMMLab's names of the heads' weights, as (pattern, ours).
+    """
+
+    body_name: str
+    heads: ClassVar[tuple[str, ...]]
+    class_layers: ClassVar[tuple[str, ...]]
+    published_names: ClassVar[list[tuple[str, str]]]
+
+    def rename_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a published dense model, or of a backbone alone, under this model's names.
+
+        Own names come back unchanged. What no pattern knows is taken for a weight of the backbone.
+        """
+        own = self.state_dict().keys()
+        renamed = {}
+        for name, value in state.items():
+            ours = name
+            if name not in own:
+                for pattern, replacement in self.published_names:
+                    ours = re.sub(pattern, replacement, ours)
+                if ours == name:
+                    (short,) = crossformer.checkpoint_filter_fn({name.removeprefix("backbone."): value})
+                    ours = self.body_name + short
+            renamed[ours] = value
+        return renamed
+
+
+def body_name(prefix: str, body: nn.Module) -> str:
+    """Where the names of a timm model's weights begin, in a dense model that has it under `prefix`."""
+    return f"{prefix}model." if hasattr(body, "model") else prefix

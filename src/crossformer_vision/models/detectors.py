@@ -1,0 +1,346 @@
+"""RetinaNet and Mask R-CNN on any timm backbone, from torchvision's detectors.
+
+In structure and numbers they are the OpenMMLab models that CrossFormer was published with. Where
+torchvision's own differ, and what is done here:
+
+- anchors are not rounded to whole pixels, and lie at multiples of a level's stride whatever its map's size;
+- RetinaNet's P6 comes from C5, and nothing (torchvision: a ReLU) stands between P6 and P7;
+- RoIAlign aligns half pixels, and samples a bin as densely as the RoI's size asks for;
+- at most 100 detections an image, and 1000 proposals in training too.
+
+The losses are torchvision's: RetinaNet's is a mean over images, each divided by its own objects, where
+OpenMMLab divides by those of the whole batch.
+
+Labels run from 1 to `num_classes`; 0 is the background, as in torchvision.
+"""
+
+from collections import OrderedDict
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import detection
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, roi_align
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
+
+from crossformer_vision.models import find_model
+from crossformer_vision.models.backbones import (
+    STRIDES,
+    DenseModel,
+    body_name,
+    create_backbone,
+    feature_maps,
+    map_channels,
+)
+
+__all__ = ["MaskRCNN", "RetinaNet", "create_detector"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pyramid, anchors, RoIAlign
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Pyramid(nn.Module):
+    """A timm backbone and its feature pyramid (FPN).
+
+    Shape: (B, 3, H, W) -> maps of `width` channels, named "0", "1", …, of the levels from `first` (0 is the
+    one at stride 4) to the backbone's last, then those of `extra`.
+    """
+
+    def __init__(self, body: nn.Module, width: int, first: int, extra: ExtraFPNBlock) -> None:
+        super().__init__()
+        self.body = body
+        self.first = first
+        self.out_channels = width
+        self.fpn = FeaturePyramidNetwork(map_channels(body)[first:], width, extra)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps = feature_maps(self.body, images)[self.first :]
+        return self.fpn(OrderedDict((str(i), x) for i, x in enumerate(maps)))
+
+
+class P6P7(ExtraFPNBlock):
+    """RetinaNet's two coarsest levels, at strides 64 and 128, from the backbone's last map."""
+
+    def __init__(self, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.p6 = nn.Conv2d(in_channels, width, 3, stride=2, padding=1)
+        self.p7 = nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+    def forward(
+        self, results: list[Tensor], x: list[Tensor], names: list[str]
+    ) -> tuple[list[Tensor], list[str]]:
+        p6 = self.p6(x[-1])
+        return [*results, p6, self.p7(p6)], [*names, "p6", "p7"]
+
+
+class Anchors(AnchorGenerator):
+    """Anchors of three aspect ratios at each position of each level, sizes and places unrounded.
+
+    Args:
+        strides: of the levels.
+        scale: side of a level's smallest anchor, in strides.
+        octave: anchors of different sizes between a level and the next.
+    """
+
+    def __init__(self, strides: tuple[int, ...], scale: float, octave: int) -> None:
+        sizes = tuple(tuple(stride * scale * 2 ** (k / octave) for k in range(octave)) for stride in strides)
+        super().__init__(sizes, ((0.5, 1.0, 2.0),) * len(strides))
+        self.strides = strides
+
+    def generate_anchors(
+        self,
+        scales: Any,
+        aspect_ratios: Any,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+    ) -> Tensor:
+        heights = torch.as_tensor(aspect_ratios, dtype=dtype, device=device).sqrt()[:, None]
+        sides = torch.as_tensor(scales, dtype=dtype, device=device)
+        w, h = (sides / heights).flatten(), (sides * heights).flatten()
+        return torch.stack([-w, -h, w, h], dim=1) / 2
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        device = feature_maps[0].device
+        self.set_cell_anchors(torch.float32, device)  # in half precision a map's far end has no fine places
+        strides = [[torch.tensor(s, device=device)] * 2 for s in self.strides]
+        anchors = torch.cat(self.grid_anchors([list(x.shape[-2:]) for x in feature_maps], strides))
+        return [anchors] * len(image_list.image_sizes)
+
+
+class RoIAlign(MultiScaleRoIAlign):
+    """RoIAlign with half-pixel alignment and adaptive sampling, from the level that suits each RoI's size.
+
+    Shape: maps by name at strides 4, 8, 16, 32, and boxes (n_i, 4) of each image -> (sum n_i, C, size, size).
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(["0", "1", "2", "3"], size, sampling_ratio=0)
+
+    def forward(
+        self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        maps = [x[name] for name in self.featmap_names]
+        image = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
+        rois = torch.cat([image, torch.cat(boxes)], dim=1)
+        sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0).sqrt()
+        levels = torch.floor(torch.log2(sides / 56 + 1e-6)).clamp(0, len(maps) - 1)  # 112 to 224: stride 8
+        pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], *self.output_size)
+        for level, (features, stride) in enumerate(zip(maps, STRIDES, strict=True)):
+            chosen = torch.where(levels == level)[0]
+            values = roi_align(
+                features, rois[chosen].to(features.dtype), self.output_size, 1 / stride, aligned=True
+            )
+            pooled = pooled.index_copy(0, chosen, values.to(pooled.dtype))
+        return pooled
+
+
+def _in_float32(module: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook of the heads: boxes and losses are computed in float32 under autocast, too."""
+    if isinstance(output, Tensor):
+        return output.float()
+    if isinstance(output, dict):
+        return {name: x.float() for name, x in output.items()}
+    return type(output)(_in_float32(module, args, x) for x in output)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Published names
+# ------------------------------------------------------------------------------------------------------------
+
+NECK = [
+    (r"^neck\.lateral_convs\.(\d)\.conv\.", r"backbone.fpn.inner_blocks.\1.0."),
+    (r"^neck\.fpn_convs\.(\d)\.conv\.", r"backbone.fpn.layer_blocks.\1.0."),
+]
+RETINANET = [
+    (r"^neck\.fpn_convs\.3\.conv\.", "backbone.fpn.extra_blocks.p6."),
+    (r"^neck\.fpn_convs\.4\.conv\.", "backbone.fpn.extra_blocks.p7."),
+    *NECK,
+    (r"^bbox_head\.cls_convs\.(\d)\.conv\.", r"head.classification_head.conv.\1.0."),
+    (r"^bbox_head\.reg_convs\.(\d)\.conv\.", r"head.regression_head.conv.\1.0."),
+    (r"^bbox_head\.retina_cls\.", "head.classification_head.cls_logits."),
+    (r"^bbox_head\.retina_reg\.", "head.regression_head.bbox_reg."),
+]
+MASK_RCNN = [
+    *NECK,
+    (r"^rpn_head\.rpn_conv\.", "rpn.head.conv.0.0."),
+    (r"^rpn_head\.rpn_cls\.", "rpn.head.cls_logits."),
+    (r"^rpn_head\.rpn_reg\.", "rpn.head.bbox_pred."),
+    (r"^roi_head\.bbox_head\.shared_fcs\.0\.", "roi_heads.box_head.fc6."),
+    (r"^roi_head\.bbox_head\.shared_fcs\.1\.", "roi_heads.box_head.fc7."),
+    (r"^roi_head\.bbox_head\.fc_cls\.", "roi_heads.box_predictor.cls_score."),
+    (r"^roi_head\.bbox_head\.fc_reg\.", "roi_heads.box_predictor.bbox_pred."),
+    (r"^roi_head\.mask_head\.convs\.(\d)\.conv\.", r"roi_heads.mask_head.\1.0."),
+    (r"^roi_head\.mask_head\.upsample\.", "roi_heads.mask_predictor.conv5_mask."),
+    (r"^roi_head\.mask_head\.conv_logits\.", "roi_heads.mask_predictor.mask_fcn_logits."),
+]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Detectors
+# ------------------------------------------------------------------------------------------------------------
+
+
+class RetinaNet(DenseModel, detection.RetinaNet):
+    """RetinaNet (arXiv 1708.02002) as published with CrossFormer; see `create_detector`."""
+
+    heads = ("backbone.fpn.", "head.")
+    class_layers = ("head.classification_head.cls_logits.",)
+    published_names = RETINANET
+
+    def __init__(
+        self,
+        body: nn.Module,
+        num_classes: int,
+        width: int,
+        anchor_scale: float | None,
+        max_detections: int,
+        **kwargs: Any,
+    ) -> None:
+        anchors = Anchors((8, 16, 32, 64, 128), anchor_scale or 4, octave=3)
+        head = RetinaNetHead(width, 9, num_classes)
+        head.register_forward_hook(_in_float32)
+        super().__init__(
+            Pyramid(body, width, first=1, extra=P6P7(map_channels(body)[-1], width)),
+            num_classes,
+            anchor_generator=anchors,
+            head=head,
+            detections_per_img=max_detections,
+            **kwargs,
+        )
+        self.body_name = body_name("backbone.body.", body)
+
+    def compute_loss(
+        self, targets: list[dict[str, Tensor]], head_outputs: dict[str, Tensor], anchors: list[Tensor]
+    ) -> dict[str, Tensor]:
+        targets = [{**target, "labels": target["labels"] - 1} for target in targets]  # no background class
+        return super().compute_loss(targets, head_outputs, anchors)
+
+    def postprocess_detections(
+        self,
+        head_outputs: dict[str, list[Tensor]],
+        anchors: list[list[Tensor]],
+        image_shapes: list[tuple[int, int]],
+    ) -> list[dict[str, Tensor]]:
+        found = super().postprocess_detections(head_outputs, anchors, image_shapes)
+        return [{**result, "labels": result["labels"] + 1} for result in found]
+
+
+class MaskRCNN(DenseModel, detection.MaskRCNN):
+    """Mask R-CNN (arXiv 1703.06870) as published with CrossFormer; see `create_detector`."""
+
+    heads = ("backbone.fpn.", "rpn.", "roi_heads.")
+    class_layers = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
+    published_names = MASK_RCNN
+
+    def __init__(
+        self,
+        body: nn.Module,
+        num_classes: int,
+        width: int,
+        anchor_scale: float | None,
+        max_detections: int,
+        **kwargs: Any,
+    ) -> None:
+        rpn_head = RPNHead(width, num_anchors=3)
+        box_predictor = FastRCNNPredictor(4 * width, num_classes + 1)
+        mask_predictor = MaskRCNNPredictor(width, width, num_classes + 1)
+        for head in (rpn_head, box_predictor, mask_predictor):
+            head.register_forward_hook(_in_float32)
+        super().__init__(
+            Pyramid(body, width, first=0, extra=LastLevelMaxPool()),
+            rpn_anchor_generator=Anchors((4, 8, 16, 32, 64), anchor_scale or 8, octave=1),
+            rpn_head=rpn_head,
+            box_roi_pool=RoIAlign(7),
+            box_head=TwoMLPHead(width * 7 * 7, 4 * width),
+            box_predictor=box_predictor,
+            mask_roi_pool=RoIAlign(14),
+            mask_head=MaskRCNNHeads(width, [width] * 4, dilation=1),
+            mask_predictor=mask_predictor,
+            box_detections_per_img=max_detections,
+            **{"rpn_post_nms_top_n_train": 1000, **kwargs},
+        )
+        self.body_name = body_name("backbone.body.", body)
+
+    def rename_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        # The background class comes first with torchvision, not last, and has rows of its own everywhere.
+        renamed = super().rename_published(state)
+        if "roi_head.bbox_head.fc_cls.weight" in state:
+            for kind in ("weight", "bias"):
+                logits = renamed[f"roi_heads.box_predictor.cls_score.{kind}"]
+                renamed[f"roi_heads.box_predictor.cls_score.{kind}"] = logits.roll(1, 0)
+                for name, rows in (
+                    (f"roi_heads.box_predictor.bbox_pred.{kind}", 4),
+                    (f"roi_heads.mask_predictor.mask_fcn_logits.{kind}", 1),
+                ):
+                    value = renamed[name]
+                    renamed[name] = torch.cat([value.new_zeros(rows, *value.shape[1:]), value])
+        return renamed
+
+
+DETECTORS = {"retinanet": RetinaNet, "mask_rcnn": MaskRCNN}
+
+
+def create_detector(
+    name: Literal["retinanet", "mask_rcnn"],
+    backbone: str = "crossformer_small",
+    num_classes: int = 80,
+    pretrained: bool = False,
+    width: int = 256,
+    anchor_scale: float | None = None,
+    max_detections: int = 100,
+    min_size: int | list[int] = 800,
+    max_size: int = 1333,
+    backbone_args: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """RetinaNet or Mask R-CNN on a timm backbone: a torchvision detector.
+
+    Args:
+        name: `"retinanet"` or `"mask_rcnn"`.
+        backbone: timm name of a model with maps at strides 4, 8, 16 and 32.
+        num_classes: classes of objects, without the background. Labels run from 1.
+        pretrained: start from the backbone's published weights.
+        width: channels of the pyramid and the heads.
+        anchor_scale: side of a level's smallest anchor, in strides; 4 (RetinaNet) or 8 (Mask R-CNN) if None.
+            Halve it for objects that are small beside the image.
+        max_detections: most objects that are found in an image.
+        min_size: the image's shorter side is brought to this many pixels; of several, training takes one at
+            random and evaluation the last,
+        max_size: but its longer side to at most so many.
+        backbone_args: further keywords of the backbone, such as `drop_path_rate`, or `group_size` and
+            `interval` for other groups at test time.
+        **kwargs: of torchvision's `RetinaNet` or `MaskRCNN`, such as `score_thresh` or `box_score_thresh`.
+
+    Returns:
+        A module that takes a list of images (3, H, W) in 0..1, of any sizes, and in training a list of
+        targets (`boxes` (n, 4) in pixels, `labels` (n,), `masks` (n, H, W)). It returns a dict of losses in
+        training, otherwise a list of dicts with `boxes`, `labels`, `scores` and, from Mask R-CNN, `masks`
+        (n, 1, H, W) as probabilities.
+
+    Raises:
+        ValueError: unknown detector or backbone, or a backbone without such maps.
+    """
+    if name not in DETECTORS:
+        raise ValueError(f"unknown detector '{name}'; there are: {', '.join(DETECTORS)}")
+    cfg = find_model(backbone)
+    body = create_backbone(backbone, pretrained, **(backbone_args or {}))
+    return DETECTORS[name](
+        body,
+        num_classes,
+        width,
+        anchor_scale,
+        max_detections,
+        min_size=min_size,
+        max_size=max_size,
+        image_mean=list(cfg.mean),
+        image_std=list(cfg.std),
+        **kwargs,
+    )

@@ -1,0 +1,222 @@
+"""COCO files: what is read from them, what is refused, and how images become batches."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crossformer_vision import UserError
+from crossformer_vision.data.detection import CocoImages, DetectionData, decode_mask
+
+SQUARE = [10, 10, 30, 10, 30, 40, 10, 40]
+
+
+def coco(root, split="train", images=4, edit=None, layout="images"):
+    """Wide and tall images in turn, with a polygon, an RLE mask and a crowd; image 0 has no objects."""
+    folder = root / "images" / split if layout == "images" else root / split
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    content = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": 7, "name": "b"}, {"id": 3, "name": "a"}],
+    }
+    for n in range(images):
+        w, h = ((80, 60), (50, 70))[n % 2]
+        Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)).save(folder / f"{n}.png")
+        content["images"].append(dict(id=100 + n, file_name=f"{n}.png", width=w, height=h))
+        if n:
+            counts = [h * 5, h * 10, h * (w - 15)]  # columns 5 to 14
+            common = dict(image_id=100 + n, iscrowd=0)
+            content["annotations"] += [
+                dict(common, id=10 * n, category_id=3, bbox=[10, 10, 20, 30], area=600, segmentation=[SQUARE]),
+                dict(common, id=10 * n + 1, category_id=7, bbox=[5, 0, 10, h], area=10 * h,
+                     segmentation={"size": [h, w], "counts": counts}),
+                dict(common, id=10 * n + 2, category_id=3, bbox=[0, 0, 9, 9], area=81, iscrowd=1,
+                     segmentation={"size": [h, w], "counts": [0, 9, h * w - 9]}),
+            ]  # fmt: skip
+    if edit:
+        edit(content)
+    file = root / "annotations" / f"instances_{split}.json"
+    if layout == "roboflow":
+        file = folder / "_annotations.coco.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content))
+    return file
+
+
+def data(root, **options):
+    return DetectionData(
+        str(root), **{"detector": "mask_rcnn", "min_size": 60, "max_size": 90, "num_workers": 0, **options}
+    )
+
+
+@pytest.mark.parametrize(
+    "train, val, layout",
+    [("train", "val", "images"), ("train2017", "val2017", "coco"), ("train", "valid", "roboflow")],
+)
+def test_layouts(train, val, layout, tmp_path):
+    coco(tmp_path, train, layout=layout)
+    coco(tmp_path, val, layout=layout)
+    found = data(tmp_path)
+    assert found.num_classes == 2 and found.classes == ["a", "b"]  # in the order of COCO's ids, 3 and 7
+    images, targets = next(iter(found.val_dataloader()))
+    assert len(images) == 1 and images[0].shape == (3, 60, 80) and len(targets[0]["boxes"]) == 0
+    assert targets[0]["masks"].shape == (0, 60, 80)
+
+
+def test_objects_are_read_as_they_are(tmp_path):
+    coco(tmp_path)
+    coco(tmp_path, "val")
+    found = data(tmp_path)
+    assert found.num_classes == 2
+    image, target = found.images["val"][1]
+    assert image.dtype == torch.float32 and image.min() >= 0 and 0.9 < image.max() <= 1
+    assert target["boxes"].tolist() == [[10, 10, 30, 40], [5, 0, 15, 70], [0, 0, 9, 9]]
+    assert target["labels"].tolist() == [1, 2, 1] and target["iscrowd"].tolist() == [0, 0, 1]
+    assert target["area"].tolist() == [600, 700, 81] and int(target["image_id"]) == 101
+    assert target["masks"][0].sum() == 600 and target["masks"][0, 10:40, 10:30].all()
+    assert target["masks"][1].sum() == 700 and target["masks"][1, :, 5:15].all()
+    _, target = found.images["train"][1]
+    assert target["labels"].tolist() == [1, 2] and "iscrowd" not in target  # no crowds in training
+
+
+def test_compressed_run_lengths_polygons_and_lists_agree():
+    from pycocotools import mask
+
+    drawn = np.zeros((40, 50), np.uint8)
+    drawn[10:40, 10:30] = 1
+    encoded = mask.encode(np.asfortranarray(drawn))
+    assert (decode_mask({**encoded, "counts": encoded["counts"].decode()}, 50, 40) == drawn).all()
+    assert (decode_mask([SQUARE], 50, 40) == drawn).all()
+
+
+@pytest.mark.parametrize(
+    "options", [dict(scale_jitter=(0.5, 2.0), photometric=True, vflip=0.5), dict(hflip=1.0)]
+)
+def test_boxes_and_masks_go_with_the_image(options, tmp_path):
+    coco(tmp_path, images=8)  # four of each kind: nothing is left over
+    coco(tmp_path, "val")
+    found = data(tmp_path, batch_size=2, **options)
+    for images, targets in found.train_dataloader():
+        assert len({image.shape[1] > image.shape[2] for image in images}) == 1  # all tall or all wide
+        for image, target in zip(images, targets, strict=True):
+            assert image.shape[1:] == target["masks"].shape[1:]
+            assert min(image.shape[1:]) == 60 and max(image.shape[1:]) <= 90
+            for box, mask in zip(target["boxes"], target["masks"], strict=True):
+                ys, xs = torch.where(mask)
+                if len(ys):
+                    inked = torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float()
+                    assert (inked - box).abs().max() < 2.5  # of nearest neighbours
+    assert len(found.train_dataloader()) == 4
+
+
+def test_digits_are_the_same_in_each_run():
+    for detector in ("retinanet", "mask_rcnn"):
+        first, second = (
+            next(iter(DetectionData(None, detector=detector, min_size=64, num_workers=0).train_dataloader()))
+            for _ in range(2)
+        )
+        assert torch.equal(first[0][0], second[0][0]) and torch.equal(
+            first[1][1]["boxes"], second[1][1]["boxes"]
+        )
+        assert ("masks" in first[1][0]) == (detector == "mask_rcnn")
+        assert all(1 <= label <= 10 for target in first[1] for label in target["labels"])
+
+
+def change(path, value):
+    """An edit of a COCO file: `change("annotations.0.bbox", …)`."""
+
+    def edit(content):
+        *keys, last = [int(k) if k.isdigit() else k for k in path.split(".")]
+        for key in keys:
+            content = content[key]
+        content[last] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (change("annotations.0.image_id", 5), r"annotation 10: of image 5, which is not in the file"),
+        (change("annotations.1.category_id", 9), r"annotation 11: of category 9; known are 3 \(a\), 7 \(b\)"),
+        (change("annotations.0.bbox", [1, 2, 3]), r"annotation 10: its bbox is not \[x, y, width, height\]"),
+        (change("annotations.0.segmentation", [[1, 2, 3, 4]]), "annotation 10: a polygon of fewer than three points"),
+        (change("annotations.1.segmentation.size", [9, 9]), r"annotation 11: its mask is of size \[9, 9\], the image of"),
+        (change("annotations.0.segmentation", None), "annotation 10: has no segmentation"),
+        (change("categories", {}), "not a COCO file: it needs the lists images, annotations and categories"),
+        (change("images.0", {"id": 1}), "not a COCO file: its images need id, file_name, width and height"),
+        (change("images", []), "lists no images"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_file_is_named(edit, message, tmp_path):
+    file = coco(tmp_path, edit=edit)
+    with pytest.raises(UserError, match=f"{file}: {message}"):
+        CocoImages(file, tmp_path / "images/train", masks=True)
+
+
+def test_missing_files_and_no_json(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        assert data(tmp_path / "nowhere").num_classes
+    with pytest.raises(
+        UserError, match=r"instances_train.json: no such annotation file; name the split with"
+    ):
+        assert data(tmp_path).num_classes
+    file = coco(tmp_path)
+    with pytest.raises(UserError, match=r"instances_val.json: no such annotation file"):
+        assert data(tmp_path).num_classes
+    file.write_text("{")
+    with pytest.raises(UserError, match="instances_train.json: not JSON"):
+        assert data(tmp_path).num_classes
+
+
+def test_boxes_without_area_are_dropped_and_counted(tmp_path, caplog):
+    def edit(content):
+        content["annotations"][0]["bbox"] = [200, 10, 20, 30]  # outside
+        content["annotations"][1]["bbox"] = [5, 5, 0, 10]
+        content["annotations"][3]["bbox"] = [5, 5, 10, -3]
+        content["annotations"][4]["bbox"] = [70, 50, 40, 40]  # partly outside an image of 80 x 60
+
+    images = CocoImages(coco(tmp_path, edit=edit), tmp_path / "images/train")
+    assert "3 boxes outside their image or of no size left out, the first: [200, 10, 20, 30]" in caplog.text
+    assert [len(objects) for objects in images.objects] == [0, 1, 2, 3]
+    assert images.objects[2][0]["box"] == (70, 50, 80, 60)
+
+
+def test_images_of_all_kinds(tmp_path):
+    coco(tmp_path)
+    coco(tmp_path, "val", images=5)
+    folder = tmp_path / "images/val"
+    ramp = np.linspace(0, 65535, 80 * 60).reshape(60, 80)
+    Image.fromarray((ramp / 257).astype(np.uint8)).save(folder / "0.png")
+    Image.fromarray(ramp.astype(np.uint16)).save(folder / "2.png")
+    Image.new("RGBA", (50, 70), (10, 200, 30, 0)).save(folder / "1.png")
+    (folder / "3.png").unlink()
+    (folder / "4.png").write_bytes(b"rubbish")
+    found = data(tmp_path)
+    assert found.num_classes
+    grey, colour, deep = (found.images["val"][n][0] for n in range(3))
+    assert (grey - deep).abs().max() < 0.01 and deep[0, -1, -1] > 0.99  # 16 bits are scaled, not clipped
+    assert (colour[:, 0, 0] * 255).round().tolist() == [10, 200, 30]
+    for n in (3, 4):
+        with pytest.raises(UserError, match=f"val/{n}.png: cannot read this image"):
+            found.images["val"][n]
+    lenient = data(tmp_path, skip_corrupt=True)
+    assert lenient.num_classes
+    assert len(lenient.images["val"][3][1]["boxes"]) == 0 and lenient.skipped == 2  # image 0 stands in
+
+
+def test_a_file_name_cannot_leave_its_folder(tmp_path):
+    file = coco(tmp_path, edit=change("images.0.file_name", "../../secret.png"))
+    (tmp_path / "secret.png").write_bytes((tmp_path / "images/train/0.png").read_bytes())
+    with pytest.raises(UserError, match=r"secret.png lies outside"):
+        CocoImages(file, tmp_path / "images/train").read(0)
+
+
+def test_an_image_of_another_size_is_named(tmp_path):
+    file = coco(tmp_path, edit=change("images.0.width", 81))
+    with pytest.raises(UserError, match=r"0.png: is 80x60, .*instances_train.json says 81x60"):
+        CocoImages(file, tmp_path / "images/train").read(0)

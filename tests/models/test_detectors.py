@@ -1,0 +1,250 @@
+"""The detectors compute what the published ones computed, and behave as torchvision's."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import PARITY
+from parity.formula import formula_images, formula_state_dict
+
+from crossformer_vision import UserError, create_detector, load_checkpoint
+
+KEYS = json.loads((PARITY / "dense_model_keys.json").read_text())
+RECORD = np.load(PARITY / "dense_model_outputs.npz")
+
+
+def published(tmp_path, name: str) -> torch.nn.Module:
+    """A detector with the formula weights, loaded from a file of the published form."""
+    torch.save(
+        {"state_dict": formula_state_dict(KEYS[f"{name}_small"]), "meta": {}}, tmp_path / "published.pth"
+    )
+    detector = create_detector(name, "crossformer_small").eval()
+    report = load_checkpoint(detector, tmp_path / "published.pth")
+    assert not report.missing and not report.unused and not report.dropped
+    return detector
+
+
+def compare(name: str, value: torch.Tensor) -> None:
+    assert list(value.shape) == RECORD[f"{name}.shape"].tolist()
+    expected = RECORD[name]
+    assert np.abs(value.flatten()[::7].numpy() - expected).max() < 1e-4 * np.abs(expected).max(), name
+
+
+def test_retinanet_is_the_published_one(tmp_path):
+    detector = published(tmp_path, "retinanet")
+    with torch.no_grad():
+        maps = detector.backbone(formula_images(1, 256, 320))
+        out = detector.head(list(maps.values()))
+    start = 0
+    for level, x in enumerate(maps.values()):
+        H, W = x.shape[-2:]
+        rows = slice(start, start := start + H * W * 9)
+        for key, ours in (("class_logits", "cls_logits"), ("box_deltas", "bbox_regression")):
+            values = out[ours][:, rows]  # (1, H * W * 9, k)
+            values = values.reshape(1, H, W, -1).permute(0, 3, 1, 2)
+            compare(f"retinanet_small.{key}.{level}", values)
+
+
+def test_mask_rcnn_is_the_published_one(tmp_path):
+    detector = published(tmp_path, "mask_rcnn")
+    heads = detector.roi_heads
+    rois = [torch.from_numpy(RECORD["mask_rcnn_small.roi_boxes"])]
+    with torch.no_grad():
+        maps = detector.backbone(formula_images(1, 256, 320))
+        objectness, deltas = detector.rpn.head(list(maps.values()))
+        logits, boxes = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, rois, [(256, 320)])))
+        masks = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(maps, rois, [(256, 320)])))
+    for level in range(5):
+        compare(f"mask_rcnn_small.objectness.{level}", objectness[level])
+        compare(f"mask_rcnn_small.rpn_deltas.{level}", deltas[level])
+    compare("mask_rcnn_small.roi_class_logits", logits.roll(-1, 1))  # OpenMMLab's background comes last
+    compare("mask_rcnn_small.roi_box_deltas", boxes[:, 4:])
+    compare("mask_rcnn_small.roi_mask_logits", masks[:, 1:])
+
+
+@pytest.mark.parametrize(
+    "name, backbone, millions",
+    [
+        ("retinanet", "crossformer_small", 40.8),
+        ("retinanet", "crossformer_base", 62.1),
+        ("mask_rcnn", "crossformer_small", 50.2),
+        ("mask_rcnn", "crossformer_base", 71.5),
+        ("mask_rcnn", "crossformer_pp_small", 43.0),
+    ],
+)
+def test_published_numbers_of_parameters(name, backbone, millions):
+    with torch.device("meta"):
+        detector = create_detector(name, backbone)
+    assert sum(p.numel() for p in detector.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+SMALL = dict(num_classes=3, width=16, min_size=64, max_size=96)
+
+
+def target(masks=True):
+    objects = dict(
+        boxes=torch.tensor([[5.0, 8.0, 40.0, 50.0], [30.0, 10.0, 60.0, 30.0]]), labels=torch.tensor([3, 1])
+    )
+    if masks:
+        objects["masks"] = torch.zeros(2, 64, 80, dtype=torch.uint8)
+        objects["masks"][0, 8:50, 5:40] = objects["masks"][1, 10:30, 30:60] = 1
+    return objects
+
+
+@pytest.mark.parametrize(
+    "backbone", ["crossformer_nano", "resnet18", "swin_tiny_patch4_window7_224", "pvt_v2_b0"]
+)
+@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn"])
+def test_any_timm_backbone_trains(name, backbone):
+    torch.manual_seed(0)
+    detector = create_detector(name, backbone, **SMALL).train()
+    images = [torch.rand(3, 64, 80), torch.rand(3, 70, 64)]
+    empty = {k: v[:0] for k, v in target().items()} | {"masks": torch.zeros(0, 70, 64, dtype=torch.uint8)}
+    losses = detector(images, [target(), empty])
+    sum(losses.values()).backward()
+    unused = {"swin": ["backbone.body.norm"], "pvt": []}.get(backbone[:4], [])
+    for key, parameter in detector.named_parameters():
+        if not key.startswith(tuple(unused)):
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+    detector.eval()
+    with torch.no_grad():
+        found = detector(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = detector(images)
+    for result, image in zip(found, images, strict=True):
+        assert result["boxes"].shape == (len(result["labels"]), 4) and len(result["scores"]) <= 100
+        assert result["labels"].numel() == 0 or 1 <= result["labels"].min() <= result["labels"].max() <= 3
+        if name == "mask_rcnn":
+            assert result["masks"].shape == (len(result["labels"]), 1, *image.shape[1:])
+    assert all(result["boxes"].dtype == torch.float32 for result in low)
+
+
+@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn"])
+def test_it_learns_an_image_by_heart(name):
+    torch.manual_seed(0)
+    detector = create_detector(name, "crossformer_nano", **SMALL).train()
+    optimizer = torch.optim.AdamW(detector.parameters(), 2e-3)
+    image = torch.rand(3, 64, 80) * 0.2
+    truth = target()
+    image[:, 8:50, 5:40] = image[:1, 10:30, 30:60] = 0.9
+    for _ in range(120):
+        optimizer.zero_grad()
+        sum(detector([image], [truth]).values()).backward()
+        torch.nn.utils.clip_grad_norm_(detector.parameters(), 5.0)
+        optimizer.step()
+    with torch.no_grad():
+        (found,) = detector.eval()([image])
+    assert found["labels"][:2].tolist() == [3, 1] or found["labels"][:2].tolist() == [1, 3]
+    order = found["labels"][:2].argsort(descending=True)
+    assert (found["boxes"][:2][order] - truth["boxes"]).abs().max() < 6
+    if name == "mask_rcnn":
+        masks = found["masks"][:2, 0][order] > 0.5
+        overlap = (masks & truth["masks"].bool()).sum((1, 2)) / (masks | truth["masks"].bool()).sum((1, 2))
+        assert overlap.min() > 0.7
+
+
+def test_sizes_seen_before_change_nothing():
+    torch.manual_seed(0)
+    detector = create_detector("retinanet", "crossformer_nano", score_thresh=0.0, **SMALL).eval()
+    image = torch.rand(3, 64, 80)
+    with torch.no_grad():
+        before = detector([image])[0]
+        for size in ((96, 64), (33, 90), (200, 64)):
+            detector([torch.rand(3, *size)])
+        after = detector([image])[0]
+    assert len(before["boxes"]) and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_groups_of_test_time_take_the_same_weights():
+    plain = create_detector("retinanet", "crossformer_nano", **SMALL)
+    wide = create_detector(
+        "retinanet", "crossformer_nano", backbone_args=dict(group_size=(8, 8, 4, 4)), **SMALL
+    )
+    wide.load_state_dict(plain.state_dict())
+    image = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        a, b = plain.backbone(image)["0"], wide.backbone(image)["0"]
+    assert a.shape == b.shape and not torch.allclose(a, b)
+
+
+def test_anchors_are_unrounded_multiples_of_the_stride():
+    detector = create_detector("retinanet", "crossformer_nano", **SMALL)
+    maps = [torch.zeros(1, 16, -(-100 // s), -(-100 // s)) for s in (8, 16, 32, 64, 128)]
+    images = torch.zeros(1, 3, 100, 100)
+    from torchvision.models.detection.image_list import ImageList
+
+    (anchors,) = detector.anchor_generator(ImageList(images, [(100, 100)]), maps)
+    assert len(anchors) == 9 * sum(x.shape[2] * x.shape[3] for x in maps)
+    side = 32 * 2 ** (1 / 3)
+    half = torch.tensor([side * 0.5**-0.5, side * 0.5**0.5]) / 2  # ratio 1/2: height half the width
+    torch.testing.assert_close(anchors[1], torch.cat([-half, half]))
+    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+    assert torch.allclose(centres[9], torch.tensor([8.0, 0.0]), atol=1e-5)
+    p6 = 9 * sum(x.shape[2] ** 2 for x in maps[:3])
+    assert torch.allclose(centres[p6 + 9], torch.tensor([64.0, 0.0]), atol=1e-5)  # 100 // 2 would be 50
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn"])
+def test_a_file_of_a_backbone_loads_the_backbone(name, tmp_path, caplog):
+    """A published classifier, as people train from: nothing of it may be lost silently."""
+    state = formula_state_dict(json.loads((PARITY / "classifier_keys.json").read_text())["crossformer_small"])
+    torch.save({"model": state}, tmp_path / "crossformer-s.pth")
+    detector = create_detector(name, "crossformer_small")
+    report = load_checkpoint(detector, tmp_path / "crossformer-s.pth")
+    body = {key for key in detector.state_dict() if key.startswith("backbone.body.")}
+    assert set(report.loaded) == body and all(not key.startswith("backbone.body.") for key in report.missing)
+    assert "not in the file" in caplog.text
+    loaded = detector.state_dict()["backbone.body.model.stages.0.embed.convs.0.weight"]
+    assert torch.equal(loaded, state["patch_embed.projs.0.weight"])
+
+
+def test_own_detectors_and_other_class_counts(tmp_path, caplog):
+    for name in ("retinanet", "mask_rcnn"):
+        source = create_detector(name, "crossformer_nano", **SMALL)
+        torch.save(
+            {"state_dict": {f"net.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "own.ckpt"
+        )
+        again = create_detector(name, "crossformer_nano", **SMALL)
+        report = load_checkpoint(again, tmp_path / "own.ckpt", adapt_classifier=False)
+        assert not report.missing and all(
+            torch.equal(a, b)
+            for a, b in zip(source.state_dict().values(), again.state_dict().values(), strict=True)
+        )
+        five = create_detector(name, "crossformer_nano", **{**SMALL, "num_classes": 5})
+        report = load_checkpoint(five, tmp_path / "own.ckpt")
+        assert report.dropped and not report.missing and "of another shape" in caplog.text
+        with pytest.raises(UserError, match="own.ckpt: is for other classes"):
+            load_checkpoint(five, tmp_path / "own.ckpt", adapt_classifier=False)
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    detector = create_detector("mask_rcnn", "crossformer_nano", **SMALL)
+    before = {key: value.clone() for key, value in detector.state_dict().items()}
+    published = formula_state_dict(KEYS["retinanet_small"])
+    own = create_detector("retinanet", "crossformer_nano", **SMALL).state_dict()
+    for state, message in (
+        ({"x": torch.ones(3)}, "none of its weights fits"),
+        (published, "belongs to another model"),
+        (own, "belongs to another model"),
+        ({k: v for k, v in before.items() if "stages.1" not in k}, "lacks .* weights"),
+        ({k: v for k, v in before.items() if "fpn.inner_blocks.1" not in k}, "lacks 2 weights"),
+        ({k: v for k, v in before.items() if "backbone.body" not in k}, "none of its weights fits|lacks"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_checkpoint(detector, state)
+    assert all(torch.equal(value, before[key]) for key, value in detector.state_dict().items())
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="unknown detector 'yolo'; there are: retinanet, mask_rcnn"):
+        create_detector("yolo")
+    with pytest.raises(ValueError, match="unknown model 'crossformer_smal'; did you mean crossformer_small"):
+        create_detector("retinanet", "crossformer_smal")
+    with pytest.raises(ValueError, match="4, 8, 16 and 32 are needed"):
+        create_detector("retinanet", "vit_tiny_patch16_224")
