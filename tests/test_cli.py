@@ -38,7 +38,7 @@ def test_import_registers_and_names_are_public():
 @pytest.mark.parametrize(
     "args, code, message",
     [
-        ("fly", 2, "no verb 'fly'; there are: train, validate, download"),
+        ("fly", 2, "no verb 'fly'; there are: train, validate, predict, info, download"),
         ("train --data.root nowhere", 1, "nowhere: no such folder"),
         (
             "train --model.model crossformer_smal",

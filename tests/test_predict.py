@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
-from tasks.test_detection import TINY as DETECTION
+from tasks.test_detection_run import TINY as DETECTION
 from tasks.test_run import TINY as CLASSIFICATION
 
 from crossformer_vision import UserError, load_predictor

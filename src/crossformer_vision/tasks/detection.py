@@ -95,6 +95,7 @@ class Detection(Task):
             max_detection_thresholds=[1, 10, max_detections],
             extended_summary=True,
             backend="faster_coco_eval",
+            sync_on_compute=False,  # its own wants as many images of each process; see `_gather`
         )
         self.metrics = {**METRICS, "recall": f"mar_{max_detections}"}
         self.shown: list[tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]] = []  # image, truth, found
@@ -126,12 +127,15 @@ class Detection(Task):
         for result in found:
             if "masks" in result:
                 result["masks"] = result["masks"].squeeze(1) > 0.5
-        self.metric.update(found, targets)
+        self.metric.update(
+            *([{k: v.cpu() for k, v in one.items()} for one in many] for many in (found, targets))
+        )
         batches = int(sum(self.trainer.num_val_batches))
         if batch_idx % max(1, batches // SHOWN) == 0 and len(self.shown) < SHOWN:
             self.shown += zip(images, targets, found, strict=True)
 
     def on_validation_epoch_end(self) -> None:
+        self._gather()
         self.summary = self.metric.compute()
         self.metric.reset()
         for kind, theirs in self.kinds.items():
@@ -139,6 +143,14 @@ class Detection(Task):
                 value = self.summary[f"{theirs}_{key}" if len(self.kinds) > 1 else key]
                 if name == "ap" or value >= 0:  # -1: no such objects
                     self.log(f"val_{kind}_{name}", value.to(self.device, torch.float32).clamp(min=0))
+
+    def _gather(self) -> None:
+        """Give the metric of each process what all processes have seen."""
+        if self.trainer.world_size > 1:
+            for name, values in self.metric.metric_state.items():
+                everyone: list[Any] = [None] * self.trainer.world_size
+                torch.distributed.all_gather_object(everyone, values)
+                setattr(self.metric, name, [value for one in everyone for value in one])
 
     def class_table(self, classes: list[str]) -> list[dict[str, Any]]:
         """AP and AP50 of each class at the last validation, one row a class."""

@@ -62,8 +62,13 @@ class Run:
         callbacks += [
             RunFolder(folder, config, resumed),
             LearningRateMonitor("epoch"),
-            ModelCheckpoint(
-                folder, "best", monitor=task.monitor, mode=task.monitor_mode, enable_version_counter=False
+            ModelCheckpoint(  # before `last`, which keeps what the best one is
+                folder,
+                "best",
+                monitor=task.monitor,
+                mode=task.monitor_mode,
+                enable_version_counter=False,
+                save_on_train_epoch_end=False,
             ),
             ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=False),
         ]

@@ -124,7 +124,8 @@ def test_two_processes_train_as_one(tmp_path):
     threads = {**os.environ, "OMP_NUM_THREADS": "1"}
     for folder, devices, batch in (("one", 1, 4), ("two", 2, 2)):
         options = f"--trainer.devices {devices} --trainer.strategy {'ddp' if devices > 1 else 'auto'}"
-        options += f" --data.batch_size {batch} --run.folder {tmp_path / folder} --model.optimizer adamw"
+        options += f" --data.batch_size {batch} --run.folder {tmp_path / folder}"
+        options += " --model.optimizer sgd --model.lr 0.01"  # Adam magnifies the rounding of tiny gradients
         subprocess.run([CROSSFORMER, "train", *TINY, *options.split()], check=True, env=threads)
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert one.keys() == two.keys()
