@@ -246,10 +246,11 @@ def _parse(args: list[str], verb: str, resumed: bool) -> Any:
     from crossformer_vision.tasks.run import Run, new_folder, quiet
 
     quiet()
+    args = [part for a in args for part in (a.split("=", 1) if a.startswith("--config=") else (a,))]
     args = [find_config(a) if i and args[i - 1] == "--config" else a for i, a in enumerate(args)]
     name = _task_name(args)
     parts = TASKS[name]
-    if not any(a == "--config" or a.startswith("--config=") for a in args):
+    if "--config" not in args:
         args = ["--config", find_config(parts.quickstart), *args]
 
     class Cli(LightningCLI):

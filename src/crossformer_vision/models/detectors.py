@@ -132,14 +132,12 @@ class RoIAlign(MultiScaleRoIAlign):
         rois = torch.cat([image, torch.cat(boxes)], dim=1)
         sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0).sqrt()
         levels = torch.floor(torch.log2(sides / 56 + 1e-6)).clamp(0, len(maps) - 1)  # 112 to 224: stride 8
-        pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], *self.output_size)
-        for level, (features, stride) in enumerate(zip(maps, STRIDES, strict=True)):
-            chosen = torch.where(levels == level)[0]
-            values = roi_align(
-                features, rois[chosen].to(features.dtype), self.output_size, 1 / stride, aligned=True
-            )
-            pooled = pooled.index_copy(0, chosen, values.to(pooled.dtype))
-        return pooled
+        rows = [torch.where(levels == level)[0] for level in range(len(maps))]
+        pooled = [
+            roi_align(features.float(), rois[chosen], self.output_size, 1 / stride, aligned=True)
+            for features, chosen, stride in zip(maps, rows, STRIDES, strict=True)
+        ]
+        return torch.cat(pooled)[torch.cat(rows).argsort()]
 
 
 def _in_float32(module: nn.Module, args: Any, output: Any) -> Any:
