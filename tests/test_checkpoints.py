@@ -254,3 +254,12 @@ def test_no_connection_and_what_only_a_person_can_fetch(drive):
     with pytest.raises(UserError, match="no published weights of 'resnet18'"):
         fetch_published("resnet18")
     assert set(PUBLISHED) == {m.split(".")[0] for m in timm.list_models("crossformer*.in1k", pretrained=True)}
+
+
+def test_names_of_other_models_are_not_taken_for_published_ones():
+    """Swin's begin with `layers.`, as the published CrossFormers' do."""
+    args = dict(img_size=64, embed_dim=8, depths=(1, 1), num_heads=(1, 1), window_size=4, num_classes=3)
+    source, model = (timm.create_model("swin_tiny_patch4_window7_224", **args) for _ in range(2))
+    report = load_checkpoint(model, {"state_dict": {f"net.{k}": v for k, v in source.state_dict().items()}})
+    assert not report.missing and not report.unused
+    assert all(torch.equal(v, source.state_dict()[k]) for k, v in model.state_dict().items())

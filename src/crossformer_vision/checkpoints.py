@@ -147,7 +147,11 @@ def load_checkpoint(
         heads = class_layers = (inner + str(cfg.get("classifier", "head")),)
 
         def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {inner + name: x for name, x in crossformer.checkpoint_filter_fn(state).items()}
+            known = {name: x for name, x in state.items() if inner + name in target}
+            others = {name: x for name, x in state.items() if name not in known}
+            return {
+                inner + name: x for name, x in {**known, **crossformer.checkpoint_filter_fn(others)}.items()
+            }
 
     state = _best_names(_state_dict(content), set(target), rename)
 
