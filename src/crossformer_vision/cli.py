@@ -12,7 +12,7 @@ usage: crossformer VERB [options]      crossformer VERB --help for all options o
 
 CrossFormer and CrossFormer++: train and evaluate vision models on images of your own.
 
-  train       train a model; without options, the quickstart: three minutes on handwritten digits
+  train       train a model; without options, the quickstart: some minutes on handwritten digits
   validate    evaluate a checkpoint, and draw what it gets right and wrong
   predict     what a trained checkpoint sees in images and folders: pictures and JSON
   info        parameters and operations of a model, beside the published ones
