@@ -6,13 +6,22 @@ from pathlib import PurePath
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["CrossFormer", "LoadReport", "UserError", "create_detector", "load_checkpoint", "load_predictor"]
+__all__ = [
+    "CrossFormer",
+    "LoadReport",
+    "UserError",
+    "create_detector",
+    "create_segmenter",
+    "load_checkpoint",
+    "load_predictor",
+]
 
 _HOMES = {
     "CrossFormer": "crossformer_vision.models.crossformer",
     "LoadReport": "crossformer_vision.checkpoints",
     "UserError": "crossformer_vision.errors",
     "create_detector": "crossformer_vision.models.detectors",
+    "create_segmenter": "crossformer_vision.models.segmenters",
     "load_checkpoint": "crossformer_vision.checkpoints",
     "load_predictor": "crossformer_vision.predict",
 }

@@ -1,11 +1,15 @@
 """Any timm model as the backbone of a dense model: four maps, at any image size."""
 
 import re
+from collections import OrderedDict
 from typing import Any, ClassVar
 
 import timm
+import torch.nn.functional as F
 from timm.layers import Format
 from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from crossformer_vision.models import crossformer, find_model
 
@@ -51,11 +55,40 @@ def map_channels(model: Any) -> list[int]:
 
 def feature_maps(model: Any, images: Tensor) -> list[Tensor]:
     """The maps at strides 4, 8, 16 and 32: (B, 3, H, W) -> 4 x (B, C, ceil(H / stride), ceil(W / stride))."""
+    H, W = images.shape[2:]
+    if H % STRIDES[0] or W % STRIDES[0]:  # CrossFormer does so itself; others, such as Swin, refuse
+        images = F.pad(images, (0, -W % STRIDES[0], 0, -H % STRIDES[0]))
     by_stride = dict(zip(model.feature_info.reduction(), model(images), strict=True))
     maps = [by_stride[stride] for stride in STRIDES]
     if model.output_fmt == Format.NHWC:
         maps = [x.permute(0, 3, 1, 2) for x in maps]
     return maps
+
+
+class Pyramid(nn.Module):
+    """A timm backbone and its feature pyramid (FPN, arXiv 1612.03144).
+
+    Shape: (B, 3, H, W) -> maps of `width` channels, named "0", "1", …, of the levels from `first` (0 is the
+    one at stride 4) to the backbone's last, then those of `extra`.
+    """
+
+    def __init__(self, body: nn.Module, width: int, first: int = 0, extra: ExtraFPNBlock | None = None) -> None:
+        super().__init__()
+        self.body = body
+        self.first = first
+        self.out_channels = width
+        self.fpn = FeaturePyramidNetwork(map_channels(body)[first:], width, extra)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps = feature_maps(self.body, images)[self.first :]
+        return self.fpn(OrderedDict((str(i), x) for i, x in enumerate(maps)))
+
+
+# OpenMMLab's names of a `Pyramid` called "backbone".
+PUBLISHED_NECK = [
+    (r"^neck\.lateral_convs\.(\d)\.conv\.", r"backbone.fpn.inner_blocks.\1.0."),
+    (r"^neck\.fpn_convs\.(\d)\.conv\.", r"backbone.fpn.layer_blocks.\1.0."),
+]
 
 
 class DenseModel(nn.Module):
@@ -72,6 +105,11 @@ class DenseModel(nn.Module):
     heads: ClassVar[tuple[str, ...]]
     class_layers: ClassVar[tuple[str, ...]]
     published_names: ClassVar[list[tuple[str, str]]]
+
+    @property
+    def body(self) -> Any:
+        """The `features_only` model."""
+        return self.get_submodule(self.body_name.removesuffix("model.").removesuffix("."))
 
     def rename_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights of a published dense model, or of a backbone alone, under this model's names.

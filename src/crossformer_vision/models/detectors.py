@@ -14,7 +14,6 @@ OpenMMLab divides by those of the whole batch.
 Labels run from 1 to `num_classes`; 0 is the background, as in torchvision.
 """
 
-from collections import OrderedDict
 from typing import Any, Literal
 
 import torch
@@ -26,16 +25,17 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, roi_align
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
 
 from crossformer_vision.models import find_model
 from crossformer_vision.models.backbones import (
+    PUBLISHED_NECK,
     STRIDES,
     DenseModel,
+    Pyramid,
     body_name,
     create_backbone,
-    feature_maps,
     map_channels,
 )
 
@@ -43,27 +43,8 @@ __all__ = ["MaskRCNN", "RetinaNet", "create_detector"]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Pyramid, anchors, RoIAlign
+# Levels, anchors, RoIAlign
 # ------------------------------------------------------------------------------------------------------------
-
-
-class Pyramid(nn.Module):
-    """A timm backbone and its feature pyramid (FPN).
-
-    Shape: (B, 3, H, W) -> maps of `width` channels, named "0", "1", …, of the levels from `first` (0 is the
-    one at stride 4) to the backbone's last, then those of `extra`.
-    """
-
-    def __init__(self, body: nn.Module, width: int, first: int, extra: ExtraFPNBlock) -> None:
-        super().__init__()
-        self.body = body
-        self.first = first
-        self.out_channels = width
-        self.fpn = FeaturePyramidNetwork(map_channels(body)[first:], width, extra)
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        maps = feature_maps(self.body, images)[self.first :]
-        return self.fpn(OrderedDict((str(i), x) for i, x in enumerate(maps)))
 
 
 class P6P7(ExtraFPNBlock):
@@ -153,21 +134,17 @@ def _in_float32(module: nn.Module, args: Any, output: Any) -> Any:
 # Published names
 # ------------------------------------------------------------------------------------------------------------
 
-NECK = [
-    (r"^neck\.lateral_convs\.(\d)\.conv\.", r"backbone.fpn.inner_blocks.\1.0."),
-    (r"^neck\.fpn_convs\.(\d)\.conv\.", r"backbone.fpn.layer_blocks.\1.0."),
-]
 RETINANET = [
     (r"^neck\.fpn_convs\.3\.conv\.", "backbone.fpn.extra_blocks.p6."),
     (r"^neck\.fpn_convs\.4\.conv\.", "backbone.fpn.extra_blocks.p7."),
-    *NECK,
+    *PUBLISHED_NECK,
     (r"^bbox_head\.cls_convs\.(\d)\.conv\.", r"head.classification_head.conv.\1.0."),
     (r"^bbox_head\.reg_convs\.(\d)\.conv\.", r"head.regression_head.conv.\1.0."),
     (r"^bbox_head\.retina_cls\.", "head.classification_head.cls_logits."),
     (r"^bbox_head\.retina_reg\.", "head.regression_head.bbox_reg."),
 ]
 MASK_RCNN = [
-    *NECK,
+    *PUBLISHED_NECK,
     (r"^rpn_head\.rpn_conv\.", "rpn.head.conv.0.0."),
     (r"^rpn_head\.rpn_cls\.", "rpn.head.cls_logits."),
     (r"^rpn_head\.rpn_reg\.", "rpn.head.bbox_pred."),

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from crossformer_vision.data.loading import mix_seed, seed_all
+from crossformer_vision.models.backbones import DenseModel
 
 
 class Task(L.LightningModule):
@@ -59,7 +60,7 @@ class Task(L.LightningModule):
         self.grad_checkpointing, self.compile_net, self.seed = grad_checkpointing, compile, seed
 
     def setup(self, stage: str) -> None:
-        body = getattr(getattr(self.net, "backbone", None), "body", self.net)  # a dense model's timm model
+        body = self.net.body if isinstance(self.net, DenseModel) else self.net
         if self.grad_checkpointing:
             getattr(body, "model", body).set_grad_checkpointing(True)  # `model` in a features_only wrapper
         if self.compile_net:

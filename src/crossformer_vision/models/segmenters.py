@@ -1,0 +1,286 @@
+"""Semantic FPN and UPerNet on any timm backbone, from torchvision's blocks.
+
+In structure and numbers they are the OpenMMLab models that CrossFormer was published with. A segmenter takes
+normalised images of any size and returns logits at that size; `segment` averages those of windows, scales and
+flips, as the papers test.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
+
+from crossformer_vision.models.backbones import (
+    PUBLISHED_NECK,
+    STRIDES,
+    DenseModel,
+    Pyramid,
+    body_name,
+    create_backbone,
+    feature_maps,
+    map_channels,
+)
+
+__all__ = ["SemanticFPN", "UPerNet", "create_segmenter", "segment"]
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, with half-pixel centres: (B, C, h, w) -> (B, C, *size)."""
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Heads: maps at strides 4, 8, 16, 32 -> logits at stride 4
+# ------------------------------------------------------------------------------------------------------------
+
+
+class SemanticFPNHead(nn.Module):
+    """Head of Semantic FPN (arXiv 1901.02446): each level brought to stride 4 in steps of two, then summed.
+
+    Shape: 4 x (B, in_channels, h, w) -> (B, num_classes, H / 4, W / 4).
+    """
+
+    def __init__(self, in_channels: int, width: int, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        heads = []
+        for doublings in range(len(STRIDES)):
+            layers: list[nn.Module] = []
+            for k in range(max(1, doublings)):
+                layers.append(Conv2dNormActivation(width if k else in_channels, width))
+                if doublings:
+                    layers.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
+            heads.append(nn.Sequential(*layers))
+        self.scale_heads = nn.ModuleList(heads)
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        x = self.scale_heads[0](maps[0])
+        for head, coarse in zip(list(self.scale_heads)[1:], maps[1:], strict=True):
+            x = x + resize(head(coarse), x.shape[2:])  # at odd sizes twice a map is larger than the finer one
+        return self.conv_seg(self.dropout(x))
+
+
+class UPerHead(nn.Module):
+    """Head of UPerNet (arXiv 1807.10221): pyramid pooling of the last map, a pyramid, all levels fused.
+
+    Shape: 4 x (B, in_channels[i], h, w) -> (B, num_classes, H / 4, W / 4).
+    """
+
+    POOLS = (1, 2, 3, 6)
+
+    def __init__(self, in_channels: list[int], width: int, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        *fine, last = in_channels
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(side), Conv2dNormActivation(last, width, 1))
+            for side in self.POOLS
+        )
+        self.bottleneck = Conv2dNormActivation(last + len(self.POOLS) * width, width)
+        self.lateral_convs = nn.ModuleList(Conv2dNormActivation(channels, width, 1) for channels in fine)
+        self.fpn_convs = nn.ModuleList(Conv2dNormActivation(width, width) for _ in fine)
+        self.fpn_bottleneck = Conv2dNormActivation(len(in_channels) * width, width)
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        last = maps[-1]
+        pooled = [resize(module(last), last.shape[2:]) for module in self.psp_modules]
+        x = self.bottleneck(torch.cat([last, *pooled], dim=1))
+        levels = [x]
+        for k in reversed(range(len(self.lateral_convs))):
+            lateral = self.lateral_convs[k](maps[k])
+            x = lateral + resize(x, lateral.shape[2:])
+            levels.append(self.fpn_convs[k](x))
+        finest = levels[-1].shape[2:]
+        fused = torch.cat([resize(level, finest) for level in reversed(levels)], dim=1)
+        return self.conv_seg(self.dropout(self.fpn_bottleneck(fused)))
+
+
+class FCNHead(nn.Module):
+    """A convolution and a classifier on one map: UPerNet's auxiliary head. (B, C, h, w) -> (B, classes, h, w)."""
+
+    def __init__(self, in_channels: int, width: int, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(Conv2dNormActivation(in_channels, width))
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_seg(self.dropout(self.convs(x)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Segmenters
+# ------------------------------------------------------------------------------------------------------------
+
+# OpenMMLab's names of the layers of the heads; those of the modules are ours, too.
+PUBLISHED_HEADS = [
+    (r"^decode_head\.conv_seg\.", "head.conv_seg."),
+    (r"^decode_head\.(.+)\.conv\.", r"head.\1.0."),
+    (r"^decode_head\.(.+)\.bn\.", r"head.\1.1."),
+    (r"^auxiliary_head\.(.+)\.conv\.", r"auxiliary_head.\1.0."),
+    (r"^auxiliary_head\.(.+)\.bn\.", r"auxiliary_head.\1.1."),
+]
+
+
+class SemanticFPN(DenseModel):
+    """Semantic FPN as published with CrossFormer; see `create_segmenter`."""
+
+    heads = ("backbone.fpn.", "head.")
+    class_layers = ("head.conv_seg.",)
+    published_names = [*PUBLISHED_NECK, *PUBLISHED_HEADS]
+
+    def __init__(self, body: nn.Module, num_classes: int, width: int = 256, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.backbone = Pyramid(body, width)
+        self.head = SemanticFPNHead(width, width // 2, num_classes, dropout)
+        self.body_name = body_name("backbone.body.", body)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return resize(self.head(list(self.backbone(images).values())), images.shape[2:])
+
+
+class UPerNet(DenseModel):
+    """UPerNet as published with CrossFormer; see `create_segmenter`."""
+
+    heads = ("head.", "auxiliary_head.")
+    class_layers = ("head.conv_seg.", "auxiliary_head.conv_seg.")
+    published_names = PUBLISHED_HEADS
+
+    def __init__(self, body: nn.Module, num_classes: int, width: int = 512, dropout: float = 0.1) -> None:
+        super().__init__()
+        channels = map_channels(body)
+        self.backbone = body
+        self.head = UPerHead(channels, width, num_classes, dropout)
+        self.auxiliary_head = FCNHead(channels[2], width // 2, num_classes, dropout)
+        self.body_name = body_name("backbone.", body)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return resize(self.head(feature_maps(self.backbone, images)), images.shape[2:])
+
+    def forward_auxiliary(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """For training: the logits, and those of the auxiliary head on the map at stride 16, at full size."""
+        maps = feature_maps(self.backbone, images)
+        logits = self.head(maps), self.auxiliary_head(maps[2])
+        return resize(logits[0], images.shape[2:]), resize(logits[1], images.shape[2:])
+
+
+SEGMENTERS: dict[str, Any] = {"semantic_fpn": SemanticFPN, "upernet": UPerNet}
+
+
+def create_segmenter(
+    name: Literal["semantic_fpn", "upernet"],
+    backbone: str = "crossformer_small",
+    num_classes: int = 150,
+    pretrained: bool = False,
+    width: int | None = None,
+    dropout: float = 0.1,
+    backbone_args: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Semantic FPN or UPerNet on a timm backbone.
+
+    Args:
+        name: `"semantic_fpn"` or `"upernet"`.
+        backbone: timm name of a model with maps at strides 4, 8, 16 and 32.
+        num_classes: classes of pixels.
+        pretrained: start from the backbone's published weights.
+        width: channels of the pyramid; 256 (Semantic FPN, whose head has half as many) or 512 (UPerNet, whose
+            auxiliary head has half as many) if None.
+        dropout: of whole channels, before the classifier.
+        backbone_args: further keywords of the backbone, such as `drop_path_rate`, or `group_size` and
+            `interval` for other groups at test time.
+
+    Returns:
+        A module that takes normalised images (B, 3, H, W) of any size and returns logits (B, num_classes, H,
+        W). UPerNet has `forward_auxiliary` for training, too, which returns those of its auxiliary head
+        beside them.
+
+    Raises:
+        ValueError: unknown segmenter or backbone, or a backbone without such maps.
+    """
+    if name not in SEGMENTERS:
+        raise ValueError(f"unknown segmenter '{name}'; there are: {', '.join(SEGMENTERS)}")
+    body = create_backbone(backbone, pretrained, **(backbone_args or {}))
+    return SEGMENTERS[name](body, num_classes, dropout=dropout, **({"width": width} if width else {}))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Testing with windows, scales and flips
+# ------------------------------------------------------------------------------------------------------------
+
+Net = Callable[[Tensor], Tensor]
+
+
+def sliding_window(net: Net, images: Tensor, window: int, stride: int) -> Tensor:
+    """Logits of images, the mean of those of overlapping windows.
+
+    Args:
+        net: normalised images (B, 3, h, w) -> logits (B, classes, h, w).
+        images: (B, 3, H, W).
+        window: side of the square windows, in pixels; cut to the image.
+        stride: from a window to the next; the last ones end at the image's edge.
+
+    Returns:
+        (B, classes, H, W).
+
+    Raises:
+        ValueError: a stride that leaves pixels out.
+    """
+    if not 0 < stride <= window:
+        raise ValueError(f"stride {stride} of windows of {window} pixels: it is 1 to {window}")
+    H, W = images.shape[2:]
+    if H <= window and W <= window:
+        return net(images)
+    total: Any = None
+    count = images.new_zeros(1, 1, H, W)
+    for y in _starts(H, window, stride):
+        for x in _starts(W, window, stride):
+            area = (..., slice(y, y + window), slice(x, x + window))
+            logits = net(images[area])
+            if total is None:
+                total = logits.new_zeros(*logits.shape[:2], H, W)
+            total[area] += logits
+            count[area] += 1
+    return total / count
+
+
+def _starts(length: int, window: int, stride: int) -> list[int]:
+    last = max(0, length - window)
+    return [min(start, last) for start in range(0, last + stride, stride)]
+
+
+def segment(
+    net: Net,
+    images: Tensor,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    window: int | None = None,
+    stride: int | None = None,
+) -> Tensor:
+    """Probabilities of the classes, averaged over scales and flips.
+
+    Args:
+        net: normalised images (B, 3, h, w) -> logits (B, classes, h, w).
+        images: (B, 3, H, W).
+        scales: factors of the image's size.
+        flip: the mirrored image at each scale, too.
+        window: side of sliding windows, in pixels; None for the whole image at once.
+        stride: of the windows; two thirds of `window` if None, as published.
+
+    Returns:
+        (B, classes, H, W), which sum to one over the classes.
+    """
+    H, W = images.shape[2:]
+    total: Any = 0
+    for scale in scales:
+        scaled = images if scale == 1 else resize(images, (round(H * scale), round(W * scale)))
+        for mirrored in (False, True)[: 1 + flip]:
+            view = scaled.flip(3) if mirrored else scaled
+            logits = sliding_window(net, view, window, stride or 2 * window // 3) if window else net(view)
+            logits = logits.flip(3) if mirrored else logits
+            total = total + resize(logits.float(), (H, W)).softmax(1)
+    return total / (len(scales) * (1 + flip))

@@ -1,0 +1,166 @@
+"""The segmenters compute what the published ones computed, at any size, and average windows, scales, flips."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import PARITY
+from parity.formula import formula_images, formula_state_dict
+
+from crossformer_vision import UserError, create_segmenter, load_checkpoint
+from crossformer_vision.models.segmenters import segment, sliding_window
+
+KEYS = json.loads((PARITY / "dense_model_keys.json").read_text())
+RECORD = np.load(PARITY / "dense_model_outputs.npz")
+
+
+def compare(name: str, value: torch.Tensor, every: int = 7) -> None:
+    expected = RECORD[name]
+    assert np.abs(value.flatten()[::every].numpy() - expected).max() < 1e-4 * np.abs(expected).max(), name
+
+
+@pytest.mark.parametrize("name", ["semantic_fpn", "upernet"])
+def test_segmenter_is_the_published_one(name, tmp_path):
+    file = tmp_path / "published.pth"
+    torch.save({"state_dict": formula_state_dict(KEYS[f"{name}_small"]), "meta": {}}, file)
+    net = create_segmenter(name, "crossformer_small").eval()
+    report = load_checkpoint(net, file)
+    assert not report.missing and not report.unused and not report.dropped
+    images = formula_images(1, 256, 320)
+    with torch.no_grad():
+        maps = [x for x in net.backbone(images).values()] if name == "semantic_fpn" else net.backbone(images)
+        logits = net.head(maps)
+        assert list(logits.shape) == RECORD[f"{name}_small.logits.shape"].tolist()
+        compare(f"{name}_small.logits", logits)
+        compare(f"{name}_small.upsampled", net(images), every=101)
+        if name == "upernet":
+            compare("upernet_small.auxiliary_logits", net.auxiliary_head(maps[2]))
+            main, auxiliary = net.forward_auxiliary(images)
+            assert main.shape == auxiliary.shape == (1, 150, 256, 320)
+            assert torch.equal(main, net(images))
+
+
+@pytest.mark.parametrize(
+    "name, backbone, millions",
+    [
+        ("semantic_fpn", "crossformer_small", 34.3),
+        ("semantic_fpn", "crossformer_base", 55.6),
+        ("semantic_fpn", "crossformer_large", 95.4),
+        ("upernet", "crossformer_small", 62.3),
+        ("upernet", "crossformer_base", 83.6),
+        ("upernet", "crossformer_large", 125.5),
+    ],
+)
+def test_published_numbers_of_parameters(name, backbone, millions):
+    with torch.device("meta"):
+        net = create_segmenter(name, backbone)
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "backbone", ["crossformer_nano", "resnet18", "swin_tiny_patch4_window7_224", "pvt_v2_b0"]
+)
+@pytest.mark.parametrize("name", ["semantic_fpn", "upernet"])
+def test_any_timm_backbone_trains_at_odd_sizes(name, backbone):
+    torch.manual_seed(0)
+    net = create_segmenter(name, backbone, num_classes=3, width=16).train()
+    images = torch.randn(2, 3, 75, 98)
+    outputs = net.forward_auxiliary(images) if name == "upernet" else (net(images),)
+    for logits in outputs:
+        assert logits.shape == (2, 3, 75, 98)
+    sum(logits.square().mean() for logits in outputs).backward()
+    for key, parameter in net.named_parameters():
+        if "backbone.norm" not in key and "backbone.body.norm" not in key:  # a Swin's last norm has no map
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+    net.eval()
+    with torch.no_grad():
+        for size in ((64, 64), (33, 130)):
+            assert net(torch.randn(1, 3, *size)).shape == (1, 3, *size)
+
+
+def test_a_backbone_file_keeps_the_heads_and_another_one_is_refused(tmp_path):
+    net = create_segmenter("upernet", "crossformer_tiny", num_classes=3, width=16)
+    backbone = {
+        k.removeprefix("backbone."): v
+        for k, v in formula_state_dict(KEYS["upernet_small"]).items()
+        if k.startswith("backbone.")
+    }
+    torch.save({"model": backbone}, tmp_path / "small.pth")
+    with pytest.raises(UserError, match=r"small\.pth: belongs to another model"):
+        load_checkpoint(net, tmp_path / "small.pth")
+    small = create_segmenter("upernet", "crossformer_small", num_classes=3, width=16)
+    before = small.head.conv_seg.weight.clone()
+    report = load_checkpoint(small, tmp_path / "small.pth")
+    assert all(name.startswith(("head.", "auxiliary_head.")) for name in report.missing)
+    assert torch.equal(small.head.conv_seg.weight, before)
+
+
+def test_other_classes_keep_the_rest(tmp_path):
+    file = tmp_path / "published.pth"
+    torch.save({"state_dict": formula_state_dict(KEYS["semantic_fpn_small"])}, file)
+    net = create_segmenter("semantic_fpn", "crossformer_small", num_classes=11)
+    report = load_checkpoint(net, file)
+    assert report.dropped == ["head.conv_seg.weight", "head.conv_seg.bias"] and not report.unused
+
+
+def test_bad_names():
+    with pytest.raises(ValueError, match=r"unknown segmenter 'fcn'; there are: semantic_fpn, upernet"):
+        create_segmenter("fcn")
+    with pytest.raises(ValueError, match="unknown model 'crossformer_smal'"):
+        create_segmenter("upernet", "crossformer_smal")
+    with pytest.raises(ValueError, match="4, 8, 16 and 32 are needed"):
+        create_segmenter("upernet", "vit_tiny_patch16_224")
+
+
+def pixelwise(images):
+    """Logits that follow from each pixel alone: windows must not change them."""
+    return torch.cat([images, images.square()], dim=1)
+
+
+@pytest.mark.parametrize("window, stride", [(16, 10), (16, 16), (7, 3), (40, 40), (64, 5)])
+def test_windows_cover_each_pixel_alike(window, stride):
+    images = torch.randn(2, 3, 33, 40)
+    assert torch.allclose(sliding_window(pixelwise, images, window, stride), pixelwise(images), atol=1e-6)
+
+
+def test_windows_that_cover_the_image_are_the_image():
+    torch.manual_seed(0)
+    net = create_segmenter("semantic_fpn", "crossformer_nano", num_classes=3, width=16).eval()
+    images = torch.randn(1, 3, 64, 80)
+    with torch.no_grad():
+        assert torch.equal(sliding_window(net, images, 80, 50), net(images))
+        assert torch.equal(segment(net, images, window=80), net(images).softmax(1))
+        inside = sliding_window(net, images, 64, 16)  # both windows' logits, each at its place
+    expected = torch.zeros(1, 3, 64, 80)
+    with torch.no_grad():
+        expected[..., :64] += net(images[..., :64])
+        expected[..., 16:] += net(images[..., 16:])
+    expected[..., 16:64] /= 2
+    assert torch.allclose(inside, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("stride", [0, 17])
+def test_a_stride_that_leaves_pixels_out(stride):
+    with pytest.raises(ValueError, match=f"stride {stride} of windows of 16 pixels: it is 1 to 16"):
+        sliding_window(pixelwise, torch.zeros(1, 3, 32, 32), 16, stride)
+
+
+def test_scales_and_flips_are_averaged_and_undone():
+    images = torch.randn(1, 3, 32, 48)
+
+    def places(x):  # logits that depend on the place: a flip that is not undone shows
+        columns = torch.linspace(-2, 2, x.shape[3]).expand(1, 1, x.shape[2], -1)
+        return torch.cat([x[:, :1] * columns, x[:, 1:2], x[:, 2:]], dim=1)
+
+    plain, mirrored = places(images).softmax(1), places(images.flip(3)).flip(3).softmax(1)
+    assert torch.allclose(segment(places, images, flip=True), (plain + mirrored) / 2, atol=1e-6)
+    assert not torch.allclose(plain, mirrored, atol=1e-2)
+
+    def scaled(factor):
+        size = (round(32 * factor), round(48 * factor))
+        x = torch.nn.functional.interpolate(images, size=size, mode="bilinear")
+        return torch.nn.functional.interpolate(places(x), size=(32, 48), mode="bilinear").softmax(1)
+
+    expected = (scaled(0.5) + plain + scaled(1.75)) / 3
+    assert torch.allclose(segment(places, images, scales=(0.5, 1.0, 1.75)), expected, atol=1e-6)
