@@ -9,21 +9,23 @@ from PIL import Image
 from pycocotools.coco import COCO
 from tasks.test_detection_run import TINY as DETECTION
 from tasks.test_run import TINY as CLASSIFICATION
+from tasks.test_segmentation_run import TINY as SEGMENTATION
 
 from crossformer_vision import UserError, load_predictor
 from crossformer_vision.cli import main
 from crossformer_vision.info import PUBLISHED, describe
-from crossformer_vision.predict import Detected
+from crossformer_vision.predict import Detected, Segmented
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A classifier's and a Mask R-CNN's run of one epoch."""
+    """Runs of one epoch of a classifier, a Mask R-CNN and a Semantic FPN."""
     folder = tmp_path_factory.mktemp("runs")
     one = ["--trainer.max_epochs", "1", "--run.folder"]
     assert main(["train", *CLASSIFICATION, *one, str(folder / "classifier")]) == 0
     mask_rcnn = ["--model.detector", "mask_rcnn", "--model.detector_args", '{"box_score_thresh":0.0}']
     assert main(["train", *DETECTION, *mask_rcnn, *one, str(folder / "detector")]) == 0
+    assert main(["train", *SEGMENTATION, "--data.short_side", "48", *one, str(folder / "segmenter")]) == 0
     return folder
 
 
@@ -95,6 +97,41 @@ def test_a_drawn_result():
     )
 
 
+def test_segmenter_writes_class_maps_and_areas(runs, images, tmp_path):
+    out = tmp_path / "out"
+    assert main(["predict", str(runs / "segmenter"), str(images), "--out", str(out)]) == 0
+    predictor = load_predictor(runs / "segmenter/best.ckpt")
+    written = json.loads((out / "predictions.json").read_text())
+    for entry, name, size in zip(
+        written, ("a.png", "b.png", "below/a.png"), ((90, 70), (50, 64), (120, 40)), strict=True
+    ):
+        result = predictor(entry["image"])
+        class_map = Image.open(out / "class_maps" / name)
+        assert class_map.mode == "P" and class_map.size == (entry["width"], entry["height"]) == size
+        assert (np.asarray(class_map) == result.class_map).all()
+        for area in entry["areas"]:
+            k = result.classes.index(area["class"])
+            assert area["pixels"] == (result.class_map == k).sum() > 0
+        assert sum(area["pixels"] for area in entry["areas"]) == size[0] * size[1]
+        assert sum(area["share"] for area in entry["areas"]) == pytest.approx(1, abs=1e-4)
+        assert Image.open(out / name).width >= 240  # small pictures are enlarged, for their legend
+
+
+def test_a_drawn_class_map():
+    class_map = np.zeros((300, 400), np.uint8)
+    class_map[:, 200:] = 9
+    image = Image.new("RGB", (400, 300), (40, 40, 40))
+    result = Segmented("x.png", image, [f"class {k}" for k in range(12)], class_map)
+    assert str(result) == "x.png: class 0 50.0%, class 9 50.0%"
+    drawn = np.asarray(result.plot())
+    assert drawn.shape[1] == 400 and drawn.shape[0] > 300  # the legend is below
+    left, right = drawn[100, 100], drawn[100, 300]
+    assert (left != right).any() and (left != 40).any()
+    colours = np.array(result.to_png().getpalette()).reshape(-1, 3)[:12]
+    assert len({tuple(c) for c in colours}) == 12
+    assert np.abs(right - (40 + 0.6 * (colours[9] - 40.0))).max() <= 1
+
+
 def test_one_that_cannot_be_read_stops_no_other(runs, images, tmp_path, capsys):
     (images / "a.png").write_bytes(b"rubbish")
     assert main(["predict", str(runs / "classifier"), str(images), "--out", str(tmp_path / "out")]) == 1
@@ -125,5 +162,8 @@ def test_info_stands_beside_the_published_figures(capsys):
     assert "parameters  50.2 M" in printed and "published   50.2 M, 301.0 G at 1280x800" in printed
     assert "MACs        4.906 G at 224x224" in describe("crossformer_small")
     assert ("crossformer_small", "retinanet") in PUBLISHED
+    assert main(["info", "crossformer_base", "--segmenter", "upernet"]) == 0
+    printed = capsys.readouterr().out
+    assert "parameters  83.6 M" in printed and "published   83.6 M, 1089.7 G at 1024x1024" in printed
     assert main(["info", "crossformer_smal"]) == 1
     assert "did you mean crossformer_small" in capsys.readouterr().err

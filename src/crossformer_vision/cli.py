@@ -18,7 +18,7 @@ CrossFormer and CrossFormer++: train and evaluate vision models on images of you
   info        parameters and operations of a model, beside the published ones
   download    bring published weights into torch's cache
 
-tasks, by --task or the configuration's: classification (the default), detection
+tasks, by --task or the configuration's: classification (the default), detection, segmentation
 
 examples
   crossformer train
@@ -26,6 +26,7 @@ examples
   crossformer train --config classification/crossformer_small.yaml --data.root imagenet --trainer.devices 8
   crossformer train --config quickstart/detection.yaml
   crossformer train --task detection --data.root my_coco --model.detector mask_rcnn
+  crossformer train --task segmentation --data.root my_maps --model.segmenter upernet
   crossformer train --resume runs/my-run
   crossformer validate runs/my-run
   crossformer predict runs/my-run photo.jpg more_photos/
@@ -33,7 +34,9 @@ examples
   crossformer download crossformer_small
 
 my_images holds train/<class>/… and val/<class>/… with the images of each class; my_coco holds
-annotations/instances_train.json, annotations/instances_val.json, and images/train/ and images/val/.
+annotations/instances_train.json, annotations/instances_val.json, and images/train/ and images/val/;
+my_maps holds images/training/ and annotations/training/, PNGs with a class index a pixel, the same of
+validation, and classes.json.
 --debug with any verb shows the traceback of an error.   --version shows the version.
 """
 
@@ -58,6 +61,13 @@ TASKS = {
         "DetectionData",
         "quickstart/detection.yaml",
         ("detector", "min_size", "max_size"),
+    ),
+    "segmentation": TaskParts(
+        "segmentation",
+        "Segmentation",
+        "SegmentationData",
+        "quickstart/semantic_segmentation.yaml",
+        ("model",),
     ),
 }
 
@@ -193,13 +203,14 @@ def info(args: list[str]) -> None:
     )
     parser.add_argument("model", help="any timm model, such as crossformer_small")
     parser.add_argument("--detector", choices=("retinanet", "mask_rcnn"), help="on the model as backbone")
+    parser.add_argument("--segmenter", choices=("semantic_fpn", "upernet"), help="on the model as backbone")
     parser.add_argument(
         "--size", nargs=2, type=int, metavar=("H", "W"), help="of the image; the task's own if not given"
     )
     options = parser.parse_args(args)
     from crossformer_vision import info
 
-    print(info.describe(options.model, options.detector, options.size))
+    print(info.describe(options.model, options.detector, options.segmenter, options.size))
 
 
 def download(args: list[str]) -> None:

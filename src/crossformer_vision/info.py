@@ -9,9 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crossformer_vision.models import find_model
 from crossformer_vision.models.detectors import create_detector
+from crossformer_vision.models.segmenters import create_segmenter
 
 # Parameters in millions and "FLOPs" in billions, by which the papers mean multiply-accumulates: table 1 of
-# CrossFormer for classifiers (at 224x224), tables 3 and 4 for detectors (at 1280x800), CrossFormer++.
+# CrossFormer for classifiers (at 224x224), tables 3 and 4 for detectors (at 1280x800), 5 for segmenters (at
+# 1024x1024), CrossFormer++.
 PUBLISHED = {
     ("crossformer_tiny", None): (27.8, 2.9),
     ("crossformer_small", None): (30.7, 4.9),
@@ -27,6 +29,12 @@ PUBLISHED = {
     ("crossformer_base", "mask_rcnn"): (71.5, 407.9),
     ("crossformer_pp_small", "mask_rcnn"): (43.0, 287.4),
     ("crossformer_pp_base", "mask_rcnn"): (71.5, 408.0),
+    ("crossformer_small", "semantic_fpn"): (34.3, 209.8),
+    ("crossformer_base", "semantic_fpn"): (55.6, 320.1),
+    ("crossformer_large", "semantic_fpn"): (95.4, 482.7),
+    ("crossformer_small", "upernet"): (62.3, 979.5),
+    ("crossformer_base", "upernet"): (83.6, 1089.7),
+    ("crossformer_large", "upernet"): (125.5, 1257.8),
 }
 
 # The groups at test time that the published detectors' operations are counted with (table 3 of CrossFormer).
@@ -60,36 +68,53 @@ def detector_macs(detector: Any, height: int, width: int) -> float:
     )
 
 
-def describe(model: str, detector: str | None = None, size: tuple[int, int] | None = None) -> str:
+def describe(
+    model: str,
+    detector: str | None = None,
+    segmenter: str | None = None,
+    size: tuple[int, int] | None = None,
+) -> str:
     """Some lines for a person.
 
     Raises:
         ValueError: unknown model.
     """
     cfg = find_model(model)
-    net: Any
+    head = detector or segmenter
+
+    def build(**backbone_args: Any) -> Any:
+        if detector:
+            return create_detector(detector, model, backbone_args=backbone_args)  # type: ignore[arg-type]
+        if segmenter:
+            return create_segmenter(segmenter, model, backbone_args=backbone_args)  # type: ignore[arg-type]
+        return timm.create_model(model)
+
+    def macs(net: Any) -> float:
+        image = torch.zeros(1, 3, height, width)
+        return detector_macs(net, height, width) if detector else count_macs(net, image)
+
+    if detector:
+        height, width = size or (800, 1280)
+    else:
+        height, width = size or ((1024, 1024) if segmenter else cfg.input_size[-2:])
     groups = None
     with torch.device("meta"):  # shapes alone: nothing is computed
-        if detector:
-            height, width = size or (800, 1280)
-            net = create_detector(detector, model)  # type: ignore[arg-type]
-            macs = detector_macs(net, height, width)
-            if model.startswith("crossformer"):
-                wide = create_detector(detector, model, backbone_args=TEST_GROUPS)  # type: ignore[arg-type]
-                groups = detector_macs(wide, height, width)
-        else:
-            height, width = size or cfg.input_size[-2:]
-            net = timm.create_model(model)
-            macs = count_macs(net, torch.zeros(1, 3, height, width))
+        net = build()
+        total = macs(net)
+        if head and model.startswith("crossformer"):
+            groups = macs(build(**TEST_GROUPS))
+    classes = 80 if detector else 150 if segmenter else net.num_classes
     lines = [
-        f"{detector} on {model}, 80 classes" if detector else f"{model}, {net.num_classes} classes",
+        f"{head} on {model}, {classes} classes" if head else f"{model}, {classes} classes",
         f"  parameters  {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M",
-        f"  MACs        {macs / 1e9:.{1 if macs > 3e10 else 3}f} G at {width}x{height} (width x height)",
+        f"  MACs        {total / 1e9:.{1 if total > 3e10 else 3}f} G at {width}x{height} (width x height)",
     ]
     if groups:
         lines.append(f"              {groups / 1e9:.1f} G with {TEST_GROUPS_NAME}")
-    if (model.split(".")[0], detector) in PUBLISHED:
-        parameters, giga = PUBLISHED[model.split(".")[0], detector]
-        at = f"1280x800, {TEST_GROUPS_NAME}" if detector else "224x224"
-        lines.append(f"  published   {parameters} M, {giga} G at {at}")
+    if (model.split(".")[0], head) in PUBLISHED:
+        parameters, giga = PUBLISHED[model.split(".")[0], head]
+        at = "1280x800" if detector else "1024x1024" if segmenter else "224x224"
+        lines.append(
+            f"  published   {parameters} M, {giga} G at {at}{f', {TEST_GROUPS_NAME}' if detector else ''}"
+        )
     return "\n".join(lines)

@@ -18,6 +18,7 @@ from crossformer_vision import visualize
 from crossformer_vision.checkpoints import load_checkpoint, read_checkpoint
 from crossformer_vision.data.loading import to_rgb
 from crossformer_vision.errors import UserError
+from crossformer_vision.models.segmenters import segment
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
 
@@ -114,6 +115,54 @@ class Detected:
         return {"image": self.name, "objects": self.to_coco()}
 
 
+@dataclass
+class Segmented:
+    """The class of each pixel of an image.
+
+    Attributes:
+        name: of the image.
+        image: RGB.
+        classes: names.
+        class_map: (H, W), index of each pixel's class.
+    """
+
+    name: str
+    image: Image.Image
+    classes: Sequence[str]
+    class_map: NDArray[np.uint8]
+
+    def areas(self) -> list[tuple[str, int]]:
+        """The classes that occur and their pixels, the largest first."""
+        counts = np.bincount(self.class_map.ravel(), minlength=len(self.classes))
+        return [(self.classes[k], int(counts[k])) for k in np.argsort(-counts, kind="stable") if counts[k]]
+
+    def __str__(self) -> str:
+        areas = self.areas()
+        more = f", {len(areas) - 5} more" if len(areas) > 5 else ""
+        shares = ", ".join(f"{name} {n / self.class_map.size:.1%}" for name, n in areas[:5])
+        return f"{self.name}: {shares}{more}"
+
+    def plot(self) -> Image.Image:
+        """The image under its class map's colours, above their legend."""
+        return visualize.with_legend(
+            visualize.overlay(self.image, self.class_map), self.class_map, self.classes
+        )
+
+    def to_png(self) -> Image.Image:
+        """The class map as a palette image: its values are the indices of the classes."""
+        drawn = Image.fromarray(self.class_map).convert("P")
+        drawn.putpalette(visualize.palette(len(self.classes)).tobytes())
+        return drawn
+
+    def to_dict(self) -> dict[str, Any]:
+        size = self.class_map.size
+        areas = [{"class": name, "pixels": n, "share": round(n / size, 6)} for name, n in self.areas()]
+        return {"image": self.name, "width": self.image.width, "height": self.image.height, "areas": areas}
+
+
+Result = Classified | Detected | Segmented
+
+
 class Predictor:
     """A trained network with what it takes to use it on an image: `predictor("photo.jpg")`.
 
@@ -139,6 +188,13 @@ class Predictor:
 
             net = Classification(**options).net
             self.transform = create_transform(**checkpoint["image"])
+        elif self.task == "segmentation":
+            from crossformer_vision.data.segmentation import ToInput
+            from crossformer_vision.tasks.segmentation import Segmentation
+
+            task = Segmentation(**options)
+            net, self.test = task.net, task.test
+            self.transform = ToInput(**checkpoint["image"])
         else:
             from crossformer_vision.tasks.detection import Detection
 
@@ -147,7 +203,7 @@ class Predictor:
         self.net = net.to(device).eval()
 
     @torch.inference_mode()
-    def __call__(self, image: str | os.PathLike[str] | Image.Image) -> Classified | Detected:
+    def __call__(self, image: str | os.PathLike[str] | Image.Image) -> Result:
         """What is in an image: a path, or an image that PIL has opened.
 
         Raises:
@@ -163,6 +219,11 @@ class Predictor:
             pixels: Any = self.transform(picture)
             logits: Tensor = self.net(pixels[None].to(self.device))[0].float()
             return Classified(name, picture, self.classes, logits.softmax(0).cpu().numpy())
+        if self.task == "segmentation":
+            pixels = self.transform(picture)[None].to(self.device)
+            size = (picture.height, picture.width)
+            class_map = segment(self.net, pixels, size=size, **self.test)[0].argmax(0)
+            return Segmented(name, picture, self.classes, class_map.cpu().numpy().astype(np.uint8))
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(self.device) / 255
         (found,) = self.net([pixels])
         kept = found["scores"] >= self.score
@@ -211,13 +272,14 @@ def find_images(paths: Iterable[str]) -> Iterator[tuple[Path, Path]]:
 def predict_files(predictor: Predictor, paths: Sequence[str], out: Path) -> None:
     """Predict images and folders: a picture of each below `out`, and all results in `predictions.json`.
 
-    Detections are written as a COCO file, whose annotations have a `score`. An image that cannot be read is
-    left out; the others are done, then the error is raised.
+    Detections are written as a COCO file, whose annotations have a `score`; class maps as PNGs in
+    `class_maps/`, too. An image that cannot be read is left out; the others are done, then the error is
+    raised.
     """
     from rich.progress import track
 
     files = list(find_images(paths))
-    results: list[Classified | Detected] = []
+    results: list[Result] = []
     failed: list[UserError] = []
     taken: set[Path] = set()
     for file, name in track(files, "predicting", transient=True):
@@ -235,6 +297,10 @@ def predict_files(predictor: Predictor, paths: Sequence[str], out: Path) -> None
         taken.add(picture)
         picture.parent.mkdir(parents=True, exist_ok=True)
         result.plot().save(picture)
+        if isinstance(result, Segmented):
+            class_map = out / "class_maps" / picture.relative_to(out)
+            class_map.parent.mkdir(parents=True, exist_ok=True)
+            result.to_png().save(class_map)
         print(result, flush=True)
     if results:
         (out / "predictions.json").write_text(json.dumps(_serialised(results), indent=1) + "\n")
@@ -243,11 +309,11 @@ def predict_files(predictor: Predictor, paths: Sequence[str], out: Path) -> None
         raise UserError(f"{failed[0]}; {len(failed)} of {len(files)} images were left out")
 
 
-def _serialised(results: Sequence[Classified | Detected]) -> Any:
+def _serialised(results: Sequence[Result]) -> Any:
     annotations: list[dict[str, Any]] = []
     images = []
     for n, result in enumerate(results):
-        if isinstance(result, Classified):
+        if not isinstance(result, Detected):
             continue
         size = dict(width=result.image.width, height=result.image.height)
         images.append(dict(id=n + 1, file_name=result.name, **size))

@@ -1,5 +1,6 @@
 """Pictures: training curves, confusion matrices, precision and recall, predictions."""
 
+import colorsys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -224,3 +225,116 @@ def enlarged(
     if "masks" in objects:
         objects["masks"] = objects["masks"].repeat(factor, 1).repeat(factor, 2)
     return image.resize((image.width * factor, image.height * factor)), objects
+
+
+def palette(classes: int) -> NDArray[np.uint8]:
+    """Colours (classes, 3) that are told apart: `COLOURS`, then all hues, light and dark in turn."""
+    colours: list[tuple[int, ...]] = [*COLOURS[:classes]]
+    for k in range(classes - len(colours)):
+        hue, value = (k * 0.618034) % 1, (1.0, 0.6, 0.8)[k % 3]
+        rgb = colorsys.hsv_to_rgb(hue, (0.9, 0.6)[k // 3 % 2], value)
+        colours.append(tuple(round(255 * channel) for channel in rgb))
+    return np.array(colours, np.uint8)
+
+
+def overlay(image: Image.Image, class_map: NDArray[np.integer[Any]], strength: float = 0.6) -> Image.Image:
+    """The image under the colours of its classes; pixels of value 255 keep their own.
+
+    Args:
+        image: RGB.
+        class_map: (H, W) of the same size, index of the class.
+        strength: of the colours, in 0..1.
+    """
+    pixels = np.array(image, np.float32)
+    known = class_map != 255
+    colours = palette(int(class_map[known].max()) + 1 if known.any() else 1)
+    pixels[known] += strength * (colours[class_map[known]] - pixels[known])
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def with_legend(
+    picture: Image.Image, class_map: NDArray[np.integer[Any]], classes: Sequence[str]
+) -> Image.Image:
+    """The picture above the colours and names of the classes in its class map, the largest first."""
+    factor = max(1, round(320 / picture.width))
+    picture = picture.resize((picture.width * factor, picture.height * factor))
+    counts = np.bincount(class_map[class_map != 255].ravel(), minlength=len(classes))
+    present = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
+    size = max(12, round(picture.width / 40))
+    font = ImageFont.load_default(size)
+    places: list[tuple[int, int]] = []
+    x, y = size // 2, picture.height + size // 2
+    for k in present:
+        width = round(font.getlength(classes[k])) + 3 * size
+        if x + width > picture.width and x > size // 2:
+            x, y = size // 2, y + round(1.6 * size)
+        places.append((x, y))
+        x += width
+    page = Image.new("RGB", (picture.width, y + 2 * size), "white")
+    page.paste(picture, (0, 0))
+    canvas = ImageDraw.Draw(page)
+    colours = palette(len(classes))
+    for k, (x, y) in zip(present, places):
+        canvas.rectangle((x, y, x + size, y + size), fill=tuple(int(v) for v in colours[k]))
+        canvas.text((x + round(1.4 * size), y + size // 2), classes[k], fill="black", font=font, anchor="lm")
+    return page
+
+
+def segmentations(
+    rows: Sequence[tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]],
+    classes: Sequence[str],
+    path: Path,
+) -> None:
+    """Images, their true and their predicted class maps; pixels that are not counted are left as they are.
+
+    Args:
+        rows: (image (h, w, 3) in 0..1, true, predicted class map (H, W)) each.
+        classes: names.
+        path: the PNG to write.
+    """
+    from matplotlib.patches import Patch
+
+    figure, axes = _figure(
+        11, 0.6 + 11 / 3 * sum(r[0].shape[0] / r[0].shape[1] + 0.06 for r in rows), len(rows), 3
+    )
+    present: set[int] = set()
+    for line, (pixels, true, predicted) in zip(axes, rows):
+        height, width = true.shape
+        image = Image.fromarray((pixels * 255).round().astype(np.uint8)).resize((width, height))
+        shown = np.where(true == 255, 255, predicted)
+        present |= {int(k) for k in np.unique(np.stack([true, shown])) if k != 255}
+        pictures = (image, overlay(image, true), overlay(image, shown))
+        for axis, title, picture in zip(line, ("image", "true", "predicted"), pictures):
+            axis.imshow(picture)
+            axis.set_title(title, fontsize=9)
+            axis.axis("off")
+    colours = palette(len(classes)) / 255
+    patches = [Patch(color=colours[k], label=classes[k]) for k in sorted(present)][:40]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(8, max(1, len(patches))), fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def class_bars(classes: Sequence[str], values: NDArray[np.float64], name: str, path: Path) -> None:
+    """A bar for each class, the best first, with their mean; classes without a value are left out.
+
+    Args:
+        classes: names.
+        values: (classes,) in 0..1, or NaN.
+        name: of the values.
+        path: the PNG to write.
+    """
+    order = [
+        int(k) for k in np.argsort(-np.nan_to_num(values, nan=-1), kind="stable") if not np.isnan(values[k])
+    ]
+    figure, axes = _figure(7, 1.2 + 0.22 * len(order))
+    axis = axes[0][0]
+    axis.barh([classes[k] for k in order], values[order], color=palette(len(classes))[order] / 255)
+    for place, k in enumerate(order):
+        axis.text(values[k] + 0.01, place, f"{values[k]:.2f}", va="center", fontsize=7)
+    if order:
+        mean = float(values[order].mean())
+        axis.axvline(mean, color="black", lw=1, ls="--")
+        axis.set_title(f"mean {name} {mean:.4f}")
+    axis.set(xlabel=name, xlim=(0, 1.08))
+    axis.invert_yaxis()
+    figure.savefig(path, dpi=110)

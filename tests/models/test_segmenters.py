@@ -29,7 +29,7 @@ def test_segmenter_is_the_published_one(name, tmp_path):
     assert not report.missing and not report.unused and not report.dropped
     images = formula_images(1, 256, 320)
     with torch.no_grad():
-        maps = [x for x in net.backbone(images).values()] if name == "semantic_fpn" else net.backbone(images)
+        maps = list(net.backbone(images).values()) if name == "semantic_fpn" else net.backbone(images)
         logits = net.head(maps)
         assert list(logits.shape) == RECORD[f"{name}_small.logits.shape"].tolist()
         compare(f"{name}_small.logits", logits)

@@ -72,7 +72,9 @@ class Pyramid(nn.Module):
     one at stride 4) to the backbone's last, then those of `extra`.
     """
 
-    def __init__(self, body: nn.Module, width: int, first: int = 0, extra: ExtraFPNBlock | None = None) -> None:
+    def __init__(
+        self, body: nn.Module, width: int, first: int = 0, extra: ExtraFPNBlock | None = None
+    ) -> None:
         super().__init__()
         self.body = body
         self.first = first

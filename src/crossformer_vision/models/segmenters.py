@@ -101,7 +101,7 @@ class UPerHead(nn.Module):
 
 
 class FCNHead(nn.Module):
-    """A convolution and a classifier on one map: UPerNet's auxiliary head. (B, C, h, w) -> (B, classes, h, w)."""
+    """UPerNet's auxiliary head: a convolution and a classifier. (B, C, h, w) -> (B, num_classes, h, w)."""
 
     def __init__(self, in_channels: int, width: int, num_classes: int, dropout: float) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ def sliding_window(net: Net, images: Tensor, window: int, stride: int) -> Tensor
     if not 0 < stride <= window:
         raise ValueError(f"stride {stride} of windows of {window} pixels: it is 1 to {window}")
     H, W = images.shape[2:]
-    if H <= window and W <= window:
+    if max(H, W) <= window:
         return net(images)
     total: Any = None
     count = images.new_zeros(1, 1, H, W)
@@ -260,6 +260,7 @@ def segment(
     flip: bool = False,
     window: int | None = None,
     stride: int | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
     """Probabilities of the classes, averaged over scales and flips.
 
@@ -270,11 +271,13 @@ def segment(
         flip: the mirrored image at each scale, too.
         window: side of sliding windows, in pixels; None for the whole image at once.
         stride: of the windows; two thirds of `window` if None, as published.
+        size: of the result; the images' if None.
 
     Returns:
-        (B, classes, H, W), which sum to one over the classes.
+        (B, classes, *size), which sum to one over the classes.
     """
     H, W = images.shape[2:]
+    size = size or (H, W)
     total: Any = 0
     for scale in scales:
         scaled = images if scale == 1 else resize(images, (round(H * scale), round(W * scale)))
@@ -282,5 +285,5 @@ def segment(
             view = scaled.flip(3) if mirrored else scaled
             logits = sliding_window(net, view, window, stride or 2 * window // 3) if window else net(view)
             logits = logits.flip(3) if mirrored else logits
-            total = total + resize(logits.float(), (H, W)).softmax(1)
+            total = total + resize(logits.float(), size).softmax(1)
     return total / (len(scales) * (1 + flip))

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import lightning as L
 from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
@@ -21,12 +21,14 @@ class Task(L.LightningModule):
         optimizer: timm's name of it.
         lr: peak learning rate, for the global batch as it is.
         weight_decay: not on norms and biases.
-        schedule: `cosine` falls from `lr` to `min_lr`, `step` to a tenth at each of `milestones`.
+        schedule: `cosine` falls from `lr` to `min_lr`, `poly` too, as (1 - progress) ** `power`; `step` falls
+            to a tenth at each of `milestones`.
         milestones: epochs after which `step` goes down.
+        power: of `poly`.
         warmup_epochs: linear warm-up from `warmup_lr`; may be a fraction.
         warmup_steps: its length in optimizer steps, in place of `warmup_epochs`.
         warmup_lr: learning rate of the first step.
-        min_lr: learning rate at the end of the cosine.
+        min_lr: learning rate at the end of `cosine` and `poly`.
         grad_checkpointing: recompute activations in the backward pass, for memory.
         compile: train and validate through `torch.compile`; of a dense model, the backbone.
         seed: of everything random in a step.
@@ -42,8 +44,9 @@ class Task(L.LightningModule):
         optimizer: str = "adamw",
         lr: float = 1e-3,
         weight_decay: float = 0.05,
-        schedule: Literal["cosine", "step"] = "cosine",
+        schedule: Literal["cosine", "poly", "step"] = "cosine",
         milestones: tuple[float, ...] = (8, 11),
+        power: float = 1.0,
         warmup_epochs: float = 1.0,
         warmup_steps: int | None = None,
         warmup_lr: float = 1e-6,
@@ -54,7 +57,7 @@ class Task(L.LightningModule):
     ) -> None:
         super().__init__()
         self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
-        self.schedule, self.milestones = schedule, milestones
+        self.schedule, self.milestones, self.power = schedule, milestones, power
         self.warmup_epochs, self.warmup_steps = warmup_epochs, warmup_steps
         self.warmup_lr, self.min_lr = warmup_lr, min_lr
         self.grad_checkpointing, self.compile_net, self.seed = grad_checkpointing, compile, seed
@@ -74,7 +77,7 @@ class Task(L.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = create_optimizer_v2(self.net, self.optimizer, lr=self.lr, weight_decay=self.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
-        epoch = steps / max(1, self.trainer.max_epochs or 1)
+        epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         warmup = round(self.warmup_epochs * epoch) if self.warmup_steps is None else self.warmup_steps
         common: dict[str, Any] = dict(
             warmup_t=min(warmup, steps - 1),
@@ -85,6 +88,10 @@ class Task(L.LightningModule):
         if self.schedule == "cosine":
             schedule: Scheduler = CosineLRScheduler(
                 optimizer, t_initial=steps, lr_min=min(self.min_lr, self.lr), **common
+            )
+        elif self.schedule == "poly":
+            schedule = PolyLRScheduler(
+                optimizer, t_initial=steps, power=self.power, lr_min=min(self.min_lr, self.lr), **common
             )
         else:  # timm's goes down one step before its milestones
             down = [round(milestone * epoch) + 1 for milestone in self.milestones]

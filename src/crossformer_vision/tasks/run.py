@@ -206,6 +206,8 @@ class RunFolder(Callback):
         visualize.curves(self.rows, self.folder / "curves.png")
         shown = "  ".join(f"{k} {row[k]:.4f}" for k in row if k.startswith(("train_", "val_")))
         done = f"epoch {epoch + 1}/{trainer.max_epochs}"
+        if trainer.max_steps > 0:
+            done = f"step {trainer.global_step}/{trainer.max_steps}"
         print(
             f"{done}  {shown}  {row['images_per_second']:.0f} images/s  {self.time_left(trainer)} left",
             flush=True,
@@ -237,12 +239,17 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
 
 
+def parts(task: Task) -> dict[str, str]:
+    """The names of what is trained: of the model, and of the detector or segmenter on it."""
+    return {key: task.hparams[key] for key in ("detector", "segmenter", "model") if key in task.hparams}
+
+
 def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | None) -> dict[str, Any]:
     """Train, then validate the best checkpoint and write what it shows; returns what `results.json` holds."""
     folder = Path(str(run.folder))
     params = sum(p.numel() for p in task.net.parameters())
     if trainer.is_global_zero:
-        name = " on ".join(str(task.hparams[key]) for key in ("detector", "model") if key in task.hparams)
+        name = " on ".join(parts(task).values())
         print(
             f"training {name} ({params / 1e6:.1f} M parameters) on "
             f"{len(data.images['train'])} images of {len(data.classes)} classes, "
@@ -258,7 +265,7 @@ def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | Non
     trainer.callbacks = kept  # type: ignore[attr-defined]
     metrics = validate(trainer, task, data, best, folder)
     results = {
-        **{key: task.hparams[key] for key in ("detector", "model") if key in task.hparams},
+        **parts(task),
         "parameters": params,
         **metrics,
         "epochs": trainer.current_epoch,

@@ -1,0 +1,393 @@
+"""Semantic segmentation: images and class maps, or the digits that come with the library -> batches."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.datasets import Cityscapes, VOCSegmentation
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as VF
+
+from crossformer_vision.data import digits
+from crossformer_vision.data.loading import ReadImages, ResumableData, SeededLoader
+from crossformer_vision.errors import UserError
+from crossformer_vision.models import find_model
+
+IGNORED = 255  # in class maps: no class, neither trained on nor counted
+UNKNOWN = 254  # in tables: a value that no class map may have
+SYNONYMS = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid", "test"),
+}
+# fmt: off
+VOC_CLASSES = [
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+    "train", "tvmonitor",
+]
+# fmt: on
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Images and class maps
+# ------------------------------------------------------------------------------------------------------------
+
+
+class MappedImages:
+    """Images, each with a file of one class index a pixel (greyscale or palette PNG).
+
+    Args:
+        pairs: files of image and class map.
+        classes: names.
+        table: (256,) from the values in the files to 0, 1, … of `classes`; `IGNORED`; `UNKNOWN` for an error.
+
+    Raises:
+        UserError: when read: a class map that cannot be read, of another size, in colours, or with a value
+            that is no class.
+    """
+
+    def __init__(self, pairs: list[tuple[Path, Path]], classes: list[str], table: NDArray[np.uint8]) -> None:
+        self.pairs, self.classes, self.table = pairs, classes, table
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def name(self, index: int) -> str:
+        return str(self.pairs[index][0])
+
+    def read(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
+        path, label = self.pairs[index]
+        image = Image.open(path)
+        try:
+            drawn = Image.open(label)
+            values = np.asarray(drawn)
+        except (OSError, SyntaxError) as error:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+            raise UserError(f"{label}: cannot read this class map ({reason})") from None
+        if values.ndim != 2:
+            raise UserError(
+                f"{label}: a class map has one class index a pixel (greyscale or palette), not {drawn.mode}"
+            )
+        if drawn.size != image.size:
+            raise UserError(f"{label}: is {_size(drawn)}, its image {path} is {_size(image)}")
+        wrong = (values < 0) | (values > 255)
+        if wrong.any() or (wrong := (mapped := self.table[values.astype(np.uint8)]) == UNKNOWN).any():
+            raise UserError(
+                f"{label}: has the value {values[wrong][0]}, which is none of the {len(self.classes)} classes"
+            )
+        return image, mapped
+
+
+def _size(image: Image.Image) -> str:
+    return f"{image.width}x{image.height}"
+
+
+def table(classes: int, first: int = 0, ignored: int = IGNORED) -> NDArray[np.uint8]:
+    """Of class maps that number the classes from `first`; 255 and `ignored` are ignored."""
+    values = np.full(256, UNKNOWN, np.uint8)
+    values[first : first + classes] = np.arange(classes)
+    values[[IGNORED, ignored]] = IGNORED
+    return values
+
+
+def read_classes(root: Path) -> tuple[list[str], NDArray[np.uint8]]:
+    """Names and table of a folder in ADE20K's layout.
+
+    ADE20K's own `objectInfo150.txt` numbers them from 1, and 0 is ignored; `classes.json` says it itself.
+    """
+    info, listed = root / "objectInfo150.txt", root / "classes.json"
+    if info.is_file() and not listed.is_file():
+        rows = [line.split("\t") for line in info.read_text().splitlines()[1:] if line.strip()]
+        if len(rows) != 150:
+            raise UserError(f"{info}: lists {len(rows)} classes; ADE20K's has 150, after a line of titles")
+        return [row[-1].split(",")[0].strip() for row in rows], table(150, first=1, ignored=0)
+    try:
+        content = json.loads(listed.read_bytes())
+        content = content if isinstance(content, dict) else {"classes": content}
+        names = [str(name) for name in content["classes"]]
+        first, ignored = int(content.get("first_index", 0)), int(content.get("ignore_index", IGNORED))
+    except FileNotFoundError:
+        raise UserError(
+            f'{listed}: no such file; it lists the classes: {{"classes": ["sky", …], "ignore_index": 255}}'
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f'{listed}: not a list of classes like {{"classes": ["sky", …], "ignore_index": 255}} ({error})'
+        ) from error
+    if not 2 <= len(names) <= UNKNOWN - first or first < 0 or not 0 <= ignored <= 255:
+        raise UserError(
+            f"{listed}: {len(names)} classes from index {first}, {ignored} ignored; a class map has room for "
+            f"2 to {UNKNOWN} from 0 on"
+        )
+    return names, table(len(names), first, ignored)
+
+
+def pair_files(images: Path, maps: Path) -> list[tuple[Path, Path]]:
+    """Images and their class maps: of the same name, below the same folder."""
+    kinds = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+    found = [
+        {p.relative_to(folder).with_suffix(""): p for p in sorted(folder.rglob("*")) if p.suffix.lower() in k}
+        for folder, k in ((images, kinds), (maps, {".png", ".bmp", ".tif", ".tiff"}))
+    ]
+    if not found[0]:
+        raise UserError(f"{images}: no images in this folder")
+    for one, other, what in ((0, 1, f"class map in {maps}"), (1, 0, f"image in {images}")):
+        alone = sorted(str(found[one][name]) for name in found[one].keys() - found[other].keys())
+        if alone:
+            more = f", nor have {len(alone) - 1} others" if len(alone) > 1 else ""
+            raise UserError(f"{alone[0]}: has no {what}{more}")
+    return [(path, found[1][name]) for name, path in found[0].items()]
+
+
+class DigitMaps:
+    """The multi-scale digits, several in an image; the canvas is a class, too."""
+
+    classes = ["canvas", *digits.CLASSES]
+
+    def __init__(self, stage: str, length: int, size: int, seed: int) -> None:
+        self.dataset = digits.MultiScaleDigits(stage, length, size, (1, 4), (0.2, 0.6), seed)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        return f"digits {index}"
+
+    def read(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
+        image, drawn = self.dataset[index]
+        return image, drawn["semantic"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Augmentation
+# ------------------------------------------------------------------------------------------------------------
+
+
+class ToInput:
+    """An image as the network takes it: resized, normalised, (3, H, W).
+
+    Args:
+        mean, std: of the backbone's inputs.
+        short_side: pixels of the shorter side; None for the image's own size.
+    """
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], short_side: int | None) -> None:
+        self.mean, self.std, self.short_side = list(mean), list(std), short_side
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        pixels = VF.pil_to_tensor(image)
+        if self.short_side:
+            pixels = VF.resize(pixels, [self.short_side])
+        return self.normalise(pixels)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        return VF.normalize(VF.to_dtype(pixels, torch.float32, scale=True), self.mean, self.std)
+
+
+class Validation:
+    """(image, class map) -> network's input, and the class map at its own size."""
+
+    def __init__(self, to_input: ToInput) -> None:
+        self.to_input = to_input
+
+    def __call__(self, image: Image.Image, classes: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+        return self.to_input(image), torch.from_numpy(classes.astype(np.int64))
+
+
+class Augmentation:
+    """(image, class map) -> a crop of a fixed size: resized at random, flipped, recoloured.
+
+    Args:
+        to_input: whose `short_side` the scales refer to.
+        crop_size: side of the square crop; smaller images are padded with the mean, and ignored there.
+        scales: smallest and largest factor of the size.
+        max_share: most that one class may take of a crop's labelled pixels, if one of ten crops has less.
+        hflip: probability of a flip.
+        photometric: distort brightness, contrast, saturation and hue.
+    """
+
+    def __init__(
+        self,
+        to_input: ToInput,
+        crop_size: int,
+        scales: tuple[float, float],
+        max_share: float,
+        hflip: float,
+        photometric: bool,
+    ) -> None:
+        self.to_input, self.crop_size, self.scales = to_input, crop_size, scales
+        self.max_share = max_share
+        self.after: list[Callable[..., Any]] = [v2.RandomHorizontalFlip(hflip)]
+        if photometric:
+            self.after.append(v2.RandomPhotometricDistort())
+
+    def __call__(self, image: Image.Image, classes: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+        factor = float(torch.empty(1).uniform_(*self.scales))
+        factor *= (self.to_input.short_side or min(image.size)) / min(image.size)
+        size = [round(image.height * factor), round(image.width * factor)]
+        pixels = VF.resize(VF.pil_to_tensor(image), size)
+        labels = VF.resize(torch.from_numpy(classes)[None], size, v2.InterpolationMode.NEAREST_EXACT)
+        top, left = self._corner(labels[0])
+        side = self.crop_size
+        area = (slice(None), slice(top, top + side), slice(left, left + side))
+        pair: Any = tv_tensors.Image(pixels[area]), tv_tensors.Mask(labels[area])
+        for step in self.after:
+            pair = step(*pair)
+        missing = [0, side - pair[0].shape[2], 0, side - pair[0].shape[1]]
+        pixels = torch.nn.functional.pad(self.to_input.normalise(pair[0].as_subclass(Tensor)), missing)
+        labels = torch.nn.functional.pad(pair[1].as_subclass(Tensor)[0], missing, value=IGNORED)
+        return pixels, labels.long()
+
+    def _corner(self, labels: Tensor) -> tuple[int, int]:
+        """Top and left of a crop in which no class takes too much."""
+        H, W = labels.shape
+        for _ in range(10):
+            top = int(torch.randint(max(0, H - self.crop_size) + 1, ()))
+            left = int(torch.randint(max(0, W - self.crop_size) + 1, ()))
+            if self.max_share >= 1:
+                break
+            crop = labels[top : top + self.crop_size, left : left + self.crop_size]
+            counts = torch.bincount(crop.flatten(), minlength=256)[:IGNORED]
+            if counts.count_nonzero() > 1 and counts.max() < self.max_share * counts.sum():
+                break
+        return top, left
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Batches
+# ------------------------------------------------------------------------------------------------------------
+
+
+class SegmentationData(ResumableData):
+    """Images with a class index a pixel.
+
+    Training reads crops of one size; validation whole images one by one, and their class maps unresized.
+
+    Args:
+        root: folder in ADE20K's layout (`images/training/`, `annotations/training/` with PNGs of the same
+            names, and the same of `validation`; classes from ADE20K's `objectInfo150.txt`, or from
+            `classes.json`: `{"classes": ["sky", …], "ignore_index": 255}`), in that of Cityscapes
+            (`leftImg8bit/`, `gtFine/`) or of VOC 2012 (`VOCdevkit/`). Null for the multi-scale digits that
+            come with the library.
+        train_split: split to train on; `train` finds `training`, too.
+        val_split: split to validate on; `val` finds `validation`, too.
+        model: timm name of the backbone, which gives the normalisation. The command takes it from the model.
+        crop_size: side of the training crops, in pixels; for digits, of the images.
+        short_side: an image's shorter side is brought to this many pixels, in training before `scales`; null
+            for its own size.
+        scales: smallest and largest factor by which a training image is resized at random.
+        max_share: most that one class may take of a training crop, if one of ten crops has less.
+        hflip: probability of a horizontal flip.
+        photometric: distort brightness, contrast, saturation and hue.
+        batch_size: crops a step, of each process.
+        num_workers: processes that read images; null for one less than there are cores, at most 8.
+        train_images: digits only: images an epoch.
+        val_images: digits only: images to validate on.
+        skip_corrupt: leave unreadable images out and count them, instead of stopping at the first.
+        seed: of the order, the augmentation and the digits.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        train_split: str = "train",
+        val_split: str = "val",
+        model: str = "crossformer_nano",
+        crop_size: int = 512,
+        short_side: int | None = None,
+        scales: tuple[float, float] = (0.5, 2.0),
+        max_share: float = 0.75,
+        hflip: float = 0.5,
+        photometric: bool = True,
+        batch_size: int = 2,
+        num_workers: int | None = None,
+        train_images: int = 1000,
+        val_images: int = 200,
+        skip_corrupt: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.root, self.splits = root, {"train": train_split, "val": val_split}
+        cfg = find_model(model)
+        self.to_input = ToInput(tuple(cfg.mean), tuple(cfg.std), short_side)
+        self.augmentation = Augmentation(self.to_input, crop_size, scales, max_share, hflip, photometric)
+        self.batch_size, self.seed, self.skip_corrupt = batch_size, seed, skip_corrupt
+        self.num_workers = min(8, max(0, (os.cpu_count() or 1) - 1)) if num_workers is None else num_workers
+        self.lengths = {"train": train_images, "val": val_images}
+        self.classes: list[str] = []
+        self.images: dict[str, ReadImages] = {}
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are; looks for the images if that has not been done.
+
+        Raises:
+            UserError: a folder or list of classes is missing or wrong, or images and class maps do not pair.
+        """
+        if not self.images:
+            for stage, transform in (
+                ("train", self.augmentation),
+                ("val", Validation(self.to_input)),
+            ):
+                source: Any = self._source(stage)
+                self.classes = source.classes
+                self.images[stage] = ReadImages(source, transform, self.skip_corrupt)
+        return len(self.classes)
+
+    def describe(self) -> dict[str, Any]:
+        to_input = self.to_input
+        image = dict(mean=to_input.mean, std=to_input.std, short_side=to_input.short_side)
+        return {"classes": self.classes, "image": image}
+
+    def _source(self, stage: str) -> MappedImages | DigitMaps:
+        if self.root is None:
+            return DigitMaps(stage, self.lengths[stage], self.augmentation.crop_size, self.seed)
+        root, split = Path(self.root), self.splits[stage]
+        if not root.is_dir():
+            raise UserError(f"{root}: no such folder; --data.root needs images/ and annotations/ in it")
+        try:
+            if (root / "leftImg8bit").is_dir():
+                return cityscapes(root, split)
+            if (root / "VOCdevkit").is_dir():
+                voc = VOCSegmentation(str(root), image_set=split)
+                pairs = [(Path(i), Path(m)) for i, m in zip(voc.images, voc.masks, strict=True)]
+                return MappedImages(pairs, VOC_CLASSES, table(len(VOC_CLASSES)))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"{root}: {str(error).splitlines()[0]}") from error
+        for name in (split, *(SYNONYMS[stage] if split in SYNONYMS[stage] else ())):
+            images, maps = root / "images" / name, root / "annotations" / name
+            if images.is_dir():
+                if not maps.is_dir():
+                    raise UserError(f"{maps}: no such folder, for the class maps of {images}")
+                return MappedImages(pair_files(images, maps), *read_classes(root))
+        raise UserError(
+            f"{root / 'images' / split}: no such folder; name the split with --data.{stage}_split"
+        )
+
+    def train_dataloader(self) -> SeededLoader:
+        assert self.num_classes
+        return self.loader(self.images["train"], self.batch_size, self.seed, self.num_workers, True)
+
+    def val_dataloader(self) -> SeededLoader:
+        assert self.num_classes
+        return self.loader(self.images["val"], 1, self.seed, self.num_workers, False)
+
+
+def cityscapes(root: Path, split: str) -> MappedImages:
+    """Cityscapes' finely annotated images, with the 19 classes that are evaluated."""
+    found = Cityscapes(str(root), split, mode="fine", target_type="semantic")
+    values = np.full(256, IGNORED, np.uint8)
+    kinds = [kind for kind in Cityscapes.classes if not kind.ignore_in_eval]
+    for kind in kinds:
+        values[kind.id] = kind.train_id
+    names = [kind.name for kind in sorted(kinds, key=lambda kind: kind.train_id)]
+    pairs = [(Path(image), Path(maps[0])) for image, maps in zip(found.images, found.targets, strict=True)]
+    return MappedImages(pairs, names, values)

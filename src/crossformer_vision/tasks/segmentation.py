@@ -1,0 +1,205 @@
+"""Semantic segmentation: losses, intersection over union, and what a validation shows."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from crossformer_vision import visualize
+from crossformer_vision.checkpoints import load_checkpoint
+from crossformer_vision.data.segmentation import IGNORED
+from crossformer_vision.errors import UserError
+from crossformer_vision.models import find_model
+from crossformer_vision.models.segmenters import UPerNet, create_segmenter, segment
+from crossformer_vision.tasks.base import Task
+from crossformer_vision.tasks.run import write_csv
+
+SHOWN = 6  # validation images in the picture of predictions
+
+
+class Segmentation(Task):
+    """Train and validate Semantic FPN or UPerNet on any timm backbone.
+
+    Args:
+        segmenter: `semantic_fpn` or `upernet`.
+        model: timm name of the backbone, with a tag (`crossformer_small.in1k`) to choose weights.
+        num_classes: classes of pixels; the command takes them from the data.
+        pretrained: start from the backbone's published weights.
+        checkpoint: start from these weights instead, of a segmenter or of a backbone, published or own;
+            layers of another class count are trained anew.
+        model_args: further keywords of the backbone, such as `{group_size: [14, 14, 7, 7]}`.
+        drop_path_rate: stochastic depth of the backbone.
+        width: channels of the pyramid; null for 256 (Semantic FPN) or 512 (UPerNet).
+        dropout: before the classifier.
+        auxiliary_weight: of the loss of UPerNet's auxiliary head.
+        dice: weight of a Dice loss beside the cross-entropy.
+        test_scales: factors of the image's size, whose probabilities validation and prediction average.
+        test_flip: average with those of the mirrored image, too.
+        window: side of sliding windows in validation and prediction, in pixels; null for the whole image.
+        window_stride: of the windows; null for two thirds of `window`.
+        **optimization: see `Task`.
+    """
+
+    name = "segmentation"
+    monitor = "val_miou"
+
+    def __init__(
+        self,
+        segmenter: Literal["semantic_fpn", "upernet"] = "semantic_fpn",
+        model: str = "crossformer_nano",
+        num_classes: int = 11,
+        pretrained: bool = False,
+        checkpoint: str | None = None,
+        model_args: dict[str, Any] | None = None,
+        drop_path_rate: float = 0.0,
+        width: int | None = None,
+        dropout: float = 0.1,
+        auxiliary_weight: float = 0.4,
+        dice: float = 0.0,
+        test_scales: list[float] = [1.0],  # noqa: B006
+        test_flip: bool = False,
+        window: int | None = None,
+        window_stride: int | None = None,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(**optimization)
+        self.save_hyperparameters()
+        self.net = create_segmenter(
+            segmenter,
+            model,
+            num_classes,
+            pretrained=pretrained and not checkpoint,
+            width=width,
+            dropout=dropout,
+            backbone_args=dict(drop_path_rate=drop_path_rate or None, **(model_args or {})),
+        )
+        if checkpoint:
+            load_checkpoint(self.net, checkpoint)
+        self.auxiliary_weight, self.dice = auxiliary_weight, dice
+        self.test: dict[str, Any] = dict(
+            scales=test_scales, flip=test_flip, window=window, stride=window_stride
+        )
+        self.loss = MeanMetric()
+        self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED, validate_args=False)
+        self.matrix = torch.zeros(num_classes, num_classes)  # of the last validation: true class, predicted
+        self.shown: list[tuple[Tensor, Tensor, Tensor]] = []  # image, true and predicted class map
+
+    def configure_model(self) -> None:
+        if self.trainer.world_size > 1 and self.device.type == "cuda":  # torch has none for processors
+            self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
+
+    def forward(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Images (B, 3, H, W), normalised -> probabilities (B, num_classes, *size), as tested."""
+        return segment(self.net, images, size=size, **self.test)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        log: dict[str, Any] = dict(on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
+        if isinstance(self.net, UPerNet) and len(images) == 1 and self.trainer.world_size == 1:
+            raise UserError("upernet normalises over a batch: take --data.batch_size 2 or more")
+        if isinstance(self.net, UPerNet) and self.auxiliary_weight:
+            logits, auxiliary = self.net.forward_auxiliary(images)
+            auxiliary_loss = cross_entropy(auxiliary, labels)
+            self.log("train_auxiliary_loss", auxiliary_loss, **log)
+            loss = cross_entropy(logits, labels) + self.auxiliary_weight * auxiliary_loss
+        else:
+            logits = self.net(images)
+            loss = cross_entropy(logits, labels)
+        if self.dice:
+            dice = dice_loss(logits, labels)
+            self.log("train_dice_loss", dice, **log)
+            loss = loss + self.dice * dice
+        self.log("train_loss", loss, **log)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self.shown = []
+
+    def validation_step(self, batch: tuple[Tensor, Tensor] | None, batch_idx: int) -> None:
+        if batch is None:
+            return
+        images, labels = batch
+        probabilities = self(images, labels.shape[1:])
+        predicted = probabilities.argmax(1)
+        counted = (labels != IGNORED).sum()
+        if counted:
+            loss = F.nll_loss(probabilities.clamp(min=1e-8).log(), labels, ignore_index=IGNORED)
+            self.loss.update(loss, counted)
+            self.confusion.update(predicted, labels)
+        batches = int(sum(self.trainer.num_val_batches))
+        if batch_idx % max(1, batches // SHOWN) == 0 and len(self.shown) < SHOWN:
+            self.shown.append((images[0].float().cpu(), labels[0].cpu(), predicted[0].cpu()))
+
+    def on_validation_epoch_end(self) -> None:
+        self.matrix = self.confusion.compute().double().cpu()
+        iou, accuracy = class_scores(self.matrix)
+        metrics = {
+            "loss": self.loss.compute(),
+            "miou": iou.nanmean(),
+            "pixel_accuracy": self.matrix.trace() / self.matrix.sum(),
+            "mean_accuracy": accuracy.nanmean(),
+        }
+        for name, value in metrics.items():
+            self.log(f"val_{name}", value.to(self.device, torch.float32).nan_to_num(0))  # nothing is labelled
+        self.loss.reset()
+        self.confusion.reset()
+
+    def pictures(self, folder: Path, classes: list[str]) -> None:
+        """Draw the last validation: `predictions.png`, `class_iou.png`; its table: `classes.csv`."""
+        iou, accuracy = class_scores(self.matrix)
+        share = self.matrix.sum(1) / self.matrix.sum().clamp(min=1)
+        columns = {"iou": iou, "accuracy": accuracy, "share": share}
+        rows: list[dict[str, Any]] = [
+            {"class": name, **{key: round(float(values[k]), 4) for key, values in columns.items()}}
+            for k, name in enumerate(classes)
+        ]
+        write_csv(folder / "classes.csv", rows)
+        visualize.class_bars(classes, iou.numpy(), "IoU", folder / "class_iou.png")
+        cfg = find_model(self.hparams["model"])
+        mean, std = torch.tensor(cfg.mean).view(3, 1, 1), torch.tensor(cfg.std).view(3, 1, 1)
+        shown = [
+            ((image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy(), true.numpy(), predicted.numpy())
+            for image, true, predicted in self.shown
+        ]
+        visualize.segmentations(shown, classes, folder / "predictions.png")
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over labelled pixels; 0 where there are none.
+
+    Args:
+        logits: (B, classes, H, W).
+        labels: (B, H, W), 255 for ignored pixels.
+    """
+    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    return total / (labels != IGNORED).sum().clamp(min=1)
+
+
+def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """One less the soft Dice coefficient (arXiv 1606.04797), mean over the classes that the batch has.
+
+    Args:
+        logits: (B, classes, H, W).
+        labels: (B, H, W), 255 for ignored pixels.
+    """
+    counted = (labels != IGNORED)[:, None]
+    true = F.one_hot(labels.where(counted[:, 0], 0), logits.shape[1]).movedim(3, 1) * counted
+    probabilities = logits.float().softmax(1) * counted
+    overlap, size = (probabilities * true).sum((0, 2, 3)), (probabilities + true).sum((0, 2, 3))
+    present = true.sum((0, 2, 3)) > 0
+    losses = (1 - 2 * overlap / size.clamp(min=1e-6)) * present
+    return losses.sum() / present.sum().clamp(min=1)
+
+
+def class_scores(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Intersection over union, and accuracy, of each class; NaN for classes that do not occur.
+
+    Args:
+        matrix: (classes, classes) of pixels, by true and predicted class.
+    """
+    right, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    return right / (true + predicted - right), right / true

@@ -1,0 +1,245 @@
+"""Class maps: what is read from them, what is refused, and how images become crops."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crossformer_vision import UserError
+from crossformer_vision.data.segmentation import SegmentationData
+
+COLOURS = np.array([[200, 30, 30], [30, 200, 30], [30, 30, 200]], np.uint8)  # of the classes, in images
+
+
+def maps(root, split="training", images=4, size=(60, 48), seed=0, classes=True):
+    """Images whose pixels have the colour of their class, in squares, with ignored ones in a corner."""
+    rng = np.random.default_rng((seed, len(split)))
+    for kind in ("images", "annotations"):
+        (root / kind / split / "city").mkdir(parents=True, exist_ok=True)
+    for n in range(images):
+        w, h = size[0] + 4 * n, size[1]
+        drawn = (
+            rng.integers(0, 3, (h // 12 + 1, w // 12 + 1))
+            .repeat(12, 0)
+            .repeat(12, 1)[:h, :w]
+            .astype(np.uint8)
+        )
+        Image.fromarray(COLOURS[drawn]).save(root / "images" / split / "city" / f"{n}.png")
+        drawn[:5, :5] = 255
+        Image.fromarray(drawn).save(root / "annotations" / split / "city" / f"{n}.png")
+    if classes:
+        (root / "classes.json").write_text(json.dumps({"classes": ["a", "b", "c"], "ignore_index": 255}))
+    return root
+
+
+def data(root, **options):
+    return SegmentationData(str(root), **{"crop_size": 32, "num_workers": 0, **options})
+
+
+def colours(pixels, found):
+    """The class of each pixel by its colour, from normalised pixels (3, H, W)."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (found.to_input.mean, found.to_input.std))
+    return ((pixels * std + mean)[:, None] * 255 - torch.tensor(COLOURS.T)[:, :, None, None]).abs().sum(0)
+
+
+@pytest.mark.parametrize("train, val", [("training", "validation"), ("train", "val")])
+def test_a_folder_of_images_and_class_maps(train, val, tmp_path):
+    maps(tmp_path, train)
+    maps(tmp_path, val, images=3)
+    found = data(tmp_path)
+    assert found.num_classes == 3 and found.classes == ["a", "b", "c"]
+    pixels, labels = found.images["val"][1]
+    assert pixels.shape == (3, 48, 64) and labels.shape == (48, 64) and labels.dtype == torch.int64
+    assert (labels[:5, :5] == 255).all() and (labels[5:] < 3).all()
+    assert (colours(pixels, found).argmin(0) == labels)[5:].all()
+    halved = data(tmp_path, short_side=24)
+    assert halved.num_classes
+    pixels, labels = halved.images["val"][1]  # the class map stays as it is
+    assert pixels.shape == (3, 24, 32) and labels.shape == (48, 64)
+    assert [len(x) for x, _ in found.val_dataloader()] == [1, 1, 1]
+
+
+def test_crops_go_with_their_class_maps(tmp_path):
+    maps(tmp_path, images=6)
+    maps(tmp_path, "validation")
+    found = data(tmp_path, batch_size=3, scales=(0.5, 2.0), photometric=False, crop_size=40)
+    padded = flipped = 0
+    for epoch in range(3):
+        loader = found.train_dataloader()
+        loader.batches.set_epoch(epoch)
+        for pixels, labels in loader:
+            assert pixels.shape == (3, 3, 40, 40) and labels.shape == (3, 40, 40)
+            for image, label in zip(pixels, labels, strict=True):
+                distance = colours(image, found)
+                sure = (distance.min(0).values < 30) & (label != 255)  # not mixed at an edge
+                assert sure.float().mean() > 0.3
+                assert (distance.argmin(0) == label)[sure].float().mean() > 0.99
+                bottom = (label[-1] == 255).all()
+                padded += int(bottom)
+                assert not bottom or (image[:, -1] == 0).all()  # the mean, after it is normalised
+                flipped += int((label[:2, -2:] == 255).all() and not bottom)
+    assert padded and flipped  # a corner that was at the left is at the right
+
+
+def test_no_class_takes_all_of_a_crop(tmp_path):
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (tmp_path / kind / split).mkdir(parents=True)
+        drawn = np.zeros((64, 64), np.uint8)
+        drawn[:, 60:] = 1
+        Image.fromarray(COLOURS[drawn]).save(tmp_path / "images" / split / "x.png")
+        Image.fromarray(drawn).save(tmp_path / "annotations" / split / "x.png")
+    (tmp_path / "classes.json").write_text('["a", "b"]')
+
+    def both(max_share):
+        found = data(tmp_path, crop_size=16, scales=(1.0, 1.0), max_share=max_share)
+        assert found.num_classes == 2
+        torch.manual_seed(0)
+        crops = [found.images["train"][0][1] for _ in range(40)]
+        return sum(len(crop.unique()) > 1 for crop in crops)
+
+    assert both(0.99) > 2 * both(1.0)
+
+
+def test_ade20k_numbers_its_classes_itself(tmp_path):
+    for split in ("training", "validation"):
+        maps(tmp_path, split, classes=False)
+    names = [f"{n}\t0.1\t1\t1\t0\tclass {n}, other name" for n in range(1, 151)]
+    (tmp_path / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tStuff\tName", *names]))
+    found = data(tmp_path)
+    assert found.num_classes == 150 and found.classes[0] == "class 1"
+    plain = np.asarray(Image.open(tmp_path / "annotations/validation/city/0.png"))
+    _, labels = found.images["val"][0]
+    assert (labels[torch.from_numpy(plain == 0)] == 255).all()  # other: not counted
+    assert (labels[torch.from_numpy(plain == 2)] == 1).all()
+
+
+def test_cityscapes(tmp_path):
+    for split in ("train", "val"):
+        for kind, name in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
+            folder = tmp_path / kind / split / "bonn"
+            folder.mkdir(parents=True)
+            drawn = np.full((20, 30), 7, np.uint8)  # road
+            drawn[:, 10:] = 26  # car
+            drawn[:, 20:] = 4  # static: not evaluated
+            Image.fromarray(drawn if kind == "gtFine" else COLOURS[drawn % 3]).save(
+                folder / f"bonn_000000_000019_{name}.png"
+            )
+        for extra in ("instanceIds", "color"):
+            Image.fromarray(np.zeros((20, 30), np.uint8)).save(
+                tmp_path / "gtFine" / split / "bonn" / f"bonn_000000_000019_gtFine_{extra}.png"
+            )
+        (tmp_path / "gtFine" / split / "bonn" / "bonn_000000_000019_gtFine_polygons.json").write_text("{}")
+    found = data(tmp_path)
+    assert found.num_classes == 19 and found.classes[0] == "road" and found.classes[13] == "car"
+    assert found.images["val"][0][1][0].unique().tolist() == [0, 13, 255]
+    with pytest.raises(UserError, match="Unknown value 'nowhere' for argument split"):
+        assert data(tmp_path, val_split="nowhere").num_classes
+
+
+def test_voc(tmp_path):
+    base = tmp_path / "VOCdevkit" / "VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (base / folder).mkdir(parents=True)
+    Image.fromarray(COLOURS[np.zeros((20, 30), int)]).save(base / "JPEGImages/x.jpg")
+    drawn = Image.fromarray(np.full((20, 30), 20, np.uint8)).convert("P")
+    drawn.putpalette(list(range(256)) * 3)
+    drawn.save(base / "SegmentationClass/x.png")
+    for split in ("train", "val"):
+        (base / "ImageSets/Segmentation" / f"{split}.txt").write_text("x\n")
+    found = data(tmp_path)
+    assert found.num_classes == 21 and found.classes[20] == "tvmonitor"
+    assert (found.images["val"][0][1] == 20).all()
+
+
+def test_digits_are_the_same_in_each_run():
+    first, second = (
+        next(iter(SegmentationData(None, crop_size=64, num_workers=0).train_dataloader())) for _ in range(2)
+    )
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    assert first[1].max() <= 255 and SegmentationData(None).num_classes == 11
+
+
+@pytest.mark.parametrize(
+    "kind, draw",
+    [("grey", lambda im: im.convert("L")), ("rgba", lambda im: im.convert("RGBA")),
+     ("16 bits", lambda im: Image.fromarray(np.asarray(im.convert("L")).astype(np.uint16) * 257))],
+)  # fmt: skip
+def test_images_that_are_not_rgb(kind, draw, tmp_path):
+    maps(tmp_path)
+    maps(tmp_path, "validation")
+    file = tmp_path / "images/validation/city/0.png"
+    draw(Image.open(file)).save(file)
+    found = data(tmp_path)
+    assert found.num_classes and found.images["val"][0][0].shape == (3, 48, 60)
+
+
+def redraw(change):
+    def edit(root):
+        file = root / "annotations/validation/city/1.png"
+        Image.fromarray(change(np.asarray(Image.open(file)).copy())).save(file)
+
+    return edit
+
+
+def value(number):
+    def change(drawn):
+        drawn[20, 20] = number
+        return drawn
+
+    return redraw(change)
+
+
+BROKEN = {
+    "no map": (
+        lambda root: (root / "annotations/validation/city/1.png").unlink(),
+        r"images/validation/city/1\.png: has no class map in .*annotations/validation$",
+    ),
+    "no images for maps": (
+        lambda root: [(root / f"images/validation/city/{n}.png").unlink() for n in (1, 2)],
+        r"annotations/validation/city/1\.png: has no image in .*images/validation, nor have 1 others",
+    ),
+    "no folder of maps": (
+        lambda root: (root / "annotations/validation").rename(root / "elsewhere"),
+        r"annotations/validation: no such folder, for the class maps",
+    ),
+    "no folder": (lambda root: (root / "images/validation").rename(root / "x"), r"name the split with --data\.val_split"),
+    "no classes": (lambda root: (root / "classes.json").unlink(), r"classes\.json: no such file; it lists the classes"),
+    "classes no json": (lambda root: (root / "classes.json").write_text("a b"), r"classes\.json: not a list of classes"),
+    "one class": (lambda root: (root / "classes.json").write_text('["a"]'), r"classes\.json: 1 classes"),
+    "other size": (redraw(lambda x: x[:-3]), r"1\.png: is 64x45, its image .*1\.png is 64x48"),
+    "value": (value(3), r"annotations/validation/city/1\.png: has the value 3, which is none of the 3 classes"),
+    "large value": (redraw(lambda x: x.astype(np.uint16) + 300), r"1\.png: has the value \d{3}, which is none of"),
+    "rgb": (redraw(lambda x: COLOURS[x % 3]), r"1\.png: a class map has one class index a pixel .* not RGB"),
+    "rubbish map": (
+        lambda root: (root / "annotations/validation/city/1.png").write_bytes(b"rubbish"),
+        r"annotations/validation/city/1\.png: cannot read this class map",
+    ),
+    "rubbish image": (
+        lambda root: (root / "images/validation/city/1.png").write_bytes(b"rubbish"),
+        r"images/validation/city/1\.png: cannot read this image .* --data\.skip_corrupt true",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_wrong_is_named(name, tmp_path):
+    maps(tmp_path)
+    maps(tmp_path, "validation")
+    edit, message = BROKEN[name]
+    edit(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        found = data(tmp_path)
+        assert found.num_classes
+        for sample in range(4):
+            found.images["val"][sample]
+    assert "\n" not in str(error.value)
+
+
+def test_missing_root():
+    with pytest.raises(
+        UserError, match=r"nowhere: no such folder; --data.root needs images/ and annotations/"
+    ):
+        assert data("nowhere").num_classes

@@ -1,0 +1,149 @@
+"""Segmenters trained in miniature, through the command; intersection over union."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data.test_segmentation import maps
+from PIL import Image
+
+from crossformer_vision import load_predictor
+from crossformer_vision.cli import main
+from crossformer_vision.tasks.segmentation import class_scores, cross_entropy, dice_loss
+
+CROSSFORMER = str(Path(sys.executable).with_name("crossformer"))
+TINY = """
+  --task segmentation --data.crop_size 48 --data.train_images 16 --data.val_images 5 --data.batch_size 4
+  --data.num_workers 1 --model.width 16 --trainer.max_epochs 2
+  --model.model_args {"depths":[1,1,1,1]} --trainer.accelerator cpu
+""".split()
+
+
+def rows(folder):
+    with open(folder / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("segmenter", ["semantic_fpn", "upernet"])
+def test_a_run_leaves_its_folder(segmenter, tmp_path, capsys):
+    """On images of several sizes on disk; what it left validates to the same, and starts another run."""
+    root, folder = tmp_path / "maps", tmp_path / "run"
+    maps(root, images=8)
+    maps(root, "validation", images=5)
+    options = ["--model.segmenter", segmenter, "--data.root", str(root), "--run.folder", str(folder)]
+    options += "--run.ema 0.9 --model.dice 0.5 --model.grad_checkpointing true".split()
+    assert main(["train", *TINY, *options]) == 0
+    printed = capsys.readouterr().out
+    assert f"training {segmenter} on crossformer_nano" in printed and "miou" in printed
+    for name in ("curves.png", "predictions.png", "class_iou.png"):
+        with Image.open(folder / name) as picture:
+            assert len(picture.convert("L").resize((50, 50)).getcolors()) > 5  # not blank
+    results = json.loads((folder / "results.json").read_text())
+    assert results["segmenter"] == segmenter and 0 <= results["val_miou"] <= 1
+    assert ("train_auxiliary_loss" in rows(folder)[0]) == (segmenter == "upernet")
+    with open(folder / "classes.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [row["class"] for row in table] == ["a", "b", "c"]
+    mean = np.mean([float(row["iou"]) for row in table])
+    assert mean == pytest.approx(results["val_miou"], abs=1e-4)
+    assert main(["validate", str(folder)]) == 0
+    assert f"val_miou {results['val_miou']:.4f}" in capsys.readouterr().out
+    tested = "--model.test_scales [1.0,1.5] --model.test_flip true --model.window 40".split()
+    assert main(["validate", str(folder), *tested]) == 0
+    assert f"val_loss {results['val_loss']:.4f}" not in capsys.readouterr().out
+
+    other = [*TINY, "--model.segmenter", segmenter, "--run.folder", str(tmp_path / "other")]
+    start = ["--model.checkpoint", str(folder / "best.ckpt")]
+    assert main(["train", *other, "--trainer.max_epochs", "1", *start]) == 0
+    assert main(["validate", *TINY, "--model.segmenter", segmenter, "--checkpoint", start[1]]) == 1
+    assert "is for other classes" in capsys.readouterr().err
+    if segmenter == "upernet":
+        alone = [*TINY, "--model.segmenter", segmenter, "--data.batch_size", "1"]
+        assert main(["train", *alone, "--run.folder", str(tmp_path / "alone")]) == 1
+        assert "upernet normalises over a batch: take --data.batch_size 2 or more" in capsys.readouterr().err
+
+
+def test_a_run_of_so_many_steps(tmp_path, capsys):
+    """By iterations: poly schedule, a validation at the last step, in the middle of an epoch."""
+    options = f"--run.folder {tmp_path} --trainer.max_epochs -1 --trainer.max_steps 6 --model.schedule poly"
+    options += " --trainer.val_check_interval 3 --trainer.check_val_every_n_epoch null --model.min_lr 0"
+    options += " --model.warmup_steps 0 --model.lr 0.01 --model.power 0.5"
+    assert main(["train", *TINY, *options.split()]) == 0
+    assert "step 6/6" in capsys.readouterr().out
+    first, last = rows(tmp_path)  # four steps an epoch
+    assert [int(row["step"]) for row in (first, last)] == [4, 6]
+    assert float(first["lr"]) == pytest.approx(0.01 * (1 - 4 / 6) ** 0.5)
+    assert float(last["val_miou"]) > 0 and (tmp_path / "best.ckpt").exists()
+
+
+def test_iou_is_that_of_all_pixels_on_one_process_and_two(tmp_path):
+    """Against a plain count over the files; of five images, one process has three."""
+    root, folder = tmp_path / "maps", tmp_path / "run"
+    maps(root, images=8)
+    maps(root, "validation", images=5)
+    options = ["--data.root", str(root), "--run.folder", str(folder), "--trainer.max_epochs", "1"]
+    assert main(["train", *TINY, *options]) == 0
+    predictor = load_predictor(folder / "best.ckpt")
+    truth, found = [], []
+    for file in sorted((root / "images/validation").rglob("*.png")):
+        found.append(predictor(file).class_map.ravel())
+        truth.append(np.asarray(Image.open(str(file).replace("images", "annotations"))).ravel())
+    truth, found = np.concatenate(truth), np.concatenate(found)
+    found, truth = found[truth != 255], truth[truth != 255]
+    ious = [((truth == k) & (found == k)).sum() / ((truth == k) | (found == k)).sum() for k in range(3)]
+    accuracies = [(found[truth == k] == k).mean() for k in range(3)]
+    expected = {
+        "val_miou": np.mean(ious),
+        "val_mean_accuracy": np.mean(accuracies),
+        "val_pixel_accuracy": (found == truth).mean(),
+    }
+    results = json.loads((folder / "results.json").read_text())
+    for name, figure in expected.items():
+        assert results[name] == pytest.approx(figure, abs=1e-6)
+    two = subprocess.run(
+        [CROSSFORMER, "validate", str(folder), "--trainer.devices", "2", "--trainer.strategy", "ddp"],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr
+    for name, figure in expected.items():
+        assert f"{name} {figure:.4f}" in two.stdout
+
+
+def test_what_is_ignored_is_not_learned_from():
+    logits = torch.randn(2, 3, 8, 8, requires_grad=True)
+    labels = torch.randint(0, 3, (2, 8, 8))
+    nothing = torch.full_like(labels, 255)
+    for loss in (cross_entropy, dice_loss):
+        assert loss(logits, nothing).item() == 0
+        (gradient,) = torch.autograd.grad(loss(logits, nothing), logits)
+        assert (gradient == 0).all()
+        half = labels.clone()
+        half[:, :4] = 255
+        assert torch.isclose(loss(logits, half), loss(logits[:, :, 4:], labels[:, 4:]))
+        (gradient,) = torch.autograd.grad(loss(logits, half), logits)
+        assert (gradient[:, :, :4] == 0).all() and (gradient[:, :, 4:] != 0).any()
+    right = torch.nn.functional.one_hot(labels, 3).movedim(3, 1) * 50.0
+    assert float(dice_loss(right, labels)) == pytest.approx(0, abs=1e-5)
+    assert float(dice_loss(right.roll(1, 1), labels)) == pytest.approx(1, abs=1e-5)
+
+
+def test_scores_of_classes():
+    matrix = torch.tensor([[6.0, 2, 0, 0], [1, 3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    matrix[0, 3] = 4  # a class that is predicted, but does not occur
+    iou, accuracy = class_scores(matrix)
+    assert iou[:2].tolist() == pytest.approx([6 / 13, 3 / 6]) and iou[3] == 0 and iou[2].isnan()
+    assert accuracy[:2].tolist() == pytest.approx([0.5, 0.75]) and accuracy[2:].isnan().all()
+
+
+def test_segmentation_models_pytorch_takes_the_backbone():
+    import segmentation_models_pytorch as smp
+
+    net = smp.UPerNet("tu-crossformer_nano", encoder_weights=None, classes=5, decoder_channels=16).eval()
+    with torch.no_grad():
+        assert net(torch.zeros(1, 3, 96, 64)).shape == (1, 5, 96, 64)
