@@ -1,4 +1,4 @@
-"""Time and memory of backbones' features at 800x1280 on this machine's CPU: python docs/results/speed_dense.py
+"""Time and memory of backbones' features at 800x1280 on this machine: python docs/results/speed_dense.py
 
 Each round times every model once, so that what else happens on the machine falls on all of them; the ratio
 to the first model is taken inside a round, and the median over the rounds is printed. The memory is the

@@ -32,30 +32,29 @@ def curves(rows: Sequence[dict[str, float]], path: Path) -> None:
     """Losses, validation metrics and learning rate by epoch.
 
     Args:
-        rows: one an epoch, with `epoch`, `lr` and any `train_…` and `val_…` values.
+        rows: one an epoch, with `epoch`, `lr` and any `train_…` and `val_…` values; not each need have all.
         path: the PNG to write.
     """
-    names = [name for name in rows[-1] if name.startswith(("train_", "val_"))]
+    names = [name for name in {k: 0 for row in rows for k in row} if name.startswith(("train_", "val_"))]
     losses = [name for name in names if name.endswith("loss")]
     metrics = [name for name in names if not name.endswith("loss")]
     figure, axes = _figure(12, 3.4, 1, 3)
-    epochs = [row["epoch"] + 1 for row in rows]
     for axis, title, group in zip(
         axes[0], ("loss", "validation", "learning rate"), (losses, metrics, ["lr"])
     ):
         for name in group:
+            known = [row for row in rows if name in row]
             axis.plot(
-                epochs,
-                [row.get(name, np.nan) for row in rows],
-                marker="." if len(rows) < 40 else "",
+                [row["epoch"] + 1 for row in known],
+                [row[name] for row in known],
+                marker="." if len(known) < 40 else "",
                 label=name,
             )
         if title == "validation" and metrics:
-            best = int(np.nanargmax([row.get(metrics[0], np.nan) for row in rows]))
-            value = rows[best][metrics[0]]
+            best = max((row for row in rows if metrics[0] in row), key=lambda row: row[metrics[0]])
             axis.annotate(
-                f"{value:.4f}",
-                (epochs[best], value),
+                f"{best[metrics[0]]:.4f}",
+                (best["epoch"] + 1, best[metrics[0]]),
                 xytext=(0, -14),
                 textcoords="offset points",
                 ha="center",

@@ -179,6 +179,7 @@ class RunFolder(Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.images, self.seconds, self.batches = 0, 1e-9, 0
+        self.validated = False
         self.began = time.perf_counter()
 
     def on_train_batch_end(
@@ -188,10 +189,14 @@ class RunFolder(Callback):
         self.images += len(batch[0]) * trainer.world_size
         self.seconds = time.perf_counter() - self.began
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.validated = True
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero or not self.batches:  # none: resumed from this epoch's end
             return
-        values = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        kinds = ("train_", "val_") if self.validated else ("train_",)  # or else an earlier epoch's are there
+        values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(kinds)}
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         epoch = trainer.current_epoch
         row = {
@@ -200,11 +205,11 @@ class RunFolder(Callback):
             "lr": lr,
             "images_per_second": self.images_per_second(),
         }
-        row |= {k: v for k, v in values.items() if k.startswith(("train_", "val_"))}
+        row |= values
         self.rows = [*(r for r in self.rows if r["epoch"] < epoch), row]
         write_csv(self.folder / "metrics.csv", self.rows)
         visualize.curves(self.rows, self.folder / "curves.png")
-        shown = "  ".join(f"{k} {row[k]:.4f}" for k in row if k.startswith(("train_", "val_")))
+        shown = "  ".join(f"{k} {value:.4f}" for k, value in values.items())
         done = f"epoch {epoch + 1}/{trainer.max_epochs}"
         if trainer.max_steps > 0:
             done = f"step {trainer.global_step}/{trainer.max_steps}"
