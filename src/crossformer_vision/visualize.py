@@ -21,6 +21,9 @@ COLOURS = (
 )
 
 
+CROWD = 30  # objects in an image, above which their text would hide them
+
+
 def _figure(width: float, height: float, rows: int = 1, cols: int = 1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
@@ -141,7 +144,7 @@ def precision_recall(kinds: dict[str, dict[str, NDArray[np.float64]]], path: Pat
 
 
 def draw_objects(image: Image.Image, objects: dict[str, NDArray[Any]], classes: Sequence[str]) -> Image.Image:
-    """The image with masks, boxes, and a label each, with its score where there is one.
+    """The image with masks and boxes, and the class and score of each; no text over more than `CROWD`.
 
     Args:
         image: RGB.
@@ -161,9 +164,12 @@ def draw_objects(image: Image.Image, objects: dict[str, NDArray[Any]], classes: 
     for n, (box, label) in enumerate(zip(objects["boxes"], objects["labels"])):
         colour = COLOURS[(n if masks is not None else int(label) - 1) % len(COLOURS)]
         canvas.rectangle([float(v) for v in box], outline=colour, width=line)
-        text = classes[int(label) - 1]
+        words = [classes[int(label) - 1]] if len(classes) > 1 else []
         if "scores" in objects:
-            text += f" {objects['scores'][n]:.2f}".replace("0.", ".", 1)
+            words.append(f"{objects['scores'][n]:.2f}".replace("0.", ".", 1))
+        if not words or len(objects["boxes"]) > CROWD:
+            continue
+        text = " ".join(words)
         left, top = float(box[0]), float(box[1])
         area = canvas.textbbox((left, top), text, font=font, anchor="lb")
         if area[1] < 0:  # no room above the box
@@ -201,7 +207,8 @@ def detections(
         path: the PNG to write.
     """
     lines = -(-len(rows) // 2)
-    figure, axes = _figure(13, 3.4 * lines, lines, 4)
+    tallest = max(pixels.shape[0] / pixels.shape[1] for pixels, _, _ in rows)
+    figure, axes = _figure(13, (3.2 * tallest + 0.3) * lines, lines, 4)
     for axis in axes.flat:
         axis.axis("off")
     for k, (pixels, truth, found) in enumerate(rows):

@@ -147,3 +147,11 @@ def test_segmentation_models_pytorch_takes_the_backbone():
     net = smp.UPerNet("tu-crossformer_nano", encoder_weights=None, classes=5, decoder_channels=16).eval()
     with torch.no_grad():
         assert net(torch.zeros(1, 3, 96, 64)).shape == (1, 5, 96, 64)
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path):
+    folder = tmp_path / "run"
+    config = "quickstart/semantic_segmentation.yaml"
+    subprocess.run([CROSSFORMER, "train", "--config", config, "--run.folder", str(folder)], check=True)
+    assert json.loads((folder / "results.json").read_text())["val_miou"] >= 0.8

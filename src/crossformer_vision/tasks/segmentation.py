@@ -89,7 +89,7 @@ class Segmentation(Task):
         self.shown: list[tuple[Tensor, Tensor, Tensor]] = []  # image, true and predicted class map
 
     def configure_model(self) -> None:
-        if self.trainer.world_size > 1 and self.device.type == "cuda":  # torch has none for processors
+        if self.trainer.world_size > 1 and self.trainer.strategy.root_device.type == "cuda":  # not for CPUs
             self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
 
     def forward(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
