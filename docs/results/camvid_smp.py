@@ -33,7 +33,7 @@ def main(root: str, folder: str) -> None:
     kept = run.Run(folder)
     run.quiet()
     trainer = L.Trainer(
-        max_epochs=16,
+        max_epochs=12,
         precision="bf16-mixed",
         check_val_every_n_epoch=2,
         gradient_clip_val=5.0,

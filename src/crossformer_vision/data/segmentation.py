@@ -148,12 +148,12 @@ def pair_files(images: Path, maps: Path) -> list[tuple[Path, Path]]:
 
 
 class DigitMaps:
-    """The multi-scale digits, several in an image; the canvas is a class, too."""
+    """The multi-scale digits, one or two in an image (more hide each other); the canvas is a class, too."""
 
     classes = ["canvas", *digits.CLASSES]
 
     def __init__(self, stage: str, length: int, size: int, seed: int) -> None:
-        self.dataset = digits.MultiScaleDigits(stage, length, size, (1, 4), (0.2, 0.6), seed)
+        self.dataset = digits.MultiScaleDigits(stage, length, size, (1, 2), (0.2, 0.6), seed)
 
     def __len__(self) -> int:
         return len(self.dataset)
