@@ -1,6 +1,5 @@
 """Image classification: images and classes on disk, or the digits that come with the library -> batches."""
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,9 +23,6 @@ class LabelledSource(Source, Protocol):
     """Images with a class each."""
 
     classes: list[str]
-
-
-SYNONYMS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 
 
 class FolderImages:
@@ -195,18 +191,14 @@ class ClassificationData(ResumableData):
         skip_corrupt: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(root, train_split, val_split, batch_size, num_workers, skip_corrupt, seed)
         self.model_cfg = find_model(model)
-        self.root, self.dataset, self.download = root, dataset, download
-        self.splits = {"train": train_split, "val": val_split}
+        self.dataset, self.download = dataset, download
         self.image_size, self.crop_pct, self.interpolation = image_size, crop_pct, interpolation
-        self.batch_size, self.seed, self.skip_corrupt = batch_size, seed, skip_corrupt
-        self.num_workers = min(8, max(0, (os.cpu_count() or 1) - 1)) if num_workers is None else num_workers
         self.crop, self.hflip, self.auto_augment = crop, hflip, auto_augment
         self.color_jitter, self.erasing = color_jitter, erasing
         self.lengths = {"train": train_images, "val": val_images}
         self.classes: list[str] = []
-        self.images: dict[str, ReadImages] = {}
 
     @property
     def num_classes(self) -> int:
@@ -230,7 +222,7 @@ class ClassificationData(ResumableData):
             raise UserError(
                 f"{root}: no such folder; --data.root needs train/<class>/… and val/<class>/… in it"
             )
-        for name in (split, *(SYNONYMS[stage] if split in SYNONYMS[stage] else ())):
+        for name in self.split_names(stage):
             for path in (root / name, root / f"{name}.tar"):
                 if path.exists():
                     return path
@@ -287,7 +279,7 @@ class ClassificationData(ResumableData):
 
     def _loader(self, stage: str) -> SeededLoader:
         assert self.num_classes  # the images are found
-        return self.loader(self.images[stage], self.batch_size, self.seed, self.num_workers, stage == "train")
+        return self.loader(stage)
 
     def train_dataloader(self) -> SeededLoader:
         return self._loader("train")

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +22,6 @@ from crossformer_vision.errors import UserError
 log = logging.getLogger("crossformer_vision")
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
-SYNONYMS = {
-    "train": ("train", "train2017", "training"),
-    "val": ("val", "val2017", "valid", "validation", "test"),
-}
 GREY = (124, 116, 104)  # ImageNet's mean, around images that do not fill their crop
 
 
@@ -298,19 +293,15 @@ class DetectionData(ResumableData):
         skip_corrupt: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.root, self.splits = root, {"train": train_split, "val": val_split}
+        super().__init__(root, train_split, val_split, batch_size, num_workers, skip_corrupt, seed)
         self.masks = detector == "mask_rcnn"
-        self.batch_size, self.seed, self.skip_corrupt = batch_size, seed, skip_corrupt
         self.min_sizes = [min_size] if isinstance(min_size, int) else list(min_size)
         self.max_size = max_size
-        self.num_workers = min(8, max(0, (os.cpu_count() or 1) - 1)) if num_workers is None else num_workers
         self.hflip, self.vflip = hflip, vflip
         self.scale_jitter, self.photometric = scale_jitter, photometric
         self.image_size = image_size
         self.lengths = {"train": train_images, "val": val_images}
         self.categories: dict[int, str] = {}
-        self.images: dict[str, ReadImages] = {}
 
     @property
     def classes(self) -> list[str]:
@@ -345,7 +336,7 @@ class DetectionData(ResumableData):
         root, split = Path(str(self.root)), self.splits[stage]
         if not root.is_dir():
             raise UserError(f"{root}: no such folder; --data.root needs annotations and images in it")
-        for name in (split, *(SYNONYMS[stage] if split in SYNONYMS[stage] else ())):
+        for name in self.split_names(stage):
             for annotations, folders in (
                 (root / "annotations" / f"instances_{name}.json", (root / name, root / "images" / name)),
                 (root / name / "_annotations.coco.json", (root / name,)),
@@ -384,10 +375,8 @@ class DetectionData(ResumableData):
         assert self.num_classes
         source: Any = self.images["train"].source
         tall = [int(height > width) for width, height in source.sizes]
-        return self.loader(
-            self.images["train"], self.batch_size, self.seed, self.num_workers, True, lists, tall
-        )
+        return self.loader("train", collate=lists, kinds=tall)
 
     def val_dataloader(self) -> SeededLoader:
         assert self.num_classes
-        return self.loader(self.images["val"], 1, self.seed, self.num_workers, False, lists)
+        return self.loader("val", batch_size=1, collate=lists)

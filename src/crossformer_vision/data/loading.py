@@ -5,6 +5,7 @@ So a run does not depend on the number of workers, two processes see what one wo
 goes on from its checkpoint as if nothing had happened.
 """
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -220,16 +221,42 @@ class SeededLoader(DataLoader[Any]):
             yield batch
 
 
+SYNONYMS = {
+    "train": ("train", "training", "train2017"),
+    "val": ("val", "validation", "valid", "val2017", "test"),
+}
+
+
 class ResumableData(L.LightningDataModule):
-    """Base of the data modules: training goes on in the middle of an epoch.
+    """Base of the data modules: what all know of their images; training goes on in the middle of an epoch.
 
     Lightning restores a stateful loader too, but not once anything has asked for the number of steps, as a
     schedule must.
     """
 
-    images: dict[str, ReadImages]  # "train" and "val"
     _training: SeededLoader | None = None
     _start = 0
+
+    def __init__(
+        self,
+        root: str | None,
+        train_split: str,
+        val_split: str,
+        batch_size: int,
+        num_workers: int | None,
+        skip_corrupt: bool,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.root, self.splits = root, {"train": train_split, "val": val_split}
+        self.batch_size, self.skip_corrupt, self.seed = batch_size, skip_corrupt, seed
+        self.num_workers = min(8, max(0, (os.cpu_count() or 1) - 1)) if num_workers is None else num_workers
+        self.images: dict[str, ReadImages] = {}  # "train" and "val"
+
+    def split_names(self, stage: str) -> tuple[str, ...]:
+        """Where a split is looked for: under its name, and if that is a usual one, under the others."""
+        split, usual = self.splits[stage], SYNONYMS[stage]
+        return (split, *usual) if split in usual else (split,)
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint must say for its weights to be of use: names of the classes, the images' size."""
@@ -242,23 +269,21 @@ class ResumableData(L.LightningDataModule):
 
     def loader(
         self,
-        dataset: Any,
-        batch_size: int,
-        seed: int,
-        num_workers: int,
-        train: bool,
+        stage: str,
+        batch_size: int | None = None,
         collate: Callable[[list[Any]], Any] = default_collate,
         kinds: list[int] | None = None,
     ) -> SeededLoader:
         """The loader of this process; `batch_size` is its own. For `kinds` see `EpochBatches`."""
+        dataset, train, batch_size = self.images[stage], stage == "train", batch_size or self.batch_size
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if train and len(dataset) < batch_size * world:
             raise UserError(
                 f"{len(dataset)} training images do not fill a batch of {batch_size * world}; "
                 "lower --data.batch_size"
             )
-        batches = EpochBatches(len(dataset), batch_size, seed, train, rank, world, kinds)
-        loader = SeededLoader(dataset, batches, seed, num_workers, collate)
+        batches = EpochBatches(len(dataset), batch_size, self.seed, train, rank, world, kinds)
+        loader = SeededLoader(dataset, batches, self.seed, self.num_workers, collate)
         if train:
             batches.start, self._start = self._start, 0
             self._training = loader

@@ -1,7 +1,6 @@
 """Semantic segmentation: images and class maps, or the digits that come with the library -> batches."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,6 @@ from crossformer_vision.models import find_model
 
 IGNORED = 255  # in class maps: no class, neither trained on nor counted
 UNKNOWN = 254  # in tables: a value that no class map may have
-SYNONYMS = {
-    "train": ("train", "training"),
-    "val": ("val", "validation", "valid", "test"),
-}
 # fmt: off
 VOC_CLASSES = [
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
@@ -314,16 +309,12 @@ class SegmentationData(ResumableData):
         skip_corrupt: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.root, self.splits = root, {"train": train_split, "val": val_split}
+        super().__init__(root, train_split, val_split, batch_size, num_workers, skip_corrupt, seed)
         cfg = find_model(model)
         self.to_input = ToInput(tuple(cfg.mean), tuple(cfg.std), short_side)
         self.augmentation = Augmentation(self.to_input, crop_size, scales, max_share, hflip, photometric)
-        self.batch_size, self.seed, self.skip_corrupt = batch_size, seed, skip_corrupt
-        self.num_workers = min(8, max(0, (os.cpu_count() or 1) - 1)) if num_workers is None else num_workers
         self.lengths = {"train": train_images, "val": val_images}
         self.classes: list[str] = []
-        self.images: dict[str, ReadImages] = {}
 
     @property
     def num_classes(self) -> int:
@@ -362,7 +353,7 @@ class SegmentationData(ResumableData):
                 return MappedImages(pairs, VOC_CLASSES, table(len(VOC_CLASSES)))
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"{root}: {str(error).splitlines()[0]}") from error
-        for name in (split, *(SYNONYMS[stage] if split in SYNONYMS[stage] else ())):
+        for name in self.split_names(stage):
             images, maps = root / "images" / name, root / "annotations" / name
             if images.is_dir():
                 if not maps.is_dir():
@@ -374,11 +365,11 @@ class SegmentationData(ResumableData):
 
     def train_dataloader(self) -> SeededLoader:
         assert self.num_classes
-        return self.loader(self.images["train"], self.batch_size, self.seed, self.num_workers, True)
+        return self.loader("train")
 
     def val_dataloader(self) -> SeededLoader:
         assert self.num_classes
-        return self.loader(self.images["val"], 1, self.seed, self.num_workers, False)
+        return self.loader("val", batch_size=1)
 
 
 def cityscapes(root: Path, split: str) -> MappedImages:
