@@ -18,6 +18,8 @@ from parity.formula import formula_state_dict
 from crossformer_vision import UserError, load_checkpoint
 from crossformer_vision.checkpoints import PUBLISHED, cached_path, fetch_published, read_checkpoint
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+
 
 @pytest.fixture(scope="module")
 def published(classifier_keys):
@@ -253,7 +255,11 @@ def test_no_connection_and_what_only_a_person_can_fetch(drive):
         timm.create_model("crossformer_pp_small", pretrained=True)
     with pytest.raises(UserError, match="no published weights of 'resnet18'"):
         fetch_published("resnet18")
-    assert set(PUBLISHED) == {m.split(".")[0] for m in timm.list_models("crossformer*.in1k", pretrained=True)}
+    backbones = {m.split(".")[0] for m in timm.list_models("crossformer*.in1k", pretrained=True)}
+    assert {name for name in PUBLISHED if name.startswith("crossformer")} == backbones
+    dense = {name for name in PUBLISHED if name not in backbones}  # each has a recipe of its name
+    assert len(dense) == 10 and dense < {path.stem for path in CONFIGS.rglob("*.yaml")}
+    assert len({published.filename for published in PUBLISHED.values()}) == len(PUBLISHED)
 
 
 def test_names_of_other_models_are_not_taken_for_published_ones():

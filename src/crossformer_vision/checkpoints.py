@@ -254,6 +254,16 @@ PUBLISHED = {
     "crossformer_small": Published("crossformer-s.pth", "1RAkigsgr33va0RZ85S2Shs2BhXYcS6U8"),
     "crossformer_base": Published("crossformer-b.pth", "1bK8biVCi17nz_nkt7rBfio_kywUpllSU"),
     "crossformer_large": Published("crossformer-l.pth", "1zRWByVW_KIZ87NgaBkDIm60DAsGJErdG"),
+    "retinanet_crossformer_small": Published("retinanet-s.pth", "1OEEottS4fYGVZcPZG6WuBlKMK0tZLPZW"),
+    "retinanet_crossformer_base": Published("retinanet-b.pth", "1TOuLLf_S4Ixo6COvaHQAocACR4NKKnGz"),
+    "mask_rcnn_crossformer_small": Published("mask-rcnn-s.pth", "1qgO3-wnsJQw9Nj304AOj-TjVyadPPtvf"),
+    "mask_rcnn_crossformer_base": Published("mask-rcnn-b.pth", "1urkCa8Inss9CL1G1OgM4tWR5PSf6Ofn4"),
+    "semantic_fpn_crossformer_small": Published("semantic-fpn-s.pth", "1I-zpGG5rvkTtrTUnOF8Fx11yeb6pXGYi"),
+    "semantic_fpn_crossformer_base": Published("semantic-fpn-b.pth", "1EjAnRc8Sau0un1ymqDVhFebHPeBIjukK"),
+    "semantic_fpn_crossformer_large": Published("semantic-fpn-l.pth", "12WS9lX9yR5skxdt3N2HE3b2EaDSMwUMY"),
+    "upernet_crossformer_small": Published("upernet-s.pth", "1VKu4D6oxYdO1VVILLMhOQy8oCxKGH5gx"),
+    "upernet_crossformer_base": Published("upernet-b.pth", "1B8VTNeidrzlfsOkQUKgmX4m_UfCIm58i"),
+    "upernet_crossformer_large": Published("upernet-l.pth", "1I9ph5MeCwlTF2PNCkIYMFXYsdywp9nU1"),
     "crossformer_pp_small": Published(
         "crossformer-pp-s.pth", page="https://pan.baidu.com/s/1smc_kRoogd0Ig5vfqwuGTA (code crsf)"
     ),

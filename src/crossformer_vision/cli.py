@@ -202,8 +202,9 @@ def info(args: list[str]) -> None:
         description="Parameters and multiply-accumulates (MACs) of a model, beside the published ones.",
     )
     parser.add_argument("model", help="any timm model, such as crossformer_small")
-    parser.add_argument("--detector", choices=("retinanet", "mask_rcnn"), help="on the model as backbone")
-    parser.add_argument("--segmenter", choices=("semantic_fpn", "upernet"), help="on the model as backbone")
+    heads = parser.add_mutually_exclusive_group()
+    heads.add_argument("--detector", choices=("retinanet", "mask_rcnn"), help="on the model as backbone")
+    heads.add_argument("--segmenter", choices=("semantic_fpn", "upernet"), help="on the model as backbone")
     parser.add_argument(
         "--size", nargs=2, type=int, metavar=("H", "W"), help="of the image; the task's own if not given"
     )
@@ -220,7 +221,7 @@ def download(args: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "crossformer download", description="Bring published weights into torch's cache."
     )
-    parser.add_argument("name", help="model, such as crossformer_small")
+    parser.add_argument("name", help="such as crossformer_small, or upernet_crossformer_small")
     parser.add_argument("--url", help="a mirror of Google Drive's download address, asked for ?id=…")
     options = parser.parse_args(args)
     from crossformer_vision import checkpoints
