@@ -159,7 +159,7 @@ def validate(args: list[str]) -> None:
     if args and not args[0].startswith("-"):
         folder = args.pop(0)
         checkpoint = checkpoint or f"{folder}/best.ckpt"
-        args = ["--config", _from_run(folder, "best.ckpt"), *args, "--run.folder", f"{folder}/validate"]
+        args = ["--config", _from_run(folder, "best.ckpt"), "--run.folder", f"{folder}/validate", *args]
     cli = _parse(args, "validate", resumed=False)
     from crossformer_vision.tasks import run
 
