@@ -21,14 +21,14 @@ def main(root: str, folder: str) -> None:
         segmenter="upernet",
         model="crossformer_nano.cifar10",
         num_classes=data.num_classes,
-        width=128,
+        width=64,
         optimizer="nmuon",
         lr=2e-3,
         schedule="poly",
         power=0.9,
     )
     task.net = smp.UPerNet(  # any network from images to logits of their size
-        "tu-crossformer_nano", encoder_weights="imagenet", classes=data.num_classes, decoder_channels=128
+        "tu-crossformer_nano", encoder_weights="imagenet", classes=data.num_classes, decoder_channels=64
     )
     kept = run.Run(folder)
     run.quiet()
