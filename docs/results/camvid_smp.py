@@ -7,11 +7,25 @@ import sys
 
 import lightning as L
 import segmentation_models_pytorch as smp
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import crossformer_vision  # noqa: F401  (registers the models)
 from crossformer_vision.data.segmentation import SegmentationData
 from crossformer_vision.tasks import run
 from crossformer_vision.tasks.segmentation import Segmentation
+
+
+class AnySize(nn.Module):
+    """smp's networks take sides that are multiples of 32."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        H, W = images.shape[2:]
+        return self.net(F.pad(images, (0, -W % 32, 0, -H % 32)))[..., :H, :W]
 
 
 def main(root: str, folder: str) -> None:
@@ -27,9 +41,10 @@ def main(root: str, folder: str) -> None:
         schedule="poly",
         power=0.9,
     )
-    task.net = smp.UPerNet(  # any network from images to logits of their size
-        "tu-crossformer_nano", encoder_weights="imagenet", classes=data.num_classes, decoder_channels=64
+    net = smp.UPerNet(
+        "tu-crossformer_nano.cifar10", encoder_weights=True, classes=data.num_classes, decoder_channels=64
     )
+    task.net = AnySize(net)  # any network from images to logits of their size
     kept = run.Run(folder)
     run.quiet()
     trainer = L.Trainer(

@@ -145,7 +145,9 @@ def test_scores_of_classes():
 def test_segmentation_models_pytorch_takes_the_backbone():
     import segmentation_models_pytorch as smp
 
-    net = smp.UPerNet("tu-crossformer_nano", encoder_weights=None, classes=5, decoder_channels=16).eval()
+    net = smp.UPerNet(
+        "tu-crossformer_nano.cifar10", encoder_weights=True, classes=5, decoder_channels=16
+    ).eval()
     with torch.no_grad():
         assert net(torch.zeros(1, 3, 96, 64)).shape == (1, 5, 96, 64)
 
