@@ -105,7 +105,7 @@ def describe(
             groups = macs(build(**TEST_GROUPS))
     classes = 80 if detector else 150 if segmenter else net.num_classes
     lines = [
-        f"{head} on {model}, {classes} classes" if head else f"{model}, {classes} classes",
+        f"{f'{head} on ' if head else ''}{model}, {classes} classes",
         f"  parameters  {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M",
         f"  MACs        {total / 1e9:.{1 if total > 3e10 else 3}f} G at {width}x{height} (width x height)",
     ]

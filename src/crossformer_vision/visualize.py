@@ -31,6 +31,13 @@ def _figure(width: float, height: float, rows: int = 1, cols: int = 1) -> tuple[
     return figure, figure.subplots(rows, cols, squeeze=False)
 
 
+def denormalised(
+    image: NDArray[np.float32], mean: Sequence[float], std: Sequence[float]
+) -> NDArray[np.float32]:
+    """A network's input (3, H, W) as a picture (H, W, 3) in 0..1."""
+    return (image.transpose(1, 2, 0) * np.array(std, np.float32) + np.array(mean, np.float32)).clip(0, 1)
+
+
 def curves(rows: Sequence[dict[str, float]], path: Path) -> None:
     """Losses, validation metrics and learning rate by epoch.
 

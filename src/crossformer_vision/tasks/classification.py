@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor
@@ -129,9 +128,13 @@ class Classification(Task):
         """Draw the last validation: `confusion_matrix.png` and `predictions.png`."""
         cfg = self.net.pretrained_cfg
         visualize.confusion_matrix(self.matrix.numpy(), classes, folder / "confusion_matrix.png")
-        mean, std = torch.tensor(cfg["mean"]).view(3, 1, 1), torch.tensor(cfg["std"]).view(3, 1, 1)
         shown = [
-            ((image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy(), classes[true], classes[predicted], p)
+            (
+                visualize.denormalised(image.numpy(), cfg["mean"], cfg["std"]),
+                classes[true],
+                classes[predicted],
+                p,
+            )
             for image, true, predicted, p in self.shown
         ]
         visualize.predictions(shown, folder / "predictions.png")

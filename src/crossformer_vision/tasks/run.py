@@ -210,9 +210,10 @@ class RunFolder(Callback):
         write_csv(self.folder / "metrics.csv", self.rows)
         visualize.curves(self.rows, self.folder / "curves.png")
         shown = "  ".join(f"{k} {value:.4f}" for k, value in values.items())
-        done = f"epoch {epoch + 1}/{trainer.max_epochs}"
         if trainer.max_steps > 0:
             done = f"step {trainer.global_step}/{trainer.max_steps}"
+        else:
+            done = f"epoch {epoch + 1}/{trainer.max_epochs}"
         print(
             f"{done}  {shown}  {row['images_per_second']:.0f} images/s  {self.time_left(trainer)} left",
             flush=True,

@@ -60,7 +60,7 @@ class Segmentation(Task):
         dropout: float = 0.1,
         auxiliary_weight: float = 0.4,
         dice: float = 0.0,
-        test_scales: list[float] = [1.0],  # noqa: B006
+        test_scales: tuple[float, ...] = (1.0,),
         test_flip: bool = False,
         window: int | None = None,
         window_stride: int | None = None,
@@ -160,9 +160,8 @@ class Segmentation(Task):
         write_csv(folder / "classes.csv", rows)
         visualize.class_bars(classes, iou.numpy(), "IoU", folder / "class_iou.png")
         cfg = find_model(self.hparams["model"])
-        mean, std = torch.tensor(cfg.mean).view(3, 1, 1), torch.tensor(cfg.std).view(3, 1, 1)
         shown = [
-            ((image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy(), true.numpy(), predicted.numpy())
+            (visualize.denormalised(image.numpy(), cfg.mean, cfg.std), true.numpy(), predicted.numpy())
             for image, true, predicted in self.shown
         ]
         visualize.segmentations(shown, classes, folder / "predictions.png")
