@@ -22,7 +22,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from crossformer_vision.errors import UserError
-from crossformer_vision.models import crossformer
+from crossformer_vision.models import variants
 from crossformer_vision.models.backbones import DenseModel
 
 log = logging.getLogger("crossformer_vision")
@@ -97,6 +97,7 @@ class LoadReport:
     dropped: list[str] = field(default_factory=list)  # classifier of another class count
     missing: list[str] = field(default_factory=list)  # kept as they were in the model
     unused: list[str] = field(default_factory=list)  # only in the file
+    buffers: list[str] = field(default_factory=list)  # indices in the published files, no weights
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} weights loaded"]
@@ -105,6 +106,8 @@ class LoadReport:
                 parts.append(f"{len(names)} {what}, left as they were ({_some(names)})")
         if self.unused:
             parts.append(f"{len(self.unused)} in the file unused ({_some(self.unused)})")
+        if self.buffers:
+            parts.append(f"{len(self.buffers)} index buffers in the file, which are no weights")
         return "; ".join(parts)
 
 
@@ -149,13 +152,12 @@ def load_checkpoint(
         def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
             known = {name: x for name, x in state.items() if inner + name in target}
             others = {name: x for name, x in state.items() if name not in known}
-            return {
-                inner + name: x for name, x in {**known, **crossformer.checkpoint_filter_fn(others)}.items()
-            }
+            return {inner + name: x for name, x in {**known, **variants.checkpoint_filter_fn(others)}.items()}
 
-    state = _best_names(_state_dict(content), set(target), rename)
+    weights = _state_dict(content)
+    report = LoadReport(buffers=[name for name in weights if variants.PUBLISHED_BUFFERS.search(name)])
+    state = _best_names({k: v for k, v in weights.items() if k not in report.buffers}, set(target), rename)
 
-    report = LoadReport()
     convs = tuple(f"{inner}{name}.weight" for name in _as_tuple(cfg.get("first_conv")))
     optional = (*heads, inner + "norm.", inner + "head.")
     fitting: dict[str, Tensor] = {}
@@ -401,4 +403,12 @@ def _download(url: str, path: Path) -> None:
     part.replace(path)
 
 
-crossformer.fetch_published = fetch_published  # networks know no files: they are handed the way to theirs
+def _read_weights(model: str, file: str | None) -> dict[str, Tensor]:
+    state = _state_dict(read_checkpoint(file or fetch_published(model)))
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+variants.read_weights = _read_weights

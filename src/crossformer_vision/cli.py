@@ -67,7 +67,7 @@ TASKS = {
         "Segmentation",
         "SegmentationData",
         "quickstart/semantic_segmentation.yaml",
-        ("model",),
+        ("model", "test_scales"),
     ),
 }
 

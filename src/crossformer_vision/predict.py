@@ -193,7 +193,7 @@ class Predictor:
             from crossformer_vision.tasks.segmentation import Segmentation
 
             task = Segmentation(**options)
-            net, self.test = task.net, task.test
+            net, self.test, self.test_scales = task.net, task.test, task.test_scales
             self.transform = ToInput(**checkpoint["image"])
         else:
             from crossformer_vision.tasks.detection import Detection
@@ -220,9 +220,9 @@ class Predictor:
             logits: Tensor = self.net(pixels[None].to(self.device))[0].float()
             return Classified(name, picture, self.classes, logits.softmax(0).cpu().numpy())
         if self.task == "segmentation":
-            pixels = self.transform(picture)[None].to(self.device)
+            views = [self.transform(picture, scale)[None].to(self.device) for scale in self.test_scales]
             size = (picture.height, picture.width)
-            class_map = segment(self.net, pixels, size=size, **self.test)[0].argmax(0)
+            class_map = segment(self.net, views, size=size, **self.test)[0].argmax(0)
             return Segmented(name, picture, self.classes, class_map.cpu().numpy().astype(np.uint8))
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(self.device) / 255
         (found,) = self.net([pixels])

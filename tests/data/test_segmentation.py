@@ -50,15 +50,33 @@ def test_a_folder_of_images_and_class_maps(train, val, tmp_path):
     maps(tmp_path, val, images=3)
     found = data(tmp_path)
     assert found.num_classes == 3 and found.classes == ["a", "b", "c"]
-    pixels, labels = found.images["val"][1]
+    (pixels,), labels = found.images["val"][1]
     assert pixels.shape == (3, 48, 64) and labels.shape == (48, 64) and labels.dtype == torch.int64
     assert (labels[:5, :5] == 255).all() and (labels[5:] < 3).all()
     assert (colours(pixels, found).argmin(0) == labels)[5:].all()
     halved = data(tmp_path, short_side=24)
     assert halved.num_classes
-    pixels, labels = halved.images["val"][1]  # the class map stays as it is
+    (pixels,), labels = halved.images["val"][1]  # the class map stays as it is
     assert pixels.shape == (3, 24, 32) and labels.shape == (48, 64)
     assert [len(x) for x, _ in found.val_dataloader()] == [1, 1, 1]
+
+
+def test_sizes_and_scales_of_validation(tmp_path):
+    """As the published segmenters are tested: each scale from the original, sides stretched to multiples."""
+    for split in ("training", "validation"):
+        maps(tmp_path, split)
+    found = data(tmp_path, short_side=40, long_side=45, size_divisor=16, test_scales=(0.5, 1.0, 2.0))
+    assert found.num_classes
+    views, labels = found.images["val"][1]  # of 64x48, brought to 45x34
+    assert [tuple(view.shape[1:]) for view in views] == [(32, 32), (48, 48), (80, 96)]
+    assert labels.shape == (48, 64)
+    image, _ = found.images["val"].source.read(1)
+    pixels = torch.from_numpy(np.asarray(image.convert("RGB"))).permute(2, 0, 1)[None].float()
+    for view in views:  # without antialiasing
+        expected = torch.nn.functional.interpolate(pixels, view.shape[1:], mode="bilinear")
+        shown = view * torch.tensor(found.to_input.std)[:, None, None]
+        shown = (shown + torch.tensor(found.to_input.mean)[:, None, None]) * 255
+        assert (shown - expected[0]).abs().max() < 1
 
 
 def test_crops_go_with_their_class_maps(tmp_path):
@@ -173,7 +191,7 @@ def test_images_that_are_not_rgb(kind, draw, tmp_path):
     file = tmp_path / "images/validation/city/0.png"
     draw(Image.open(file)).save(file)
     found = data(tmp_path)
-    assert found.num_classes and found.images["val"][0][0].shape == (3, 48, 60)
+    assert found.num_classes and found.images["val"][0][0][0].shape == (3, 48, 60)
 
 
 def redraw(change):

@@ -5,14 +5,14 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from crossformer_vision.models import find_model
-from crossformer_vision.models.crossformer import (
-    CrossScaleEmbedding,
-    DynamicPositionBias,
-    LongShortAttention,
-    _built,
-    cel_widths,
+from crossformer_vision.models import crossformer, find_model, grouping
+from crossformer_vision.models.crossformer import CrossScaleEmbedding, LongShortAttention, cel_widths
+from crossformer_vision.models.grouping import (
+    Layout,
+    across_map,
+    across_regions,
     group,
+    neighbours,
     ungroup,
 )
 
@@ -36,113 +36,166 @@ def test_cel_is_its_convolutions_side_by_side(size):
 
 def test_groups_are_neighbours_or_strided():
     x = torch.arange(36).view(1, 6, 6, 1)
-    near, far = group(x, 3, 3, 1), group(x, 3, 3, 2)
-    assert near[0].flatten().tolist() == [0, 1, 2, 6, 7, 8, 12, 13, 14]
-    assert far[0].flatten().tolist() == [0, 2, 4, 12, 14, 16, 24, 26, 28]
-    assert far[1].flatten().tolist() == [1, 3, 5, 13, 15, 17, 25, 27, 29]
-    for groups, interval in ((near, 1), (far, 2)):
-        assert torch.equal(ungroup(groups, 3, 3, interval, 6, 6), x)
+    near, far = neighbours(6, 6, 3), across_regions(6, 6, 3, 2)
+    assert group(x, near)[0].flatten().tolist() == [0, 1, 2, 6, 7, 8, 12, 13, 14]
+    assert group(x, far)[0].flatten().tolist() == [0, 2, 4, 12, 14, 16, 24, 26, 28]
+    assert group(x, far)[1].flatten().tolist() == [1, 3, 5, 13, 15, 17, 25, 27, 29]
+    assert far == across_map(6, 6, 2)  # the published classifiers: G * I is the side of the map
+    for layout in (near, far):
+        assert torch.equal(ungroup(group(x, layout), layout), x)
+    oblong = across_map(6, 10, 2)
+    x = torch.arange(60).view(1, 6, 10, 1)
+    assert group(x, oblong)[1].flatten().tolist() == [1, 3, 5, 7, 9, 21, 23, 25, 27, 29, 41, 43, 45, 47, 49]
+    assert torch.equal(ungroup(group(x, oblong), oblong), x)
 
 
+def test_the_example_in_the_docstring():
+    x = torch.arange(8).view(1, 1, 8, 1) + 1  # 0 is padding
+    for layout, letters in (
+        (Layout(1, 2, 1, 4, 1), "aaaabbbb"),  # SDA
+        (Layout(1, 1, 1, 4, 2), "abababab"),  # LDA over the map
+        (Layout(1, 2, 1, 2, 2), "ababcdcd"),  # LDA in regions
+    ):
+        groups = [g[g > 0].tolist() for g in group(grouping.pad(x, layout.interval, 8), layout)]
+        drawn = [""] * 8
+        for letter, members in zip("abcd", filter(None, groups), strict=False):
+            for position in members:
+                drawn[position - 1] = letter
+        assert "".join(drawn) == letters
+        assert letters in " ".join(grouping.__doc__.split()).replace(" ", "")
+
+
+def members_of(span, size, G, interval):
+    """By the definitions: a function from a position to the name of its group, and DPB's largest group."""
+    H, W = size
+    if min(H, W) <= G:
+        if span == "region":
+            return lambda i, j: 0
+        G, interval = min(H, W), 0
+    if interval is None:
+        interval = -(-max(H, W) // G)
+    if interval == 0 or (interval == 1 and span == "region"):
+        return lambda i, j: (i // G, j // G)
+    if span == "map":
+        return lambda i, j: (i % interval, j % interval)
+    side = G * interval
+    return lambda i, j: (i // side, j // side, i % interval, j % interval)
+
+
+@pytest.mark.parametrize("span", ["map", "region"])
 @pytest.mark.parametrize(
-    "size, interval", [((9, 13), 1), ((9, 13), 2), ((14, 8), 3), ((3, 9), 2), ((12, 12), None)]
+    "size, interval",
+    [
+        ((9, 13), 0),
+        ((9, 13), 1),
+        ((9, 13), 2),
+        ((14, 8), 3),
+        ((3, 9), 2),
+        ((9, 3), 0),
+        ((12, 10), None),
+        ((5, 6), 8),
+    ],
 )
-def test_attention_is_softmax_over_the_members_of_a_group(size, interval):
+@pytest.mark.parametrize("blocks", [False, True], ids=["whole", "blocks"])
+def test_attention_is_softmax_over_the_members_of_a_group(span, size, interval, blocks, monkeypatch):
     """Position by position: every query attends exactly to the real positions that its group holds."""
     torch.manual_seed(0)
-    attention = LongShortAttention(32, 2, group_size=4, interval=interval).eval()
+    if blocks:  # as for groups of thousands
+        monkeypatch.setattr(crossformer, "takes_blocks", lambda layout, x: True)
+        monkeypatch.setattr(grouping, "BLOCK", 100)
+    attention = LongShortAttention(32, 2, group_size=4, interval=interval, lda_span=span).eval()
     for p in attention.parameters():
         torch.nn.init.normal_(p, std=0.3)
     H, W = size
     x = torch.randn(2, H, W, 32)
+    group_of = members_of(span, size, 4, interval)
+    step = interval or 1
+    if interval is None:
+        step = -(-max(H, W) // 4)
+    if min(H, W) <= 4:
+        step = 1
     with torch.no_grad():
         y = attention(x)
         q, k, v = attention.qkv(x).view(2, H, W, 3, 2, 16).unbind(3)
-        G = 4
-        if min(H, W) <= G:
-            G, interval = max(H, W), 1
-        interval = interval or -(-max(H, W) // G)
-        table = attention.position_bias.proj(_offsets(G))
-        for layer in attention.position_bias.layers:
-            table = layer(table)
-        table = table.view(2 * G - 1, 2 * G - 1, 2)
 
-        def key(i):  # region and offset name the group; the rest is the place in it
-            region, rest = divmod(i, G * interval)
-            return (region, rest % interval), rest // interval
+        def bias(dy, dx):
+            offset = torch.tensor([[dy / step, dx / step]])
+            hidden = attention.position_bias.proj(offset)
+            for layer in attention.position_bias.layers:
+                hidden = layer(hidden)
+            return hidden[0]
 
         for a in range(H):
             for b in range(W):
-                (ga, pa), (gb, pb) = key(a), key(b)
-                members = [(i, j) for i in range(H) for j in range(W) if key(i)[0] == ga and key(j)[0] == gb]
+                members = [(i, j) for i in range(H) for j in range(W) if group_of(i, j) == group_of(a, b)]
                 logits = torch.stack(
-                    [
-                        (q[:, a, b] * k[:, i, j]).sum(-1) / 4
-                        + table[pa - key(i)[1] + G - 1, pb - key(j)[1] + G - 1]
-                        for i, j in members
-                    ]
+                    [(q[:, a, b] * k[:, i, j]).sum(-1) / 4 + bias(a - i, b - j) for i, j in members]
                 )
                 values = torch.stack([v[:, i, j] for i, j in members])
                 mixed = (logits.softmax(0)[..., None] * values).sum(0).flatten(1)
                 torch.testing.assert_close(y[:, a, b], attention.proj(mixed), atol=1e-5, rtol=1e-4)
 
 
-def _offsets(G):
-    steps = torch.arange(1 - G, G).float()
-    return torch.stack(torch.meshgrid(steps, steps, indexing="ij"), -1).view(-1, 2)
+@pytest.mark.parametrize("span", ["map", "region"])
+def test_blocks_have_the_same_gradients(span, monkeypatch):
+    torch.manual_seed(0)
+    attention = LongShortAttention(32, 2, group_size=4, interval=2, lda_span=span).double()
+    x = torch.randn(2, 9, 13, 32, dtype=torch.float64, requires_grad=True)
+
+    def gradients():
+        y = attention(x)
+        return torch.autograd.grad(y.square().sum(), [x, *attention.parameters()])
+
+    whole = gradients()
+    monkeypatch.setattr(crossformer, "takes_blocks", lambda layout, x: True)
+    monkeypatch.setattr(grouping, "BLOCK", 100)
+    for one, other in zip(whole, gradients(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
-def test_kept_bias_never_goes_stale():
-    bias = DynamicPositionBias(64, 4).eval()
-    changes = [
-        lambda: bias.proj.weight.mul_(3),
-        lambda: bias.load_state_dict({k: v + 1 for k, v in bias.state_dict().items()}),
-        lambda: bias.load_state_dict({k: v * 2 for k, v in bias.state_dict().items()}, assign=True),
-        lambda: setattr(bias.layers[0][2].weight, "data", torch.randn(4, 4)),
-        lambda: bias.half().float(),
-    ]
+def test_nothing_that_follows_from_weights_is_kept():
+    """Changes that count no version, and weights that are hidden: see also `test_state.py`."""
+    torch.manual_seed(0)
+    model = timm.create_model("crossformer_nano", num_classes=5).double().eval()
+    x = torch.randn(2, 3, 72, 90, dtype=torch.float64)
     with torch.no_grad():
-        bias(7, 7)
-        for change in changes:
-            change()
-            assert torch.equal(bias(7, 7), bias.compute(7, 7))
-        assert bias(7, 7) is bias(7, 7)
-        assert bias(3, 5).shape == (1, 4, 15, 15)
-    assert bias(7, 7).requires_grad
-    assert not [k for k in bias.state_dict() if "kept" in k]
+        model(x)
+        for change in (
+            lambda p: p.data.mul_(1.5),
+            lambda p: p.numpy().__imul__(1.5),
+            lambda p: setattr(p, "data", p.data * 0.5),
+        ):
+            for p in model.parameters():
+                change(p)
+            fresh = timm.create_model("crossformer_nano", num_classes=5).double().eval()
+            fresh.load_state_dict(model.state_dict())
+            torch.testing.assert_close(model(x), fresh(x))
 
 
-def test_optimizer_steps_reach_the_kept_bias():
-    model = timm.create_model("crossformer_nano", num_classes=5)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    x = torch.randn(2, 3, 64, 64)
-    model.eval()
-    with torch.inference_mode():
-        before = model(x)
-    model.train()
-    model(x)[:, 0].sum().backward()
-    optimizer.step()
-    model.eval()
-    with torch.inference_mode():
-        after = model(x)
-    fresh = timm.create_model("crossformer_nano", num_classes=5).eval()
-    fresh.load_state_dict(model.state_dict())
-    with torch.inference_mode():
-        torch.testing.assert_close(after, fresh(x))
-    assert not torch.allclose(before, after)
-
-
-def test_masks_are_built_once_a_size():
+def test_index_tensors_are_built_once_a_size():
     model = timm.create_model("crossformer_pp_small", features_only=True).eval()
     with torch.no_grad():
         model(torch.randn(1, 3, 100, 140))
-        built = _built.cache_info().misses
+        before = {key: id(value) for key, value in grouping._kept.items()}
         model(torch.randn(2, 3, 100, 140))
-        assert _built.cache_info().misses == built
+        assert {key: id(value) for key, value in grouping._kept.items()} == before
 
 
-def test_constants_of_inference_serve_training():
-    _built.cache_clear()
+def test_what_is_kept_is_bounded_in_bytes(monkeypatch):
+    monkeypatch.setattr(grouping, "KEPT_BYTES", 1 << 20)
+    model = timm.create_model("crossformer_nano", features_only=True).eval()
+    with torch.no_grad():
+        for side in range(64, 320, 8):
+            model(torch.randn(1, 3, side, 400 - side))
+            assert sum(map(grouping._bytes, grouping._kept.values())) <= 1 << 20
+    grouping._kept.clear()
+    build = grouping.relative_rows
+    args = (40, 40, 40, torch.device("cpu"))  # 20 MB: more than is ever kept
+    assert torch.equal(grouping.kept(build, *args), build(*args)) and not grouping._kept
+
+
+def test_indices_of_inference_serve_training():
+    grouping._kept.clear()
     model = timm.create_model("crossformer_nano", num_classes=5)
     x = torch.randn(1, 3, 90, 110)
     with torch.inference_mode():
@@ -150,9 +203,20 @@ def test_constants_of_inference_serve_training():
     model.train()(x).sum().backward()
 
 
+@pytest.mark.parametrize("span", ["map", "region"])
+def test_initial_weights_are_the_published_ones(span):
+    model = timm.create_model("crossformer_small", lda_span=span)
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.numel() > 30_000]
+    assert all(0.0195 < m.weight.std() < 0.0205 and m.weight.abs().max() < 0.2 for m in linear)
+    assert not any(m.bias.any() for m in linear)
+    narrow = timm.create_model("crossformer_nano").stages[0].blocks[0].mlp.fc1.weight
+    assert 0.1 < narrow.std() < 0.13  # Xavier: (2 / (32 + 128)) ** 0.5
+
+
+@pytest.mark.parametrize("span", ["map", "region"])
 @pytest.mark.parametrize("name", ["crossformer_nano", "crossformer_small", "crossformer_pp_small"])
-def test_any_size_in_turn(name):
-    model = timm.create_model(name, num_classes=5).eval()
+def test_any_size_in_turn(name, span):
+    model = timm.create_model(name, num_classes=5, lda_span=span).eval()
     sizes = [(32, 32), (224, 224), (33, 95), (480, 64), (37, 500)]
     with torch.no_grad():
         inputs = [torch.randn(1, 3, *size) for size in sizes]
@@ -162,8 +226,9 @@ def test_any_size_in_turn(name):
             torch.testing.assert_close(model(x), y)
 
 
-def test_pieces_of_cpu_inference_compute_the_same():
-    model = timm.create_model("crossformer_small", num_classes=5).eval()
+@pytest.mark.parametrize("span", ["map", "region"])
+def test_pieces_of_cpu_inference_compute_the_same(span):
+    model = timm.create_model("crossformer_small", num_classes=5, lda_span=span).eval()
     x = torch.randn(3, 3, 200, 264)  # padded groups too
     with torch.no_grad():
         in_pieces = model(x)
@@ -181,6 +246,8 @@ def test_options_that_do_not_fit_are_refused():
         timm.create_model("crossformer_small", group_size=(7, [7, 7, 7], 7, 7))
     with pytest.raises(ValueError, match="interval needs one entry for each"):
         timm.create_model("crossformer_small", interval=(8, 4, 2))
+    with pytest.raises(ValueError, match="lda_span is one of 'map', 'region', not 'regions'"):
+        timm.create_model("crossformer_small", lda_span="regions")
     with pytest.raises(ValueError, match="do not share centres"):
         timm.create_model("crossformer_small", patch_sizes=(4, 7))
     model = timm.create_model("crossformer_small", group_size=([7, 14], 7, 7, 7), interval=([1, 4], 4, 2, 1))

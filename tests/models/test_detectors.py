@@ -11,28 +11,32 @@ from parity.formula import formula_images, formula_state_dict
 from crossformer_vision import UserError, create_detector, load_checkpoint
 
 KEYS = json.loads((PARITY / "dense_model_keys.json").read_text())
-RECORD = np.load(PARITY / "dense_model_outputs.npz")
+RECORDS = {  # of the 2023 and the 2021 code
+    "region": np.load(PARITY / "dense_model_outputs.npz"),
+    "map": np.load(PARITY / "dense_model_outputs_2021.npz"),
+}
 
 
-def published(tmp_path, name: str) -> torch.nn.Module:
+def published(tmp_path, name: str, span: str) -> torch.nn.Module:
     """A detector with the formula weights, loaded from a file of the published form."""
     torch.save(
         {"state_dict": formula_state_dict(KEYS[f"{name}_small"]), "meta": {}}, tmp_path / "published.pth"
     )
-    detector = create_detector(name, "crossformer_small").eval()
+    detector = create_detector(name, "crossformer_small", backbone_args={"lda_span": span}).eval()
     report = load_checkpoint(detector, tmp_path / "published.pth")
     assert not report.missing and not report.unused and not report.dropped
     return detector
 
 
-def compare(name: str, value: torch.Tensor) -> None:
-    assert list(value.shape) == RECORD[f"{name}.shape"].tolist()
-    expected = RECORD[name]
+def compare(span: str, name: str, value: torch.Tensor) -> None:
+    assert list(value.shape) == RECORDS[span][f"{name}.shape"].tolist()
+    expected = RECORDS[span][name]
     assert np.abs(value.flatten()[::7].numpy() - expected).max() < 1e-4 * np.abs(expected).max(), name
 
 
-def test_retinanet_is_the_published_one(tmp_path):
-    detector = published(tmp_path, "retinanet")
+@pytest.mark.parametrize("span", RECORDS)
+def test_retinanet_is_the_published_one(span, tmp_path):
+    detector = published(tmp_path, "retinanet", span)
     with torch.no_grad():
         maps = detector.backbone(formula_images(1, 256, 320))
         out = detector.head(list(maps.values()))
@@ -43,24 +47,25 @@ def test_retinanet_is_the_published_one(tmp_path):
         for key, ours in (("class_logits", "cls_logits"), ("box_deltas", "bbox_regression")):
             values = out[ours][:, rows]  # (1, H * W * 9, k)
             values = values.reshape(1, H, W, -1).permute(0, 3, 1, 2)
-            compare(f"retinanet_small.{key}.{level}", values)
+            compare(span, f"retinanet_small.{key}.{level}", values)
 
 
-def test_mask_rcnn_is_the_published_one(tmp_path):
-    detector = published(tmp_path, "mask_rcnn")
+@pytest.mark.parametrize("span", RECORDS)
+def test_mask_rcnn_is_the_published_one(span, tmp_path):
+    detector = published(tmp_path, "mask_rcnn", span)
     heads = detector.roi_heads
-    rois = [torch.from_numpy(RECORD["mask_rcnn_small.roi_boxes"])]
+    rois = [torch.from_numpy(RECORDS[span]["mask_rcnn_small.roi_boxes"])]
     with torch.no_grad():
         maps = detector.backbone(formula_images(1, 256, 320))
         objectness, deltas = detector.rpn.head(list(maps.values()))
         logits, boxes = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, rois, [(256, 320)])))
         masks = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(maps, rois, [(256, 320)])))
     for level in range(5):
-        compare(f"mask_rcnn_small.objectness.{level}", objectness[level])
-        compare(f"mask_rcnn_small.rpn_deltas.{level}", deltas[level])
-    compare("mask_rcnn_small.roi_class_logits", logits.roll(-1, 1))  # OpenMMLab's background comes last
-    compare("mask_rcnn_small.roi_box_deltas", boxes[:, 4:])
-    compare("mask_rcnn_small.roi_mask_logits", masks[:, 1:])
+        compare(span, f"mask_rcnn_small.objectness.{level}", objectness[level])
+        compare(span, f"mask_rcnn_small.rpn_deltas.{level}", deltas[level])
+    compare(span, "mask_rcnn_small.roi_class_logits", logits.roll(-1, 1))  # OpenMMLab's background comes last
+    compare(span, "mask_rcnn_small.roi_box_deltas", boxes[:, 4:])
+    compare(span, "mask_rcnn_small.roi_mask_logits", masks[:, 1:])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from crossformer_vision import load_checkpoint
 
 NAMES = list(json.loads((PARITY / "classifier_configs.json").read_text()))
-CASES = json.loads((PARITY / "dense_features.json").read_text())
+SPANS = {"dense_features": "region", "dense_features_2021": "map"}  # of the 2023 and the 2021 code
+CASES = [
+    {**case, "record": record} for record in SPANS for case in json.loads((PARITY / f"{record}.json").read_text())
+]
 MAX_GMACS = dict(zip(NAMES, (2.858, 4.907, 9.160, 16.108, 4.429, 9.592, 16.722, 22.001), strict=True))
 
 
@@ -48,13 +51,23 @@ def test_classifier(name, published, classifier_configs):
 
 
 def dense(case, published):
-    interval = [None] * 4 if case["adaptive_interval"] else case["interval"]
-    return published(case["model"], features_only=True, group_size=case["group_size"], interval=interval)
+    interval = [None] * 4 if case.get("adaptive_interval") else case["interval"]
+    return published(
+        case["model"],
+        features_only=True,
+        group_size=case["group_size"],
+        interval=interval,
+        lda_span=SPANS[case["record"]],
+    )
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['model']}-{c['height']}x{c['width']}")
+def label(case):
+    return f"{SPANS[case['record']]}-{case['model']}-{case['height']}x{case['width']}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
 def test_dense(case, published):
-    record = np.load(PARITY / "dense_features.npz")
+    record = np.load(PARITY / f"{case['record']}.npz")
     model = dense(case, published)
     images = formula_images(1, case["height"], case["width"])
     with torch.no_grad():
@@ -84,9 +97,9 @@ def test_every_compiled_classifier(name, published):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['model']}-{c['height']}x{c['width']}")
+@pytest.mark.parametrize("case", CASES, ids=label)
 def test_compiled_dense(case, published):
-    record = np.load(PARITY / "dense_features.npz")
+    record = np.load(PARITY / f"{case['record']}.npz")
     with torch.no_grad():
         maps = torch.compile(dense(case, published))(formula_images(1, case["height"], case["width"]))
     for level, values in enumerate(maps):

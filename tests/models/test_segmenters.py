@@ -12,33 +12,41 @@ from crossformer_vision import UserError, create_segmenter, load_checkpoint
 from crossformer_vision.models.segmenters import segment, sliding_window
 
 KEYS = json.loads((PARITY / "dense_model_keys.json").read_text())
-RECORD = np.load(PARITY / "dense_model_outputs.npz")
+RECORDS = {  # of the 2023 and the 2021 code
+    "region": np.load(PARITY / "dense_model_outputs.npz"),
+    "map": np.load(PARITY / "dense_model_outputs_2021.npz"),
+}
 
 
-def compare(name: str, value: torch.Tensor, every: int = 7) -> None:
-    expected = RECORD[name]
+def compare(span: str, name: str, value: torch.Tensor, every: int = 7) -> None:
+    expected = RECORDS[span][name]
     assert np.abs(value.flatten()[::every].numpy() - expected).max() < 1e-4 * np.abs(expected).max(), name
 
 
+@pytest.mark.parametrize("span", RECORDS)
 @pytest.mark.parametrize("name", ["semantic_fpn", "upernet"])
-def test_segmenter_is_the_published_one(name, tmp_path):
+def test_segmenter_is_the_published_one(name, span, tmp_path):
     file = tmp_path / "published.pth"
     torch.save({"state_dict": formula_state_dict(KEYS[f"{name}_small"]), "meta": {}}, file)
-    net = create_segmenter(name, "crossformer_small").eval()
+    net = create_segmenter(name, "crossformer_small", backbone_args={"lda_span": span}).eval()
     report = load_checkpoint(net, file)
     assert not report.missing and not report.unused and not report.dropped
     images = formula_images(1, 256, 320)
     with torch.no_grad():
         maps = list(net.backbone(images).values()) if name == "semantic_fpn" else net.backbone(images)
         logits = net.head(maps)
-        assert list(logits.shape) == RECORD[f"{name}_small.logits.shape"].tolist()
-        compare(f"{name}_small.logits", logits)
-        compare(f"{name}_small.upsampled", net(images), every=101)
+        compare(span, f"{name}_small.upsampled", net(images), every=101)
+        if span == "region":
+            assert list(logits.shape) == RECORDS[span][f"{name}_small.logits.shape"].tolist()
+            compare(span, f"{name}_small.logits", logits)
         if name == "upernet":
-            compare("upernet_small.auxiliary_logits", net.auxiliary_head(maps[2]))
             main, auxiliary = net.forward_auxiliary(images)
             assert main.shape == auxiliary.shape == (1, 150, 256, 320)
             assert torch.equal(main, net(images))
+            if span == "region":
+                compare(span, "upernet_small.auxiliary_logits", net.auxiliary_head(maps[2]))
+            else:
+                compare(span, "upernet_small.auxiliary_upsampled", auxiliary, every=101)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +138,7 @@ def test_windows_that_cover_the_image_are_the_image():
     images = torch.randn(1, 3, 64, 80)
     with torch.no_grad():
         assert torch.equal(sliding_window(net, images, 80, 50), net(images))
-        assert torch.equal(segment(net, images, window=80), net(images).softmax(1))
+        assert torch.equal(segment(net, [images], window=80), net(images).softmax(1))
         inside = sliding_window(net, images, 64, 16)  # both windows' logits, each at its place
     expected = torch.zeros(1, 3, 64, 80)
     with torch.no_grad():
@@ -154,13 +162,13 @@ def test_scales_and_flips_are_averaged_and_undone():
         return torch.cat([x[:, :1] * columns, x[:, 1:2], x[:, 2:]], dim=1)
 
     plain, mirrored = places(images).softmax(1), places(images.flip(3)).flip(3).softmax(1)
-    assert torch.allclose(segment(places, images, flip=True), (plain + mirrored) / 2, atol=1e-6)
+    assert torch.allclose(segment(places, [images], flip=True), (plain + mirrored) / 2, atol=1e-6)
     assert not torch.allclose(plain, mirrored, atol=1e-2)
 
-    def scaled(factor):
-        size = (round(32 * factor), round(48 * factor))
-        x = torch.nn.functional.interpolate(images, size=size, mode="bilinear")
-        return torch.nn.functional.interpolate(places(x), size=(32, 48), mode="bilinear").softmax(1)
+    views = [torch.randn(1, 3, 16, 24), images, torch.randn(1, 3, 56, 84)]
 
-    expected = (scaled(0.5) + plain + scaled(1.75)) / 3
-    assert torch.allclose(segment(places, images, scales=(0.5, 1.0, 1.75)), expected, atol=1e-6)
+    def at_first_size(view):
+        return torch.nn.functional.interpolate(places(view), size=(32, 48), mode="bilinear").softmax(1)
+
+    expected = sum(map(at_first_size, views)) / 3
+    assert torch.allclose(segment(places, views, size=(32, 48)), expected, atol=1e-6)

@@ -16,6 +16,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from crossformer_vision.data import digits
+from crossformer_vision.data.augmentation import PhotometricDistortion
 from crossformer_vision.data.loading import ReadImages, ResumableData, SeededLoader
 from crossformer_vision.errors import UserError
 
@@ -355,7 +356,7 @@ class DetectionData(ResumableData):
         steps: list[Any] = []
         if stage == "train":
             if self.photometric:
-                steps.append(v2.RandomPhotometricDistort())
+                steps.append(PhotometricDistortion())
             # Without antialiasing, as torchvision's detectors resize an image when they are evaluated.
             if self.scale_jitter:
                 side = (self.min_sizes[-1],) * 2

@@ -1,7 +1,8 @@
 """Semantic segmentation: images and class maps, or the digits that come with the library -> batches."""
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
 from crossformer_vision.data import digits
+from crossformer_vision.data.augmentation import PhotometricDistortion
 from crossformer_vision.data.loading import ReadImages, ResumableData, SeededLoader
 from crossformer_vision.errors import UserError
 from crossformer_vision.models import find_model
@@ -172,29 +174,48 @@ class ToInput:
     Args:
         mean, std: of the backbone's inputs.
         short_side: pixels of the shorter side; None for the image's own size.
+        long_side: but at most so many of the longer one.
+        size_divisor: in evaluation, each side is then stretched up to a multiple of this.
     """
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], short_side: int | None) -> None:
-        self.mean, self.std, self.short_side = list(mean), list(std), short_side
+    def __init__(
+        self,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        short_side: int | None,
+        long_side: int | None = None,
+        size_divisor: int = 1,
+    ) -> None:
+        self.mean, self.std = list(mean), list(std)
+        self.short_side, self.long_side, self.size_divisor = short_side, long_side, size_divisor
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        pixels = VF.pil_to_tensor(image)
+    def __call__(self, image: Image.Image, scale: float = 1.0) -> Tensor:
+        """For evaluation; `scale` is a factor of the size."""
+        return self.normalise(self.resize(image, scale, self.size_divisor))
+
+    def resize(self, image: Image.Image, scale: float, divisor: int = 1) -> Tensor:
+        """(3, H, W) of bytes."""
+        factor = scale
         if self.short_side:
-            pixels = VF.resize(pixels, [self.short_side])
-        return self.normalise(pixels)
+            factor *= min(self.short_side / min(image.size), (self.long_side or math.inf) / max(image.size))
+        sides = (max(1, round(side * factor)) for side in (image.height, image.width))
+        size = [-(-side // divisor) * divisor for side in sides]
+        # As published, without antialiasing.
+        return VF.resize(VF.pil_to_tensor(image), size, antialias=False)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         return VF.normalize(VF.to_dtype(pixels, torch.float32, scale=True), self.mean, self.std)
 
 
 class Validation:
-    """(image, class map) -> network's input, and the class map at its own size."""
+    """(image, class map) -> network's input at each of some scales, and the class map at its own size."""
 
-    def __init__(self, to_input: ToInput) -> None:
-        self.to_input = to_input
+    def __init__(self, to_input: ToInput, scales: Sequence[float]) -> None:
+        self.to_input, self.scales = to_input, scales
 
-    def __call__(self, image: Image.Image, classes: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
-        return self.to_input(image), torch.from_numpy(classes.astype(np.int64))
+    def __call__(self, image: Image.Image, classes: NDArray[np.uint8]) -> tuple[list[Tensor], Tensor]:
+        views = [self.to_input(image, scale) for scale in self.scales]
+        return views, torch.from_numpy(classes.astype(np.int64))
 
 
 class Augmentation:
@@ -222,14 +243,13 @@ class Augmentation:
         self.max_share = max_share
         self.after: list[Callable[..., Any]] = [v2.RandomHorizontalFlip(hflip)]
         if photometric:
-            self.after.append(v2.RandomPhotometricDistort())
+            self.after.append(PhotometricDistortion())
 
     def __call__(self, image: Image.Image, classes: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
-        factor = float(torch.empty(1).uniform_(*self.scales))
-        factor *= (self.to_input.short_side or min(image.size)) / min(image.size)
-        size = [round(image.height * factor), round(image.width * factor)]
-        pixels = VF.resize(VF.pil_to_tensor(image), size)
-        labels = VF.resize(torch.from_numpy(classes)[None], size, v2.InterpolationMode.NEAREST_EXACT)
+        pixels = self.to_input.resize(image, float(torch.empty(1).uniform_(*self.scales)))
+        labels = VF.resize(
+            torch.from_numpy(classes)[None], list(pixels.shape[1:]), v2.InterpolationMode.NEAREST_EXACT
+        )
         top, left = self._corner(labels[0])
         side = self.crop_size
         area = (slice(None), slice(top, top + side), slice(left, left + side))
@@ -277,7 +297,11 @@ class SegmentationData(ResumableData):
         model: timm name of the backbone, which gives the normalisation. The command takes it from the model.
         crop_size: side of the training crops, in pixels; for digits, of the images.
         short_side: an image's shorter side is brought to this many pixels, in training before `scales`; null
-            for its own size.
+            for its own size,
+        long_side: but its longer side to at most so many; null for any.
+        size_divisor: validation and prediction then stretch each side up to a multiple of this.
+        test_scales: factors of the size at which validation reads an image. The command takes them from the
+            model.
         scales: smallest and largest factor by which a training image is resized at random.
         max_share: most that one class may take of a training crop, if one of ten crops has less.
         hflip: probability of a horizontal flip.
@@ -298,6 +322,9 @@ class SegmentationData(ResumableData):
         model: str = "crossformer_nano",
         crop_size: int = 512,
         short_side: int | None = None,
+        long_side: int | None = None,
+        size_divisor: int = 1,
+        test_scales: tuple[float, ...] = (1.0,),
         scales: tuple[float, float] = (0.5, 2.0),
         max_share: float = 0.75,
         hflip: float = 0.5,
@@ -311,7 +338,8 @@ class SegmentationData(ResumableData):
     ) -> None:
         super().__init__(root, train_split, val_split, batch_size, num_workers, skip_corrupt, seed)
         cfg = find_model(model)
-        self.to_input = ToInput(tuple(cfg.mean), tuple(cfg.std), short_side)
+        self.to_input = ToInput(tuple(cfg.mean), tuple(cfg.std), short_side, long_side, size_divisor)
+        self.test_scales = test_scales
         self.augmentation = Augmentation(self.to_input, crop_size, scales, max_share, hflip, photometric)
         self.lengths = {"train": train_images, "val": val_images}
         self.classes: list[str] = []
@@ -326,7 +354,7 @@ class SegmentationData(ResumableData):
         if not self.images:
             for stage, transform in (
                 ("train", self.augmentation),
-                ("val", Validation(self.to_input)),
+                ("val", Validation(self.to_input, self.test_scales)),
             ):
                 source: Any = self._source(stage)
                 self.classes = source.classes
@@ -334,9 +362,7 @@ class SegmentationData(ResumableData):
         return len(self.classes)
 
     def describe(self) -> dict[str, Any]:
-        to_input = self.to_input
-        image = dict(mean=to_input.mean, std=to_input.std, short_side=to_input.short_side)
-        return {"classes": self.classes, "image": image}
+        return {"classes": self.classes, "image": dict(vars(self.to_input))}
 
     def _source(self, stage: str) -> MappedImages | DigitMaps:
         if self.root is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from crossformer_vision.models import crossformer, find_model
+from crossformer_vision.models import find_model, variants
 
 STRIDES = (4, 8, 16, 32)
 
@@ -119,17 +119,18 @@ class DenseModel(nn.Module):
         Own names come back unchanged. What no pattern knows is taken for a weight of the backbone.
         """
         own = self.state_dict().keys()
-        renamed = {}
+        renamed, others = {}, {}
         for name, value in state.items():
             ours = name
             if name not in own:
                 for pattern, replacement in self.published_names:
                     ours = re.sub(pattern, replacement, ours)
                 if ours == name:
-                    (short,) = crossformer.checkpoint_filter_fn({name.removeprefix("backbone."): value})
-                    ours = self.body_name + short
+                    others[name.removeprefix("backbone.")] = value
+                    continue
             renamed[ours] = value
-        return renamed
+        body = variants.checkpoint_filter_fn(others)
+        return {**renamed, **{self.body_name + name: value for name, value in body.items()}}
 
 
 def body_name(prefix: str, body: nn.Module) -> str:

@@ -1,15 +1,7 @@
 """RetinaNet and Mask R-CNN on any timm backbone, from torchvision's detectors.
 
-In structure and numbers they are the OpenMMLab models that CrossFormer was published with. Where
-torchvision's own differ, and what is done here:
-
-- anchors are not rounded to whole pixels, and lie at multiples of a level's stride whatever its map's size;
-- RetinaNet's P6 comes from C5, and nothing (torchvision: a ReLU) stands between P6 and P7;
-- RoIAlign aligns half pixels, and samples a bin as densely as the RoI's size asks for;
-- at most 100 detections an image, and 1000 proposals in training too.
-
-The losses are torchvision's: RetinaNet's is a mean over images, each divided by its own objects, where
-OpenMMLab divides by those of the whole batch.
+In structure, losses and numbers they are the OpenMMLab models that CrossFormer was published with; what
+differs from torchvision's own is in `detector_parts.py`.
 
 Labels run from 1 to `num_classes`; 0 is the background, as in torchvision.
 """
@@ -19,115 +11,34 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torchvision.models import detection
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import MultiScaleRoIAlign, roi_align
-from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
+from torchvision.ops import box_iou
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from crossformer_vision.models import find_model
 from crossformer_vision.models.backbones import (
     PUBLISHED_NECK,
-    STRIDES,
     DenseModel,
     Pyramid,
     body_name,
     create_backbone,
     map_channels,
 )
+from crossformer_vision.models.detector_parts import (
+    P6P7,
+    RPN,
+    Anchors,
+    RoIAlign,
+    RoIHeads,
+    RPNMatcher,
+    Transform,
+    xavier,
+)
 
 __all__ = ["MaskRCNN", "RetinaNet", "create_detector"]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Levels, anchors, RoIAlign
-# ------------------------------------------------------------------------------------------------------------
-
-
-class P6P7(ExtraFPNBlock):
-    """RetinaNet's two coarsest levels, at strides 64 and 128, from the backbone's last map."""
-
-    def __init__(self, in_channels: int, width: int) -> None:
-        super().__init__()
-        self.p6 = nn.Conv2d(in_channels, width, 3, stride=2, padding=1)
-        self.p7 = nn.Conv2d(width, width, 3, stride=2, padding=1)
-
-    def forward(
-        self, results: list[Tensor], x: list[Tensor], names: list[str]
-    ) -> tuple[list[Tensor], list[str]]:
-        p6 = self.p6(x[-1])
-        return [*results, p6, self.p7(p6)], [*names, "p6", "p7"]
-
-
-class Anchors(AnchorGenerator):
-    """Anchors of three aspect ratios at each position of each level, sizes and places unrounded.
-
-    Args:
-        strides: of the levels.
-        scale: side of a level's smallest anchor, in strides.
-        octave: anchors of different sizes between a level and the next.
-    """
-
-    def __init__(self, strides: tuple[int, ...], scale: float, octave: int) -> None:
-        sizes = tuple(tuple(stride * scale * 2 ** (k / octave) for k in range(octave)) for stride in strides)
-        super().__init__(sizes, ((0.5, 1.0, 2.0),) * len(strides))
-        self.strides = strides
-
-    def generate_anchors(
-        self,
-        scales: Any,
-        aspect_ratios: Any,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device = torch.device("cpu"),  # noqa: B008
-    ) -> Tensor:
-        heights = torch.as_tensor(aspect_ratios, dtype=dtype, device=device).sqrt()[:, None]
-        sides = torch.as_tensor(scales, dtype=dtype, device=device)
-        w, h = (sides / heights).flatten(), (sides * heights).flatten()
-        return torch.stack([-w, -h, w, h], dim=1) / 2
-
-    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        device = feature_maps[0].device
-        self.set_cell_anchors(torch.float32, device)  # in half precision a map's far end has no fine places
-        strides = [[torch.tensor(s, device=device)] * 2 for s in self.strides]
-        anchors = torch.cat(self.grid_anchors([list(x.shape[-2:]) for x in feature_maps], strides))
-        return [anchors] * len(image_list.image_sizes)
-
-
-class RoIAlign(MultiScaleRoIAlign):
-    """RoIAlign with half-pixel alignment and adaptive sampling, from the level that suits each RoI's size.
-
-    Shape: maps by name at strides 4, 8, 16, 32, and boxes (n_i, 4) of each image -> (sum n_i, C, size, size).
-    """
-
-    def __init__(self, size: int) -> None:
-        super().__init__(["0", "1", "2", "3"], size, sampling_ratio=0)
-
-    def forward(
-        self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
-    ) -> Tensor:
-        maps = [x[name] for name in self.featmap_names]
-        image = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
-        rois = torch.cat([image, torch.cat(boxes)], dim=1)
-        sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0).sqrt()
-        levels = torch.floor(torch.log2(sides / 56 + 1e-6)).clamp(0, len(maps) - 1)  # 112 to 224: stride 8
-        rows = [torch.where(levels == level)[0] for level in range(len(maps))]
-        pooled = [
-            roi_align(features.float(), rois[chosen], self.output_size, 1 / stride, aligned=True)
-            for features, chosen, stride in zip(maps, rows, STRIDES, strict=True)
-        ]
-        return torch.cat(pooled)[torch.cat(rows).argsort()]
-
-
-def _in_float32(module: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook of the heads: boxes and losses are computed in float32 under autocast, too."""
-    if isinstance(output, Tensor):
-        return output.float()
-    if isinstance(output, dict):
-        return {name: x.float() for name, x in output.items()}
-    return type(output)(_in_float32(module, args, x) for x in output)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -163,6 +74,15 @@ MASK_RCNN = [
 # ------------------------------------------------------------------------------------------------------------
 
 
+def _in_float32(module: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook of the heads: boxes and losses are computed in float32 under autocast, too."""
+    if isinstance(output, Tensor):
+        return output.float()
+    if isinstance(output, dict):
+        return {name: x.float() for name, x in output.items()}
+    return type(output)(_in_float32(module, args, x) for x in output)
+
+
 class RetinaNet(DenseModel, detection.RetinaNet):
     """RetinaNet (arXiv 1708.02002) as published with CrossFormer; see `create_detector`."""
 
@@ -195,8 +115,23 @@ class RetinaNet(DenseModel, detection.RetinaNet):
     def compute_loss(
         self, targets: list[dict[str, Tensor]], head_outputs: dict[str, Tensor], anchors: list[Tensor]
     ) -> dict[str, Tensor]:
-        targets = [{**target, "labels": target["labels"] - 1} for target in targets]  # no background class
-        return super().compute_loss(targets, head_outputs, anchors)
+        # All images as one, so that the losses are divided by the positives of all.
+        head: Any = self.head
+        matcher: Any = self.proposal_matcher
+        matches, before = [], 0
+        for target, own in zip(targets, anchors, strict=True):
+            if len(target["boxes"]):
+                match = matcher(box_iou(target["boxes"], own))
+                matches.append(torch.where(match >= 0, match + before, match))
+            else:
+                matches.append(torch.full((len(own),), -1, device=own.device))
+            before += len(target["boxes"])
+        joined = {
+            "boxes": torch.cat([target["boxes"] for target in targets]),
+            "labels": torch.cat([target["labels"] for target in targets]) - 1,  # no background class
+        }
+        outputs = {name: x.flatten(0, 1)[None] for name, x in head_outputs.items()}
+        return head.compute_loss([joined], outputs, [torch.cat(anchors)], [torch.cat(matches)])
 
     def postprocess_detections(
         self,
@@ -225,7 +160,12 @@ class MaskRCNN(DenseModel, detection.MaskRCNN):
         **kwargs: Any,
     ) -> None:
         rpn_head = RPNHead(width, num_anchors=3)
+        box_head = TwoMLPHead(width * 7 * 7, 4 * width)
+        xavier(box_head)
         box_predictor = FastRCNNPredictor(4 * width, num_classes + 1)
+        for layer, std in ((box_predictor.cls_score, 0.01), (box_predictor.bbox_pred, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
         mask_predictor = MaskRCNNPredictor(width, width, num_classes + 1)
         for head in (rpn_head, box_predictor, mask_predictor):
             head.register_forward_hook(_in_float32)
@@ -234,7 +174,7 @@ class MaskRCNN(DenseModel, detection.MaskRCNN):
             rpn_anchor_generator=Anchors((4, 8, 16, 32, 64), anchor_scale or 8, octave=1),
             rpn_head=rpn_head,
             box_roi_pool=RoIAlign(7),
-            box_head=TwoMLPHead(width * 7 * 7, 4 * width),
+            box_head=box_head,
             box_predictor=box_predictor,
             mask_roi_pool=RoIAlign(14),
             mask_head=MaskRCNNHeads(width, [width] * 4, dilation=1),
@@ -242,6 +182,11 @@ class MaskRCNN(DenseModel, detection.MaskRCNN):
             box_detections_per_img=max_detections,
             **{"rpn_post_nms_top_n_train": 1000, **kwargs},
         )
+        parts: Any = self  # torchvision has built them from our keywords
+        parts.rpn.__class__ = RPN
+        parts.rpn.proposal_matcher.__class__ = RPNMatcher
+        parts.roi_heads.__class__ = RoIHeads
+        parts.transform.__class__ = Transform
         self.body_name = body_name("backbone.body.", body)
 
     def rename_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -290,8 +235,9 @@ def create_detector(
         min_size: the image's shorter side is brought to this many pixels; of several, training takes one at
             random and evaluation the last,
         max_size: but its longer side to at most so many.
-        backbone_args: further keywords of the backbone, such as `drop_path_rate`, or `group_size` and
-            `interval` for other groups at test time.
+        backbone_args: further keywords of the backbone, such as `drop_path_rate`. The published detectors,
+            CrossFormer++'s too, have `group_size=7, 7, 7, 7`, `interval=8, 4, 2, 1` and `lda_span="map"`, in
+            training and test: the defaults of CrossFormer-T/S/B/L. Their files do not say so themselves.
         **kwargs: of torchvision's `RetinaNet` or `MaskRCNN`, such as `score_thresh` or `box_score_thresh`.
 
     Returns:

@@ -191,8 +191,11 @@ def create_segmenter(
         width: channels of the pyramid; 256 (Semantic FPN, whose head has half as many) or 512 (UPerNet, whose
             auxiliary head has half as many) if None.
         dropout: of whole channels, before the classifier.
-        backbone_args: further keywords of the backbone, such as `drop_path_rate`, or `group_size` and
-            `interval` for other groups at test time.
+        backbone_args: further keywords of the backbone, such as `drop_path_rate`. The published segmenters,
+            CrossFormer++'s too, have `lda_span="map"`, in training and test, and these groups, of which their
+            files do not say anything: UPerNet, and Semantic FPN on ++B, `group_size=(7, 7, 7, 7)` and
+            `interval=(8, 4, 2, 1)`, the defaults of CrossFormer-T/S/B/L; any other Semantic FPN
+            `group_size=(14, 14, 7, 7)` and `interval=(16, 8, 2, 1)`.
 
     Returns:
         A module that takes normalised images (B, 3, H, W) of any size and returns logits (B, num_classes, H,
@@ -255,35 +258,31 @@ def _starts(length: int, window: int, stride: int) -> list[int]:
 
 def segment(
     net: Net,
-    images: Tensor,
-    scales: Sequence[float] = (1.0,),
+    views: Sequence[Tensor],
+    size: tuple[int, int] | None = None,
     flip: bool = False,
     window: int | None = None,
     stride: int | None = None,
-    size: tuple[int, int] | None = None,
 ) -> Tensor:
     """Probabilities of the classes, averaged over scales and flips.
 
     Args:
         net: normalised images (B, 3, h, w) -> logits (B, classes, h, w).
-        images: (B, 3, H, W).
-        scales: factors of the image's size.
-        flip: the mirrored image at each scale, too.
+        views: (B, 3, H, W), the same images at each scale, made from the originals.
+        size: of the result; the first view's if None.
+        flip: each view mirrored, too.
         window: side of sliding windows, in pixels; None for the whole image at once.
         stride: of the windows; two thirds of `window` if None, as published.
-        size: of the result; the images' if None.
 
     Returns:
         (B, classes, *size), which sum to one over the classes.
     """
-    H, W = images.shape[2:]
-    size = size or (H, W)
+    size = size or (views[0].shape[2], views[0].shape[3])
     total: Any = 0
-    for scale in scales:
-        scaled = images if scale == 1 else resize(images, (round(H * scale), round(W * scale)))
+    for images in views:
         for mirrored in (False, True)[: 1 + flip]:
-            view = scaled.flip(3) if mirrored else scaled
+            view = images.flip(3) if mirrored else images
             logits = sliding_window(net, view, window, stride or 2 * window // 3) if window else net(view)
             logits = logits.flip(3) if mirrored else logits
             total = total + resize(logits.float(), size).softmax(1)
-    return total / (len(scales) * (1 + flip))
+    return total / (len(views) * (1 + flip))

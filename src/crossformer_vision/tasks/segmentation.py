@@ -1,5 +1,6 @@
 """Semantic segmentation: losses, intersection over union, and what a validation shows."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,8 @@ class Segmentation(Task):
         width: channels of the pyramid; null for 256 (Semantic FPN) or 512 (UPerNet).
         dropout: before the classifier.
         auxiliary_weight: of the loss of UPerNet's auxiliary head.
+        avg_non_ignore: divide the loss by the labelled pixels; false divides by all of them, as the published
+            segmenters were trained.
         dice: weight of a Dice loss beside the cross-entropy.
         test_scales: factors of the image's size, whose probabilities validation and prediction average.
         test_flip: average with those of the mirrored image, too.
@@ -59,6 +62,7 @@ class Segmentation(Task):
         width: int | None = None,
         dropout: float = 0.1,
         auxiliary_weight: float = 0.4,
+        avg_non_ignore: bool = True,
         dice: float = 0.0,
         test_scales: tuple[float, ...] = (1.0,),
         test_flip: bool = False,
@@ -79,10 +83,9 @@ class Segmentation(Task):
         )
         if checkpoint:
             load_checkpoint(self.net, checkpoint)
-        self.auxiliary_weight, self.dice = auxiliary_weight, dice
-        self.test: dict[str, Any] = dict(
-            scales=test_scales, flip=test_flip, window=window, stride=window_stride
-        )
+        self.auxiliary_weight, self.dice, self.avg_non_ignore = auxiliary_weight, dice, avg_non_ignore
+        self.test_scales = test_scales
+        self.test: dict[str, Any] = dict(flip=test_flip, window=window, stride=window_stride)
         self.loss = MeanMetric()
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED, validate_args=False)
         self.matrix = torch.zeros(num_classes, num_classes)  # of the last validation: true class, predicted
@@ -92,9 +95,9 @@ class Segmentation(Task):
         if self.trainer.world_size > 1 and self.trainer.strategy.root_device.type == "cuda":  # not for CPUs
             self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
 
-    def forward(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Images (B, 3, H, W), normalised -> probabilities (B, num_classes, *size), as tested."""
-        return segment(self.net, images, size=size, **self.test)
+    def forward(self, views: Sequence[Tensor], size: tuple[int, int] | None = None) -> Tensor:
+        """Normalised images (B, 3, H, W) at each scale -> probabilities (B, num_classes, *size)."""
+        return segment(self.net, views, size=size, **self.test)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -103,12 +106,12 @@ class Segmentation(Task):
             raise UserError("upernet normalises over a batch: take --data.batch_size 2 or more")
         if isinstance(self.net, UPerNet) and self.auxiliary_weight:
             logits, auxiliary = self.net.forward_auxiliary(images)
-            auxiliary_loss = cross_entropy(auxiliary, labels)
+            auxiliary_loss = cross_entropy(auxiliary, labels, self.avg_non_ignore)
             self.log("train_auxiliary_loss", auxiliary_loss, **log)
-            loss = cross_entropy(logits, labels) + self.auxiliary_weight * auxiliary_loss
+            loss = cross_entropy(logits, labels, self.avg_non_ignore) + self.auxiliary_weight * auxiliary_loss
         else:
             logits = self.net(images)
-            loss = cross_entropy(logits, labels)
+            loss = cross_entropy(logits, labels, self.avg_non_ignore)
         if self.dice:
             dice = dice_loss(logits, labels)
             self.log("train_dice_loss", dice, **log)
@@ -119,11 +122,11 @@ class Segmentation(Task):
     def on_validation_epoch_start(self) -> None:
         self.shown = []
 
-    def validation_step(self, batch: tuple[Tensor, Tensor] | None, batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[list[Tensor], Tensor] | None, batch_idx: int) -> None:
         if batch is None:
             return
-        images, labels = batch
-        probabilities = self(images, labels.shape[1:])
+        views, labels = batch
+        probabilities = self(views, labels.shape[1:])
         predicted = probabilities.argmax(1)
         counted = (labels != IGNORED).sum()
         if counted:
@@ -132,7 +135,7 @@ class Segmentation(Task):
             self.confusion.update(predicted, labels)
         batches = int(sum(self.trainer.num_val_batches))
         if batch_idx % max(1, batches // SHOWN) == 0 and len(self.shown) < SHOWN:
-            self.shown.append((images[0].float().cpu(), labels[0].cpu(), predicted[0].cpu()))
+            self.shown.append((views[0][0].float().cpu(), labels[0].cpu(), predicted[0].cpu()))
 
     def on_validation_epoch_end(self) -> None:
         self.matrix = self.confusion.compute().double().cpu()
@@ -167,15 +170,16 @@ class Segmentation(Task):
         visualize.segmentations(shown, classes, folder / "predictions.png")
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, avg_non_ignore: bool = True) -> Tensor:
     """Mean over labelled pixels; 0 where there are none.
 
     Args:
         logits: (B, classes, H, W).
         labels: (B, H, W), 255 for ignored pixels.
+        avg_non_ignore: false for the sum over labelled pixels divided by the number of all.
     """
     total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
-    return total / (labels != IGNORED).sum().clamp(min=1)
+    return total / ((labels != IGNORED).sum().clamp(min=1) if avg_non_ignore else labels.numel())
 
 
 def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,0 +1,76 @@
+"""Augmentation that torchvision does not have."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as VF
+
+
+class PhotometricDistortion(v2.Transform):
+    """Brightness, contrast, saturation and hue, each changed with probability one half.
+
+    As the published segmenters were trained (OpenMMLab's distortion, after SSD, arXiv 1512.02325).
+    torchvision's own scales the brightness, blends with grey, and shuffles the channels.
+
+    Args:
+        brightness: most that is added, of 255.
+        contrast: least and greatest factor of all values.
+        saturation: least and greatest factor of it, in HSV.
+        hue: greatest turn, of a whole one.
+
+    Shape: bytes (3, H, W) -> the same.
+    """
+
+    _transformed_types = (tv_tensors.Image,)
+
+    def __init__(
+        self,
+        brightness: float = 32.0,
+        contrast: tuple[float, float] = (0.5, 1.5),
+        saturation: tuple[float, float] = (0.5, 1.5),
+        hue: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        def drawn(low: float, high: float) -> float | None:
+            return float(torch.empty(1).uniform_(low, high)) if torch.rand(()) < 0.5 else None
+
+        return {
+            "brightness": drawn(-self.brightness, self.brightness),
+            "contrast": drawn(*self.contrast),
+            "saturation": drawn(*self.saturation),
+            "hue": drawn(-self.hue, self.hue),
+            "contrast_first": bool(torch.rand(()) < 0.5),
+        }
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        x = inpt.as_subclass(Tensor)
+        if params["brightness"] is not None:
+            x = _bytes(x.float() + params["brightness"])
+        if params["contrast"] is not None and params["contrast_first"]:
+            x = _bytes(x.float() * params["contrast"])
+        if params["saturation"] is not None:
+            x = saturate(x, params["saturation"])
+        if params["hue"] is not None:
+            x = VF.adjust_hue(x, params["hue"])
+        if params["contrast"] is not None and not params["contrast_first"]:
+            x = _bytes(x.float() * params["contrast"])
+        return tv_tensors.wrap(x, like=inpt)
+
+
+def saturate(x: Tensor, factor: float) -> Tensor:
+    """The saturation of HSV times `factor`, at most one; hue and value stay. Bytes (3, H, W) -> the same."""
+    values = x.float()
+    brightest = values.amax(0, keepdim=True)
+    below = brightest - values
+    most = brightest / below.amax(0, keepdim=True).clamp(min=1)  # brings the least channel to zero
+    return _bytes(brightest - below * most.clamp(max=factor))
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.round().clamp(0, 255).to(torch.uint8)

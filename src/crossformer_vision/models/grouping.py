@@ -1,0 +1,324 @@
+"""Cutting a map into groups and back, and attention inside them: what is not the papers' idea but its cost.
+
+`crossformer.py` says which positions form a group; here are the reshapes, the masks of padded positions, the
+index tensors that are kept, and the pieces and blocks in which large maps are computed.
+
+A map of eight positions, in one dimension, and who attends to whom. Equal letters are one group:
+
+    position                       0 1 2 3 4 5 6 7
+    SDA, G = 4                     a a a a b b b b    neighbours
+    LDA over the map, I = 2        a b a b a b a b    every second one; ceil(8 / 2) = 4 members
+    LDA in regions, G = 2, I = 2   a b a b c d c d    every second one of a region of G * I = 4
+    LDA of the classifiers         a b a b a b a b    G = 4, I = 2: one region of G * I = 8 is the map
+
+A published classifier's code writes its LDA as a reshape to (G, I) where SDA's is (H / G, G): at 224 pixels
+G * I is the side of every map, so both definitions of LDA are that reshape. On any other map they differ.
+
+A group's members keep their order, so the members of `a` lie `I` apart and their offsets, in members, are
+those of DPB. A map that the groups do not fill is padded right and bottom: seven positions, I = 2, are
+
+    position   0 1 2 3 4 5 6 -
+    group      a b a b a b a b    the last member of b is padding: masked as a key, dropped as an output
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.checkpoint import checkpoint
+
+# ------------------------------------------------------------------------------------------------------------
+# Cut and join
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """How a map is cut: rows x cols regions, of interval ** 2 groups each, of gh x gw members each."""
+
+    rows: int
+    cols: int
+    gh: int
+    gw: int
+    interval: int
+
+
+def neighbours(H: int, W: int, G: int) -> Layout:
+    """SDA: G x G neighbours are a group."""
+    return Layout(ceil_div(H, G), ceil_div(W, G), G, G, 1)
+
+
+def across_map(H: int, W: int, interval: int) -> Layout:
+    """LDA over the map: members lie `interval` apart over all of it, so groups are as oblong as the map."""
+    return Layout(1, 1, ceil_div(H, interval), ceil_div(W, interval), interval)
+
+
+def across_regions(H: int, W: int, G: int, interval: int) -> Layout:
+    """LDA in regions: members lie `interval` apart inside each square of G * interval positions."""
+    return Layout(ceil_div(H, G * interval), ceil_div(W, G * interval), G, G, interval)
+
+
+def padded_size(layout: Layout) -> tuple[int, int]:
+    """Height and width of the map that the groups fill."""
+    return layout.rows * layout.gh * layout.interval, layout.cols * layout.gw * layout.interval
+
+
+def group(x: Tensor, layout: Layout) -> Tensor:
+    """(B, H, W, C), of the padded size -> groups (N, L, C), L = gh * gw."""
+    rows, cols, gh, gw, interval = layout
+    C = x.shape[-1]
+    x = x.view(-1, rows, gh, interval, cols, gw, interval, C)
+    x = x.permute(0, 1, 4, 3, 6, 2, 5, 7)  # B, row, col of the region, row, col offset, gh, gw, C
+    return x.contiguous().view(-1, gh * gw, C)
+
+
+def ungroup(x: Tensor, layout: Layout) -> Tensor:
+    """The inverse of `group`: (N, L, C) -> (B, H, W, C), of the padded size."""
+    rows, cols, gh, gw, interval = layout
+    H, W = padded_size(layout)
+    C = x.shape[-1]
+    x = x.view(-1, rows, cols, interval, interval, gh, gw, C)
+    # B, row of the region, gh, row offset, col of the region, gw, col offset, C
+    x = x.permute(0, 1, 5, 3, 2, 6, 4, 7)
+    return x.contiguous().view(-1, H, W, C)
+
+
+def pad(x: Tensor, H: int, W: int) -> Tensor:
+    """(B, ≤ H, ≤ W, C), zero-padded bottom and right to H x W."""
+    return F.pad(x, (0, 0, 0, W - x.shape[2], 0, H - x.shape[1]))
+
+
+def crop(x: Tensor, H: int, W: int) -> Tensor:
+    """The top left H x W of a map (B, ≥ H, ≥ W, C)."""
+    if torch.jit.is_scripting():
+        return x[:, :H, :W]
+    else:
+        if not torch.compiler.is_exporting():
+            return x[:, :H, :W]
+        # A slice guards on whether it is the whole; an exported graph is for all sizes.
+        rows, cols = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
+        return x.index_select(1, rows).index_select(2, cols)
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """(B, C, H, W), zero-padded right and bottom so that `multiple` divides both sides."""
+    H, W = x.shape[2], x.shape[3]
+    pad_h, pad_w = ceil_div(H, multiple) * multiple - H, ceil_div(W, multiple) * multiple - W
+    if may_differ(pad_h, 0) or may_differ(pad_w, 0):
+        x = F.pad(x, (0, pad_w, 0, pad_h))
+    return x
+
+
+def ceil_div(a: int, b: int) -> int:
+    return (a + b - 1) // b
+
+
+def may_differ(a: int, b: int) -> bool:
+    """`a != b`; while `torch.export` traces symbolic sizes, True, so that one graph serves all of them."""
+    if torch.jit.is_scripting():
+        return a != b
+    else:
+        return True if torch.compiler.is_exporting() else a != b
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Indices and masks of one size, and what is kept of them
+# ------------------------------------------------------------------------------------------------------------
+
+
+def real_members(H: int, W: int, layout: Layout, device: torch.device) -> Tensor:
+    """Which members of each group of one H x W map are not padding: (groups, L), bool."""
+    padded_H, padded_W = padded_size(layout)
+    real = torch.ones(1, H, W, 1, dtype=torch.bool, device=device)
+    return group(pad(real, padded_H, padded_W), layout).squeeze(-1)
+
+
+def kinds_of_groups(H: int, W: int, layout: Layout, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """The groups of one map by which members are real: (their numbers, (L,) of bool) of each kind."""
+    rows, cols, gh, gw, interval = layout
+
+    def real_count(size: int, region: int, offset: int, most: int) -> int:
+        return max(0, min(most, ceil_div(size - offset, interval) - region * most))
+
+    members: dict[tuple[int, int], list[int]] = {}
+    places = itertools.product(range(rows), range(cols), range(interval), range(interval))
+    for number, (row, col, y, x) in enumerate(places):
+        counts = real_count(H, row, y, gh), real_count(W, col, x, gw)
+        members.setdefault(counts, []).append(number)
+    return [
+        (
+            torch.tensor(numbers, device=device),
+            torch.tensor([y < h and x < w for y in range(gh) for x in range(gw)], device=device),
+        )
+        for (h, w), numbers in members.items()
+    ]
+
+
+def relative_offsets(gh: int, gw: int, device: torch.device) -> Tensor:
+    """The distinct offsets (dy, dx) between members, query less key: ((2gh-1) * (2gw-1), 2), float32."""
+    dy = torch.arange(1 - gh, gh, device=device)
+    dx = torch.arange(1 - gw, gw, device=device)
+    return torch.stack(torch.meshgrid(dy, dx, indexing="ij"), dim=-1).reshape(-1, 2).float()
+
+
+def relative_rows(queries: int, gh: int, gw: int, device: torch.device) -> Tensor:
+    """The row in `relative_offsets` of each query and key: (queries * gw * L,), int64.
+
+    Args:
+        queries: the first so many of the gh rows of queries. Those of the next ones are these plus 2gw - 1
+            for each row that they begin further down.
+    """
+    y, x = torch.arange(gh, device=device), torch.arange(gw, device=device)
+    dy = y[:queries, None] - y[None, :] + gh - 1  # query, key
+    dx = x[:, None] - x[None, :] + gw - 1
+    return (dy[:, None, :, None] * (2 * gw - 1) + dx[None, :, None, :]).reshape(-1)
+
+
+KEPT_BYTES = 64 << 20
+_kept: dict[Any, Any] = {}
+
+
+def kept(build: Callable[..., Any], *args: Any) -> Any:
+    """`build(*args)`, index tensors of one size, built once and shared by all blocks and models.
+
+    At most `KEPT_BYTES` are kept, and nothing while tensors are not what they seem (compiled, fake or traced,
+    inside functional transforms). Threads may build the same twice, but never see what is half done.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._functorch.maybe_current_level() is not None
+    ):
+        return build(*args)
+    key = (build, *args)
+    found = _kept.get(key)
+    if found is None:
+        with torch.inference_mode(False):  # an inference tensor would break a later backward
+            found = build(*args)
+        if sum(map(_bytes, [*_kept.values(), found])) > KEPT_BYTES:
+            _kept.clear()
+        if _bytes(found) <= KEPT_BYTES:
+            _kept[key] = found
+    return found
+
+
+def _bytes(x: Any) -> int:
+    return x.nbytes if isinstance(x, Tensor) else sum(map(_bytes, x))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Attention with a bias by offset
+# ------------------------------------------------------------------------------------------------------------
+
+def masked(bias: Tensor, real: Tensor) -> Tensor:
+    """`bias`, and where a key is not real a value far below any logit.
+
+    It is finite in float16, too, so that a group of padding alone gives numbers, not NaN.
+    """
+    return torch.where(real, bias, -3e4)
+
+
+def pair_biases(table: Tensor, layout: Layout) -> Tensor:
+    """Biases by offset, (h, offsets) -> by query and key, (1, h, L, L)."""
+    gh, gw = layout.gh, layout.gw
+    if torch.jit.is_scripting():
+        rows = relative_rows(gh, gh, gw, table.device)
+    else:
+        rows = kept(relative_rows, gh, gh, gw, table.device)
+    return table.index_select(1, rows).view(1, -1, gh * gw, gh * gw)
+
+
+def in_pieces(positions: int, f: Callable[..., Tensor], x: Tensor, *args: Tensor | None) -> Tensor:
+    """`f(x, *args)`, computed over pieces of the first dimension by CPU inference.
+
+    A fresh tensor of tens of MB costs the CPU more in page faults than in arithmetic; pieces stay in its
+    cache. Together they take a fifth off CrossFormer-S's time at batch 8, 224x224. Tensors of `args` as long
+    as `x` are cut with it.
+
+    Args:
+        positions: of the map in each entry of `x`.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu":
+        return f(x, *args)
+    size = max(1, 2048 // positions)
+    if len(x) <= size:
+        return f(x, *args)
+    cut = [a.split(size) if a is not None and len(a) == len(x) else None for a in args]
+    pieces = []
+    for i, piece in enumerate(x.split(size)):
+        pieces.append(f(piece, *(a if c is None else c[i] for a, c in zip(args, cut, strict=True))))
+    return torch.cat(pieces)
+
+
+BLOCK = 1 << 20  # biases that exist at a time where queries go in blocks
+
+
+def takes_blocks(layout: Layout, x: Tensor) -> bool:
+    """Whether `blocked_attention` is for groups of this size: no (h, L, L) exists beyond 2,048 members.
+
+    On a CPU it is from 512 on, where the biases of a block stay in the cache. An exported graph computes all
+    at once, since the number of blocks would follow from the size.
+    """
+    if torch.compiler.is_exporting():
+        return False
+    eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return layout.gh * layout.gw > (512 if eager_cpu else 2048)
+
+
+def blocked_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, layout: Layout, H: int, W: int
+) -> Tensor:
+    """Attention in large groups, whose queries go in blocks, each with its slice of the biases.
+
+    Memory grows with the members of a group, not with their square; in training too, where a block is
+    computed again in the backward pass.
+
+    Args:
+        q, k, v: (N, h, L, d).
+        table: biases by offset, (h, offsets).
+        H, W: of the map before padding.
+
+    Returns:
+        (N, h, L, d).
+    """
+    if padded_size(layout) == (H, W):
+        return _blocks(q, k, v, table, layout, None)
+    # Groups of one kind share their masked biases.
+    kinds = kept(kinds_of_groups, H, W, layout, q.device)
+    count = layout.rows * layout.cols * layout.interval**2
+    q, k, v = (t.unflatten(0, (-1, count)) for t in (q, k, v))
+    parts = []
+    for numbers, real in kinds:
+        one, its_keys, its_values = (t.index_select(1, numbers).flatten(0, 1) for t in (q, k, v))
+        parts.append(_blocks(one, its_keys, its_values, table, layout, real).unflatten(0, (len(q), -1)))
+    back = torch.cat([numbers for numbers, _ in kinds]).argsort()
+    return torch.cat(parts, dim=1).index_select(1, back).flatten(0, 1)
+
+
+def _blocks(q: Tensor, k: Tensor, v: Tensor, table: Tensor, layout: Layout, real: Tensor | None) -> Tensor:
+    """`blocked_attention` of groups that have the same members real, (L,)."""
+    gh, gw = layout.gh, layout.gw
+    heads, L = q.shape[1], gh * gw
+    step = max(1, min(gh, BLOCK // (heads * gw * L)))  # rows of queries in a block
+    rows = kept(relative_rows, step, gh, gw, q.device)
+    again = torch.is_grad_enabled() and (q.requires_grad or table.requires_grad)
+    blocks = []
+    for y in range(0, gh, step):
+        queries = q[:, :, y * gw : (y + step) * gw]
+        further = table[:, y * (2 * gw - 1) :]  # see `relative_rows`
+        args = (queries, k, v, further, rows[: queries.shape[2] * L], real)
+        if again:
+            blocks.append(checkpoint(_block, *args, use_reentrant=False, preserve_rng_state=False))
+        else:
+            blocks.append(_block(*args))
+    return torch.cat(blocks, dim=2)
+
+
+def _block(q: Tensor, k: Tensor, v: Tensor, table: Tensor, rows: Tensor, real: Tensor | None) -> Tensor:
+    bias = table.index_select(1, rows).view(1, q.shape[1], q.shape[2], k.shape[2])
+    if real is not None:
+        bias = masked(bias, real)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
