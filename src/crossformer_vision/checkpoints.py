@@ -1,5 +1,6 @@
 """Weights on disk -> networks: published and own files, read safely, and the published ones fetched."""
 
+import _codecs
 import html.parser
 import logging
 import os
@@ -16,6 +17,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from timm.models import adapt_input_conv
@@ -32,8 +34,18 @@ log = logging.getLogger("crossformer_vision")
 # ------------------------------------------------------------------------------------------------------------
 
 
-# A published classification file also holds its training configuration, a yacs node: for us a dictionary.
-CONFIG_NODES: list[Any] = [(OrderedDict, "yacs.config.CfgNode")]
+_numpy_scalar: Any = np.float64(0).__reduce__()[0]
+# What may stand in a file beside tensors and plain values. A published classification file holds its training
+# configuration, a yacs node: for us a dictionary. Best scores are often NumPy's scalars, under the name of
+# their module in NumPy 1 or 2; that function makes a number from a type and bytes.
+PLAIN: list[Any] = [
+    (OrderedDict, "yacs.config.CfgNode"),
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),
+    (_numpy_scalar, "numpy._core.multiarray.scalar"),
+    (_codecs.encode, "_codecs.encode"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"),
+]
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -53,7 +65,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals(CONFIG_NODES):
+        with torch.serialization.safe_globals(PLAIN):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -75,6 +87,19 @@ def _state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
             content = content[key]
             break
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def span_of_a_run(checkpoint: dict[str, Any], source: str) -> dict[str, str]:
+    """The backbone's `lda_span` where a run's checkpoint needs one that its options do not name.
+
+    Version 0.1 knew LDA in regions alone, and its checkpoints do not say so.
+    """
+    options = checkpoint.get("hyper_parameters", {})
+    named = "lda_span" in checkpoint or "lda_span" in (options.get("model_args") or {})
+    if named or not str(options.get("model")).startswith("crossformer"):
+        return {}
+    log.warning('%s: of version 0.1; built as it was trained, with lda_span="region"', source)
+    return {"lda_span": "region"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -244,40 +269,90 @@ def _some(names: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Published:
-    """Where the authors put a file: an id on Google Drive, or a page that only a browser can fetch from."""
+    """Where the authors put a file.
 
-    filename: str
-    drive_id: str = ""
-    page: str = ""
+    Attributes:
+        name: of the model that it holds.
+        drive_id: on Google Drive; "" for not there.
+        baidu_id: on Baidu, which only a browser can fetch from,
+        baidu_code: and the code that it asks for.
+    """
+
+    name: str
+    drive_id: str
+    baidu_id: str
+    baidu_code: str
+
+    @property
+    def filename(self) -> str:
+        """Here: mask-rcnn-s.pth of mask_rcnn_crossformer_small."""
+        head, variant = self.name.rsplit("_", 1)
+        return f"{head.removesuffix('_crossformer').replace('_', '-')}-{variant[0]}.pth"
+
+    def by_hand(self, path: Path) -> str:
+        """How a person gets it."""
+        page = f"https://pan.baidu.com/s/{self.baidu_id} (code {self.baidu_code})"
+        return f"get it in a browser from {page} and save it as {path}"
 
 
 PUBLISHED = {
-    "crossformer_tiny": Published("crossformer-t.pth", "1YSkU9enn-ITyrbxLH13zNcBYvWSEidfq"),
-    "crossformer_small": Published("crossformer-s.pth", "1RAkigsgr33va0RZ85S2Shs2BhXYcS6U8"),
-    "crossformer_base": Published("crossformer-b.pth", "1bK8biVCi17nz_nkt7rBfio_kywUpllSU"),
-    "crossformer_large": Published("crossformer-l.pth", "1zRWByVW_KIZ87NgaBkDIm60DAsGJErdG"),
-    "retinanet_crossformer_small": Published("retinanet-s.pth", "1OEEottS4fYGVZcPZG6WuBlKMK0tZLPZW"),
-    "retinanet_crossformer_base": Published("retinanet-b.pth", "1TOuLLf_S4Ixo6COvaHQAocACR4NKKnGz"),
-    "mask_rcnn_crossformer_small": Published("mask-rcnn-s.pth", "1qgO3-wnsJQw9Nj304AOj-TjVyadPPtvf"),
-    "mask_rcnn_crossformer_base": Published("mask-rcnn-b.pth", "1urkCa8Inss9CL1G1OgM4tWR5PSf6Ofn4"),
-    "semantic_fpn_crossformer_small": Published("semantic-fpn-s.pth", "1I-zpGG5rvkTtrTUnOF8Fx11yeb6pXGYi"),
-    "semantic_fpn_crossformer_base": Published("semantic-fpn-b.pth", "1EjAnRc8Sau0un1ymqDVhFebHPeBIjukK"),
-    "semantic_fpn_crossformer_large": Published("semantic-fpn-l.pth", "12WS9lX9yR5skxdt3N2HE3b2EaDSMwUMY"),
-    "upernet_crossformer_small": Published("upernet-s.pth", "1VKu4D6oxYdO1VVILLMhOQy8oCxKGH5gx"),
-    "upernet_crossformer_base": Published("upernet-b.pth", "1B8VTNeidrzlfsOkQUKgmX4m_UfCIm58i"),
-    "upernet_crossformer_large": Published("upernet-l.pth", "1I9ph5MeCwlTF2PNCkIYMFXYsdywp9nU1"),
-    "crossformer_pp_small": Published(
-        "crossformer-pp-s.pth", page="https://pan.baidu.com/s/1smc_kRoogd0Ig5vfqwuGTA (code crsf)"
-    ),
-    "crossformer_pp_base": Published(
-        "crossformer-pp-b.pth", page="https://pan.baidu.com/s/13XVP0ebtNcyRMmkl11ALYg (code crsf)"
-    ),
-    "crossformer_pp_large": Published(
-        "crossformer-pp-l.pth", page="https://pan.baidu.com/s/1xtPh-ndcOxRM7fPYYxIIRg (code crsf)"
-    ),
-    "crossformer_pp_huge": Published(
-        "crossformer-pp-h.pth", page="https://pan.baidu.com/s/1xtPh-ndcOxRM7fPYYxIIRg (code crsf)"
-    ),
+    name: Published(name, *places)
+    for name, *places in (
+        # name, id on Google Drive, id and code on Baidu
+        ("crossformer_tiny", "1YSkU9enn-ITyrbxLH13zNcBYvWSEidfq", "1M45YXZgVvp6Ew9DO8UhdlA", "nkju"),
+        ("crossformer_small", "1RAkigsgr33va0RZ85S2Shs2BhXYcS6U8", "1Xf4MXfb_soCnJFBeNDmoQQ", "fgqj"),
+        ("crossformer_base", "1bK8biVCi17nz_nkt7rBfio_kywUpllSU", "1f5dH__UGDXb-HoOPHT5p0A", "7md9"),
+        ("crossformer_large", "1zRWByVW_KIZ87NgaBkDIm60DAsGJErdG", "1YJLeHy_cxLBrZLklQBCA_A", "cc89"),
+        (
+            "retinanet_crossformer_small",
+            "1OEEottS4fYGVZcPZG6WuBlKMK0tZLPZW",
+            "1Ckrk3Z1uA65ve43_hL3ZFg",
+            "ift3",
+        ),
+        (
+            "retinanet_crossformer_base",
+            "1TOuLLf_S4Ixo6COvaHQAocACR4NKKnGz",
+            "1ESE7i1JpVjxZmB5ZTgXA5w",
+            "hsd5",
+        ),
+        (
+            "mask_rcnn_crossformer_small",
+            "1qgO3-wnsJQw9Nj304AOj-TjVyadPPtvf",
+            "1ytk95p-rjqI3UNEHaYqKKA",
+            "4omu",
+        ),
+        (
+            "mask_rcnn_crossformer_base",
+            "1urkCa8Inss9CL1G1OgM4tWR5PSf6Ofn4",
+            "1N_EGRLBuIXgQh6J0Oyh00g",
+            "kjf4",
+        ),
+        (
+            "semantic_fpn_crossformer_small",
+            "1I-zpGG5rvkTtrTUnOF8Fx11yeb6pXGYi",
+            "14K3gJS3UcnEZNwhTWHdsFg",
+            "sn5h",
+        ),
+        (
+            "semantic_fpn_crossformer_base",
+            "1EjAnRc8Sau0un1ymqDVhFebHPeBIjukK",
+            "1eCYENrLZsxjAQKW3eAQeUA",
+            "joi5",
+        ),
+        (
+            "semantic_fpn_crossformer_large",
+            "12WS9lX9yR5skxdt3N2HE3b2EaDSMwUMY",
+            "150b8-v1StaMHACIaM0hZVA",
+            "6v5d",
+        ),
+        ("upernet_crossformer_small", "1VKu4D6oxYdO1VVILLMhOQy8oCxKGH5gx", "1MLcAOiJ22AFKUa6_t1psOQ", "wesb"),
+        ("upernet_crossformer_base", "1B8VTNeidrzlfsOkQUKgmX4m_UfCIm58i", "1311pBQluwJGiVdWY1WE16Q", "j061"),
+        ("upernet_crossformer_large", "1I9ph5MeCwlTF2PNCkIYMFXYsdywp9nU1", "1Yu8QB42hcbKNGQ46Wx_NaQ", "17ks"),
+        ("crossformer_pp_small", "", "1smc_kRoogd0Ig5vfqwuGTA", "crsf"),
+        ("crossformer_pp_base", "", "13XVP0ebtNcyRMmkl11ALYg", "crsf"),
+        ("crossformer_pp_large", "", "1xtPh-ndcOxRM7fPYYxIIRg", "crsf"),
+        ("crossformer_pp_huge", "", "1xtPh-ndcOxRM7fPYYxIIRg", "crsf"),
+    )
 }
 
 DRIVE = "https://drive.usercontent.google.com/download"
@@ -307,11 +382,27 @@ def fetch_published(name: str, url: str = DRIVE) -> Path:
         return path
     if not published.drive_id:
         raise UserError(
-            f"the published weights of {name} cannot be fetched by a program: get them from {published.page} "
-            f"in a browser and save the file as {path}"
+            f"the published weights of {name} cannot be fetched by a program: {published.by_hand(path)}"
         )
-    _download(f"{url}?{urllib.parse.urlencode({'id': published.drive_id, 'export': 'download'})}", path)
+    query = urllib.parse.urlencode({"id": published.drive_id, "export": "download"})
+    try:
+        _download(f"{url}?{query}", path)
+    except UserError as error:
+        raise UserError(f"{error}; or {published.by_hand(path)}") from error
     return path
+
+
+def how_to_build(name: str, path: Path) -> str:
+    """The Python that makes a network of a published file; a dense one does not say its groups itself."""
+    head, _, variant = name.rpartition("_crossformer_")
+    model = f"crossformer_{variant}" if head else name
+    if not head:
+        create = f'timm.create_model("{model}")'
+    else:
+        kind = "detector" if head in ("retinanet", "mask_rcnn") else "segmenter"
+        groups = variants.published_groups(model, head)
+        create = f'crossformer_vision.create_{kind}("{head}", "{model}", backbone_args={groups})'
+    return f'model = {create}\ncrossformer_vision.load_checkpoint(model, "{path}")'
 
 
 class _Form(html.parser.HTMLParser):

@@ -135,7 +135,7 @@ def train(args: list[str]) -> None:
     """`crossformer train`"""
     resume = _take(args, "--resume")
     if resume is not None:
-        args = ["--config", _from_run(resume, "last.ckpt"), *args, "--run.folder", resume]
+        args = [*_from_run(resume, f"{resume}/last.ckpt"), *args, "--run.folder", resume]
     cli = _parse(args, "train", resumed=resume is not None)
     from crossformer_vision.tasks import run
 
@@ -159,7 +159,7 @@ def validate(args: list[str]) -> None:
     if args and not args[0].startswith("-"):
         folder = args.pop(0)
         checkpoint = checkpoint or f"{folder}/best.ckpt"
-        args = ["--config", _from_run(folder, "best.ckpt"), "--run.folder", f"{folder}/validate", *args]
+        args = [*_from_run(folder, checkpoint), "--run.folder", f"{folder}/validate", *args]
     cli = _parse(args, "validate", resumed=False)
     from crossformer_vision.tasks import run
 
@@ -208,10 +208,14 @@ def info(args: list[str]) -> None:
     parser.add_argument(
         "--size", nargs=2, type=int, metavar=("H", "W"), help="of the image; the task's own if not given"
     )
+    parser.add_argument("--json", action="store_true", help="the same for programs")
     options = parser.parse_args(args)
+    import json
+
     from crossformer_vision import info
 
-    print(info.describe(options.model, options.detector, options.segmenter, options.size))
+    what = options.model, options.detector or options.segmenter, options.size
+    print(json.dumps(info.figures(*what), indent=2) if options.json else info.describe(*what))
 
 
 def download(args: list[str]) -> None:
@@ -226,7 +230,8 @@ def download(args: list[str]) -> None:
     options = parser.parse_args(args)
     from crossformer_vision import checkpoints
 
-    print(checkpoints.fetch_published(options.name, options.url or checkpoints.DRIVE))
+    path = checkpoints.fetch_published(options.name, options.url or checkpoints.DRIVE)
+    print(f"{path}\nbuild and load it:\n{checkpoints.how_to_build(options.name, path)}")
 
 
 def _take(args: list[str], option: str) -> str | None:
@@ -240,14 +245,18 @@ def _take(args: list[str], option: str) -> str | None:
     return None
 
 
-def _from_run(folder: str, checkpoint: str) -> str:
-    """The configuration of a run folder."""
+def _from_run(folder: str, checkpoint: str) -> list[str]:
+    """The options that build what a checkpoint of a run folder holds."""
     from crossformer_vision.errors import UserError
 
-    for name in ("config.yaml", checkpoint):
-        if not (Path(folder) / name).is_file():
-            raise UserError(f"{folder}: not a run folder, it has no {name}")
-    return f"{folder}/config.yaml"
+    for path in (Path(folder) / "config.yaml", Path(checkpoint)):
+        if not path.is_file():
+            raise UserError(f"{folder}: not a run folder, it has no {path.name}")
+    from crossformer_vision.checkpoints import read_checkpoint, span_of_a_run
+
+    span = span_of_a_run(read_checkpoint(checkpoint), checkpoint)
+    options = [part for name, value in span.items() for part in (f"--model.model_args.{name}", value)]
+    return ["--config", f"{folder}/config.yaml", *options]
 
 
 def _parse(args: list[str], verb: str, resumed: bool) -> Any:

@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates of a model, beside the published ones."""
+"""Parameters and operations of a model, beside the published ones."""
 
 from typing import Any
 
@@ -6,25 +6,30 @@ import timm
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 from crossformer_vision.models import find_model
+from crossformer_vision.models.crossformer import LongShortAttention
 from crossformer_vision.models.detectors import create_detector
+from crossformer_vision.models.grouping import padded_size
 from crossformer_vision.models.segmenters import create_segmenter
+from crossformer_vision.models.variants import published_groups
 
-# Parameters in millions and "FLOPs" in billions, by which the papers mean multiply-accumulates: table 1 of
-# CrossFormer for classifiers (at 224x224), tables 3 and 4 for detectors (at 1280x800), 5 for segmenters (at
-# 1024x1024), CrossFormer++.
+# Parameters in millions, and operations in billions by the papers' count (`paper_operations`): tables 1 and 3
+# to 5 of CrossFormer, and those of CrossFormer++. Classifiers at 224x224, detectors at 1280x800, segmenters
+# at 1024x1024. RetinaNet on ++S is left out: both its figures are misprinted there.
 PUBLISHED = {
     ("crossformer_tiny", None): (27.8, 2.9),
     ("crossformer_small", None): (30.7, 4.9),
     ("crossformer_base", None): (52.0, 9.2),
     ("crossformer_large", None): (92.0, 16.1),
-    ("crossformer_pp_small", None): (23.3, 4.4),
-    ("crossformer_pp_base", None): (52.0, 9.6),
-    ("crossformer_pp_large", None): (92.0, 16.7),
-    ("crossformer_pp_huge", None): (96.0, 22.0),
+    ("crossformer_pp_small", None): (23.3, 4.9),
+    ("crossformer_pp_base", None): (52.0, 9.5),
+    ("crossformer_pp_large", None): (92.0, 16.6),
+    ("crossformer_pp_huge", None): (96.0, 21.8),
     ("crossformer_small", "retinanet"): (40.8, 282.0),
     ("crossformer_base", "retinanet"): (62.1, 389.0),
+    ("crossformer_pp_base", "retinanet"): (62.2, 389.0),
     ("crossformer_small", "mask_rcnn"): (50.2, 301.0),
     ("crossformer_base", "mask_rcnn"): (71.5, 407.9),
     ("crossformer_pp_small", "mask_rcnn"): (43.0, 287.4),
@@ -32,89 +37,164 @@ PUBLISHED = {
     ("crossformer_small", "semantic_fpn"): (34.3, 209.8),
     ("crossformer_base", "semantic_fpn"): (55.6, 320.1),
     ("crossformer_large", "semantic_fpn"): (95.4, 482.7),
+    ("crossformer_pp_small", "semantic_fpn"): (27.1, 199.5),
+    ("crossformer_pp_base", "semantic_fpn"): (55.6, 331.1),
     ("crossformer_small", "upernet"): (62.3, 979.5),
     ("crossformer_base", "upernet"): (83.6, 1089.7),
     ("crossformer_large", "upernet"): (125.5, 1257.8),
+    ("crossformer_pp_small", "upernet"): (53.1, 963.5),
+    ("crossformer_pp_base", "upernet"): (83.7, 1089.8),
 }
-
-# The groups at test time that the published detectors' operations are counted with (table 3 of CrossFormer).
-TEST_GROUPS = {"group_size": (14, 14, 7, 7), "interval": (16, 8, 2, 1)}
-TEST_GROUPS_NAME = "groups 14/14/7/7, intervals 16/8/2/1"
+DETECTORS = ("retinanet", "mask_rcnn")
 
 
-def count_macs(model: nn.Module, *inputs: Any) -> float:
-    """Multiply-accumulates of one forward pass: matrix products, convolutions and attention, nothing else."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(*inputs)
+# ------------------------------------------------------------------------------------------------------------
+# Counting
+# ------------------------------------------------------------------------------------------------------------
+
+
+def build(model: str, head: str | None, backbone_args: dict[str, Any]) -> nn.Module:
+    """A classifier, or a detector or segmenter of as many classes as published; shapes alone."""
+    with torch.device("meta"):
+        if head in DETECTORS:
+            return create_detector(head, model, backbone_args=backbone_args).eval()  # type: ignore[arg-type]
+        if head:
+            return create_segmenter(head, model, backbone_args=backbone_args).eval()  # type: ignore[arg-type]
+        return timm.create_model(model, **backbone_args).eval()
+
+
+@torch.no_grad()
+def run(net: Any, height: int, width: int) -> None:
+    """One forward pass of an image, of what `build` gave.
+
+    Of Mask R-CNN with 1000 proposals through the box head and 100 through the mask head, as published.
+    """
+    image = torch.zeros(1, 3, height, width, device="meta")
+    if not hasattr(net, "transform"):  # not one of torchvision's detectors
+        net(image)
+        return
+    maps = net.backbone(image)
+    if hasattr(net, "head"):
+        net.head(list(maps.values()))
+        return
+    heads, channels = net.roi_heads, net.backbone.out_channels
+    net.rpn.head(list(maps.values()))
+    heads.box_predictor(heads.box_head(torch.zeros(1000, channels, 7, 7, device="meta")))
+    heads.mask_predictor(heads.mask_head(torch.zeros(100, channels, 14, 14, device="meta")))
+
+
+def count_macs(net: nn.Module, height: int, width: int) -> float:
+    """Multiply-accumulates of an image: matrix products, convolutions and attention, nothing else."""
+    with FlopCounterMode(display=False) as counter:
+        run(net, height, width)
     return counter.get_total_flops() / 2
 
 
-def detector_macs(detector: Any, height: int, width: int) -> float:
-    """Those of a detector on one image; of Mask R-CNN with 1000 proposals and 100 masks, as published."""
-    image = torch.zeros(1, 3, height, width)
-    macs = count_macs(detector.backbone, image)
-    with torch.no_grad():
-        maps = list(detector.backbone(image).values())
-    if hasattr(detector, "head"):
-        return macs + count_macs(detector.head, maps)
-    heads, channels = detector.roi_heads, detector.backbone.out_channels
-    boxes = nn.Sequential(heads.box_head, heads.box_predictor)
-    masks = nn.Sequential(heads.mask_head, heads.mask_predictor)
-    return (
-        macs
-        + count_macs(detector.rpn.head, maps)
-        + count_macs(boxes, torch.zeros(1000, channels, 7, 7))
-        + count_macs(masks, torch.zeros(100, channels, 14, 14))
-    )
+def paper_operations(net: nn.Module, height: int, width: int) -> float:
+    """Operations of an image as the papers count them, in what they call FLOPs.
+
+    Multiply-accumulates of convolutions and linear layers and of both products of the attention over the
+    padded map; one more for each convolution's bias, each output of a ReLU and each input of a pooling layer;
+    nothing for norms, GELU, softmax and interpolation. Transposed convolutions count at their input's
+    positions. The background has no boxes and masks in the published Mask R-CNN.
+    """
+    total = 0.0
+    background: dict[nn.Module, float] = {}  # share of a layer's outputs
+    if hasattr(net, "roi_heads"):
+        heads: Any = net.roi_heads
+        for layer in (heads.box_predictor.bbox_pred, heads.mask_predictor.mask_fcn_logits):
+            background[layer] = 1 / heads.box_predictor.cls_score.out_features
+
+    def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        nonlocal total
+        x, share = inputs[0], 1 - background.get(module, 0.0)
+        if isinstance(module, nn.ConvTranspose2d):
+            total += x.numel() * module.weight[0].numel() + output.numel()
+        elif isinstance(module, nn.Conv2d):
+            total += share * output.numel() * (module.weight[0].numel() + (module.bias is not None))
+        elif isinstance(module, nn.Linear):
+            total += share * output.numel() * module.in_features
+        elif isinstance(module, nn.ReLU):
+            total += output.numel()
+        elif isinstance(module, (nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.AvgPool2d)):
+            total += x.numel()
+        elif isinstance(module, TwoMLPHead):  # its two ReLUs are no modules
+            total += 2 * output.numel()
+        elif isinstance(module, LongShortAttention):
+            layout = module.layout(x.shape[1], x.shape[2])
+            H, W = padded_size(layout)
+            total += 2 * H * W * layout.gh * layout.gw * x.shape[3]
+
+    hooks = [module.register_forward_hook(count) for module in net.modules()]
+    run(net, height, width)
+    for hook in hooks:
+        hook.remove()
+    return total
 
 
-def describe(
-    model: str,
-    detector: str | None = None,
-    segmenter: str | None = None,
-    size: tuple[int, int] | None = None,
-) -> str:
-    """Some lines for a person.
+# ------------------------------------------------------------------------------------------------------------
+# What the command prints
+# ------------------------------------------------------------------------------------------------------------
+
+
+def figures(model: str, head: str | None = None, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Parameters and multiply-accumulates of a model as it is built here, and what the papers say of theirs.
+
+    Args:
+        model: any timm model.
+        head: `retinanet`, `mask_rcnn`, `semantic_fpn` or `upernet` on it, or None.
+        size: H, W of the image; the task's own if None.
+
+    Returns:
+        `model`, `head`, `classes`, `size`, `parameters`, `macs`; of the papers' models also `paper_gflops`,
+        by the papers' count, of the `paper_configuration` (the backbone's keywords and the image's size), and
+        what was `published`.
 
     Raises:
         ValueError: unknown model.
     """
     cfg = find_model(model)
-    head = detector or segmenter
+    own = (800, 1280) if head in DETECTORS else (1024, 1024) if head else cfg.input_size[-2:]
+    height, width = size or own
+    net: Any = build(model, head, {})
+    found: dict[str, Any] = {
+        "model": model,
+        "head": head,
+        "classes": 80 if head in DETECTORS else 150 if head else net.num_classes,
+        "size": [height, width],
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "macs": round(count_macs(net, height, width)),
+    }
+    name = model.split(".")[0]
+    if name.startswith("crossformer") and name != "crossformer_nano":
+        groups = published_groups(name, head)
+        paper = build(model, head, groups)
+        found["paper_gflops"] = round(paper_operations(paper, *own) / 1e9, 2)
+        found["paper_configuration"] = {**groups, "size": list(own)}
+    if (name, head) in PUBLISHED:
+        parameters, giga = PUBLISHED[name, head]
+        found["published"] = {"parameters_millions": parameters, "gflops": giga}
+    return found
 
-    def build(**backbone_args: Any) -> Any:
-        if detector:
-            return create_detector(detector, model, backbone_args=backbone_args)  # type: ignore[arg-type]
-        if segmenter:
-            return create_segmenter(segmenter, model, backbone_args=backbone_args)  # type: ignore[arg-type]
-        return timm.create_model(model)
 
-    def macs(net: Any) -> float:
-        image = torch.zeros(1, 3, height, width)
-        return detector_macs(net, height, width) if detector else count_macs(net, image)
-
-    if detector:
-        height, width = size or (800, 1280)
-    else:
-        height, width = size or ((1024, 1024) if segmenter else cfg.input_size[-2:])
-    groups = None
-    with torch.device("meta"):  # shapes alone: nothing is computed
-        net = build()
-        total = macs(net)
-        if head and model.startswith("crossformer"):
-            groups = macs(build(**TEST_GROUPS))
-    classes = 80 if detector else 150 if segmenter else net.num_classes
+def describe(model: str, head: str | None = None, size: tuple[int, int] | None = None) -> str:
+    """`figures` in some lines for a person."""
+    found = figures(model, head, size)
+    height, width = found["size"]
+    macs = found["macs"] / 1e9
     lines = [
-        f"{f'{head} on ' if head else ''}{model}, {classes} classes",
-        f"  parameters  {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M",
-        f"  MACs        {total / 1e9:.{1 if total > 3e10 else 3}f} G at {width}x{height} (width x height)",
+        f"{f'{head} on ' if head else ''}{model}, {found['classes']} classes",
+        f"  parameters  {found['parameters'] / 1e6:.1f} M",
+        f"  MACs        {macs:.{1 if macs > 30 else 3}f} G at {width}x{height} (width x height)",
     ]
-    if groups:
-        lines.append(f"              {groups / 1e9:.1f} G with {TEST_GROUPS_NAME}")
-    if (model.split(".")[0], head) in PUBLISHED:
-        parameters, giga = PUBLISHED[model.split(".")[0], head]
-        at = "1280x800" if detector else "1024x1024" if segmenter else "224x224"
-        lines.append(
-            f"  published   {parameters} M, {giga} G at {at}{f', {TEST_GROUPS_NAME}' if detector else ''}"
-        )
+    if "paper_gflops" in found:
+        paper = found["paper_configuration"]
+        names = {"group_size": "groups", "interval": "intervals"}
+        groups = [f"{n} {'/'.join(map(str, paper[key]))}" for key, n in names.items() if key in paper]
+        at = "x".join(map(str, reversed(paper["size"])))
+        where = ", ".join([at, *groups])
+        lines.append(f"  papers' way {found['paper_gflops']:.2f} G at {where}")
+    if "published" in found:
+        published = found["published"]
+        lines.append(f"  published   {published['parameters_millions']} M, {published['gflops']} G")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from crossformer_vision import visualize
-from crossformer_vision.checkpoints import load_checkpoint, read_checkpoint
+from crossformer_vision.checkpoints import load_checkpoint, read_checkpoint, span_of_a_run
 from crossformer_vision.data.loading import to_rgb
 from crossformer_vision.errors import UserError
 from crossformer_vision.models.segmenters import segment
@@ -181,6 +181,8 @@ class Predictor:
         self.device, self.score = device, score
         options = {k: v for k, v in checkpoint["hyper_parameters"].items() if not k.startswith("_")}
         options |= {"pretrained": False, "checkpoint": None}
+        if span := span_of_a_run(checkpoint, source):
+            options["model_args"] = {**(options["model_args"] or {}), **span}
         if self.task == "classification":
             from timm.data import create_transform
 

@@ -133,7 +133,7 @@ def test_it_learns_an_image_by_heart(name):
     image = torch.rand(3, 64, 80) * 0.2
     truth = target()
     image[:, 8:50, 5:40] = image[:1, 10:30, 30:60] = 0.9
-    for _ in range(120):
+    for _ in range(200):
         optimizer.zero_grad()
         sum(detector([image], [truth]).values()).backward()
         torch.nn.utils.clip_grad_norm_(detector.parameters(), 5.0)

@@ -15,7 +15,9 @@ from crossformer_vision import load_checkpoint
 NAMES = list(json.loads((PARITY / "classifier_configs.json").read_text()))
 SPANS = {"dense_features": "region", "dense_features_2021": "map"}  # of the 2023 and the 2021 code
 CASES = [
-    {**case, "record": record} for record in SPANS for case in json.loads((PARITY / f"{record}.json").read_text())
+    {**case, "record": record}
+    for record in SPANS
+    for case in json.loads((PARITY / f"{record}.json").read_text())
 ]
 MAX_GMACS = dict(zip(NAMES, (2.858, 4.907, 9.160, 16.108, 4.429, 9.592, 16.722, 22.001), strict=True))
 

@@ -42,6 +42,7 @@ class CocoImages:
         folder: of the images.
         categories: COCO's id -> name of the training file; None numbers the file's own, in the order of ids.
         masks: read the segmentations too.
+        skip_empty: leave out images in which no object but crowds is.
 
     Attributes:
         categories: COCO's id -> name; the label of the k-th is k + 1.
@@ -53,7 +54,12 @@ class CocoImages:
     """
 
     def __init__(
-        self, annotations: Path, folder: Path, categories: dict[int, str] | None = None, masks: bool = False
+        self,
+        annotations: Path,
+        folder: Path,
+        categories: dict[int, str] | None = None,
+        masks: bool = False,
+        skip_empty: bool = False,
     ) -> None:
         self.annotations, self.folder, self.masks = annotations, folder, masks
         content = _read_json(annotations)
@@ -104,6 +110,13 @@ class CocoImages:
                     segmentation=shape if masks else None,
                 )
             )
+        if skip_empty:
+            full = [n for n, objects in enumerate(self.objects) if any(not o["iscrowd"] for o in objects)]
+            if not full:
+                raise UserError(f"{annotations}: no image has an object; --data.skip_empty false keeps them")
+            self.images = [self.images[n] for n in full]
+            self.sizes = [self.sizes[n] for n in full]
+            self.objects = [self.objects[n] for n in full]
         if dropped:
             log.warning(
                 "%s: %d boxes outside their image or of no size left out, the first: %s",
@@ -267,6 +280,7 @@ class DetectionData(ResumableData):
         scale_jitter: smallest and largest factor by which an image is resized at random, before a crop of
             `min_size` squared; null to resize to `min_size` and `max_size` without a crop.
         photometric: distort brightness, contrast, saturation and hue.
+        skip_empty: leave images without objects out of training.
         image_size: digits only: side of the images, in pixels.
         train_images: digits only: images an epoch.
         val_images: digits only: images to validate on.
@@ -288,6 +302,7 @@ class DetectionData(ResumableData):
         vflip: float = 0.0,
         scale_jitter: tuple[float, float] | None = None,
         photometric: bool = False,
+        skip_empty: bool = False,
         image_size: int = 128,
         train_images: int = 1000,
         val_images: int = 200,
@@ -299,7 +314,7 @@ class DetectionData(ResumableData):
         self.min_sizes = [min_size] if isinstance(min_size, int) else list(min_size)
         self.max_size = max_size
         self.hflip, self.vflip = hflip, vflip
-        self.scale_jitter, self.photometric = scale_jitter, photometric
+        self.scale_jitter, self.photometric, self.skip_empty = scale_jitter, photometric, skip_empty
         self.image_size = image_size
         self.lengths = {"train": train_images, "val": val_images}
         self.categories: dict[int, str] = {}
@@ -330,7 +345,8 @@ class DetectionData(ResumableData):
     def _source(self, stage: str) -> Any:
         if self.root is None:
             return DigitObjects(stage, self.lengths[stage], self.image_size, self.masks, self.seed)
-        return CocoImages(*self._find(stage), self.categories or None, self.masks)
+        skip_empty = self.skip_empty and stage == "train"
+        return CocoImages(*self._find(stage), self.categories or None, self.masks, skip_empty)
 
     def _find(self, stage: str) -> tuple[Path, Path]:
         """The annotation file and the folder of images of a split."""

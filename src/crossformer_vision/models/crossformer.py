@@ -39,8 +39,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
-from timm.models import checkpoint, register_notrace_function, register_notrace_module
-from timm.models._features import feature_take_indices
+from timm.models import checkpoint, register_notrace_module
 from torch import Tensor, nn
 
 from crossformer_vision.models.grouping import (
@@ -49,22 +48,19 @@ from crossformer_vision.models.grouping import (
     across_regions,
     blocked_attention,
     ceil_div,
-    crop,
     group,
     in_pieces,
     kept,
     masked,
-    may_differ,
     neighbours,
-    pad,
     pad_to_multiple,
-    padded_size,
     pair_biases,
-    real_members,
+    real_keys,
     relative_offsets,
     takes_blocks,
     ungroup,
 )
+from crossformer_vision.models.timm_interface import StagedClassifier, check_size
 
 __all__ = ["CrossFormer"]
 
@@ -219,26 +215,17 @@ class LongShortAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, _ = x.shape
         layout = self.layout(H, W)
-        padded_H, padded_W = padded_size(layout)
-        padded = may_differ(padded_H, H) or may_differ(padded_W, W)
-        if padded:
-            x = pad(x, padded_H, padded_W)
         x = group(x, layout)
         biases = self.position_bias(layout.gh, layout.gw, x)
-        real: Tensor | None = None
         if torch.jit.is_scripting():
-            if padded:
-                real = real_members(H, W, layout, x.device).repeat(B, 1)
-            x = self.attend(x, pair_biases(biases, layout), real)
+            x = self.attend(x, pair_biases(biases, layout), real_keys(B, H, W, layout, x.device))
         elif takes_blocks(layout, x):
             q, k, v = self.heads(x)
             x = self.join(blocked_attention(q, k, v, biases.to(q.dtype), layout, H, W))
         else:
-            if padded:
-                real = kept(real_members, H, W, layout, x.device).repeat(B, 1)
+            real = real_keys(B, H, W, layout, x.device)
             x = in_pieces(x.shape[1], self.attend, x, pair_biases(biases, layout), real)
-        x = ungroup(x, layout)
-        return crop(x, H, W) if padded else x
+        return ungroup(x, layout, H, W)
 
     def attend(self, x: Tensor, bias: Tensor, real: Tensor | None) -> Tensor:
         """Attention in each group: x (N, L, C), bias (1, h, L, L), real keys (N, L) or None -> (N, L, C)."""
@@ -317,19 +304,11 @@ class CrossFormerBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        group_size: int,
-        interval: int | None,
-        lda_span: str,
-        mlp_ratio: float,
-        drop_path: float,
-        amplitude_cooling: bool,
+        self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float, amplitude_cooling: bool
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = LongShortAttention(dim, num_heads, group_size, interval, lda_span)
+        self.attn = attn
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = FeedForward(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -364,19 +343,11 @@ class CrossFormerStage(nn.Module):
         super().__init__()
         self.grad_checkpointing = False
         self.embed = embed
-        self.blocks = nn.ModuleList(
-            CrossFormerBlock(
-                dim,
-                num_heads,
-                group_sizes[i],
-                0 if i % 2 == 0 else intervals[i],
-                lda_span,
-                mlp_ratio,
-                drop_path[i],
-                amplitude_cooling and i % 3 == 2 and i != len(drop_path) - 1,
-            )
-            for i in range(len(drop_path))
-        )
+        self.blocks = nn.ModuleList()
+        for i, (group_size, interval) in enumerate(zip(group_sizes, intervals, strict=True)):
+            attn = LongShortAttention(dim, num_heads, group_size, interval if i % 2 else 0, lda_span)
+            cooled = amplitude_cooling and i % 3 == 2 and i != len(group_sizes) - 1
+            self.blocks.append(CrossFormerBlock(dim, attn, mlp_ratio, drop_path[i], cooled))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
@@ -386,18 +357,6 @@ class CrossFormerStage(nn.Module):
             else:
                 x = block(x)
         return x
-
-
-@register_notrace_function
-def check_size(x: Tensor) -> Tensor:
-    """`x`, if it is an image batch of at least 32 x 32; a ValueError otherwise."""
-    if x.dim() != 4:
-        raise ValueError(f"expected images (B, C, H, W), got {x.dim()} dimensions")
-    if x.shape[2] < 32 or x.shape[3] < 32:  # the stride of the last stage
-        raise ValueError(
-            f"image of {x.shape[2]}x{x.shape[3]} pixels is too small: CrossFormer needs 32x32 or more"
-        )
-    return x
 
 
 def per_block(values: Sequence[Any], depths: Sequence[int], name: str) -> list[list[Any]]:
@@ -413,7 +372,7 @@ def per_block(values: Sequence[Any], depths: Sequence[int], name: str) -> list[l
     return lists
 
 
-class CrossFormer(nn.Module):
+class CrossFormer(StagedClassifier):
     """CrossFormer and CrossFormer++, a timm model.
 
     Args:
@@ -481,18 +440,9 @@ class CrossFormer(nn.Module):
                 embed = CrossScaleEmbedding(in_chans, dim, patch_sizes, stride=4, norm_first=False)
             else:
                 embed = CrossScaleEmbedding(dims[i - 1], dim, merge_sizes[i - 1], stride=2, norm_first=True)
+            groups = num_heads[i], group_sizes[i], intervals[i], lda_span
             self.stages.append(
-                CrossFormerStage(
-                    embed,
-                    dim,
-                    num_heads[i],
-                    group_sizes[i],
-                    intervals[i],
-                    lda_span,
-                    mlp_ratio,
-                    drop_paths[i],
-                    amplitude_cooling,
-                )
+                CrossFormerStage(embed, dim, *groups, mlp_ratio, drop_paths[i], amplitude_cooling)
             )
         self.feature_info = [
             dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}") for i, dim in enumerate(dims)
@@ -504,99 +454,11 @@ class CrossFormer(nn.Module):
         )
         self.apply(partial(init_weights, xavier_mlp=weight_init == "xavier_mlp"))
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return set()  # no parameter beyond the norms and biases that optimizers leave out themselves
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        return dict(
-            stem=r"^stages\.0\.embed",
-            blocks=r"^stages\.(\d+)"
-            if coarse
-            else [
-                (r"^stages\.(\d+)\.embed", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
-            ],
-        )
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        stages: Any = self.stages
-        for stage in stages:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = global_pool
-        self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features)
-        self.head_hidden_size = self.head.num_features
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The final features and the output of chosen stages.
-
-        Args:
-            x: images (B, C, H, W).
-            indices: the last n stages if an int, all if None, otherwise those listed.
-            norm: apply the final norm to the last stage's output.
-            stop_early: stop after the last stage asked for.
-            output_fmt: of the intermediates, `"NCHW"` or `"NHWC"`.
-            intermediates_only: return the list alone.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt must be NCHW or NHWC, not {output_fmt}")
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        last = len(self.stages) - 1
-        intermediates = []
-        x = check_size(x).permute(0, 2, 3, 1)
-        stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[: max_index + 1]
-        i = 0
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            if i in take_indices:
-                y = self.norm(x) if norm and i == last else x
-                intermediates.append(y.permute(0, 3, 1, 2) if output_fmt == "NCHW" else y)
-        if intermediates_only:
-            return intermediates
-        return self.norm(x) if i == last else x, intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages that `indices` do not need, and on demand the norm and the head."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        shortened = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
-        if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-        if prune_norm or shortened:
-            self.norm = nn.Identity()
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return take_indices
-
     def forward_features(self, x: Tensor) -> Tensor:
         x = check_size(x).permute(0, 2, 3, 1)
         for stage in self.stages:
             x = stage(x)
         return self.norm(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))

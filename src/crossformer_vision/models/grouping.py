@@ -66,29 +66,34 @@ def padded_size(layout: Layout) -> tuple[int, int]:
     return layout.rows * layout.gh * layout.interval, layout.cols * layout.gw * layout.interval
 
 
+def is_padded(H: int, W: int, layout: Layout) -> bool:
+    """Whether an H x W map is padded; while `torch.export` traces symbolic sizes, always."""
+    padded_H, padded_W = padded_size(layout)
+    return may_differ(padded_H, H) or may_differ(padded_W, W)
+
+
 def group(x: Tensor, layout: Layout) -> Tensor:
-    """(B, H, W, C), of the padded size -> groups (N, L, C), L = gh * gw."""
+    """(B, H, W, C), zero-padded bottom and right to what the groups fill -> (N, L, C), L = gh * gw."""
     rows, cols, gh, gw, interval = layout
-    C = x.shape[-1]
+    H, W, C = x.shape[1:]
+    if is_padded(H, W, layout):
+        padded_H, padded_W = padded_size(layout)
+        x = F.pad(x, (0, 0, 0, padded_W - W, 0, padded_H - H))
     x = x.view(-1, rows, gh, interval, cols, gw, interval, C)
     x = x.permute(0, 1, 4, 3, 6, 2, 5, 7)  # B, row, col of the region, row, col offset, gh, gw, C
     return x.contiguous().view(-1, gh * gw, C)
 
 
-def ungroup(x: Tensor, layout: Layout) -> Tensor:
-    """The inverse of `group`: (N, L, C) -> (B, H, W, C), of the padded size."""
+def ungroup(x: Tensor, layout: Layout, H: int, W: int) -> Tensor:
+    """The inverse of `group`: (N, L, C) -> (B, H, W, C), without the padding."""
     rows, cols, gh, gw, interval = layout
-    H, W = padded_size(layout)
+    padded_H, padded_W = padded_size(layout)
     C = x.shape[-1]
     x = x.view(-1, rows, cols, interval, interval, gh, gw, C)
     # B, row of the region, gh, row offset, col of the region, gw, col offset, C
     x = x.permute(0, 1, 5, 3, 2, 6, 4, 7)
-    return x.contiguous().view(-1, H, W, C)
-
-
-def pad(x: Tensor, H: int, W: int) -> Tensor:
-    """(B, ≤ H, ≤ W, C), zero-padded bottom and right to H x W."""
-    return F.pad(x, (0, 0, 0, W - x.shape[2], 0, H - x.shape[1]))
+    x = x.contiguous().view(-1, padded_H, padded_W, C)
+    return crop(x, H, W) if is_padded(H, W, layout) else x
 
 
 def crop(x: Tensor, H: int, W: int) -> Tensor:
@@ -129,11 +134,20 @@ def may_differ(a: int, b: int) -> bool:
 # ------------------------------------------------------------------------------------------------------------
 
 
+def real_keys(B: int, H: int, W: int, layout: Layout, device: torch.device) -> Tensor | None:
+    """Which members of each group of B maps are not padding: (N, L), bool; None if all are."""
+    if not is_padded(H, W, layout):
+        return None
+    if torch.jit.is_scripting():
+        real = real_members(H, W, layout, device)
+    else:
+        real = kept(real_members, H, W, layout, device)
+    return real.repeat(B, 1)
+
+
 def real_members(H: int, W: int, layout: Layout, device: torch.device) -> Tensor:
-    """Which members of each group of one H x W map are not padding: (groups, L), bool."""
-    padded_H, padded_W = padded_size(layout)
-    real = torch.ones(1, H, W, 1, dtype=torch.bool, device=device)
-    return group(pad(real, padded_H, padded_W), layout).squeeze(-1)
+    """Which members of each group of one map are not padding: (groups, L), bool."""
+    return group(torch.ones(1, H, W, 1, dtype=torch.bool, device=device), layout).squeeze(-1)
 
 
 def kinds_of_groups(H: int, W: int, layout: Layout, device: torch.device) -> list[tuple[Tensor, Tensor]]:
@@ -213,6 +227,7 @@ def _bytes(x: Any) -> int:
 # Attention with a bias by offset
 # ------------------------------------------------------------------------------------------------------------
 
+
 def masked(bias: Tensor, real: Tensor) -> Tensor:
     """`bias`, and where a key is not real a value far below any logit.
 
@@ -284,7 +299,7 @@ def blocked_attention(
     Returns:
         (N, h, L, d).
     """
-    if padded_size(layout) == (H, W):
+    if not is_padded(H, W, layout):
         return _blocks(q, k, v, table, layout, None)
     # Groups of one kind share their masked biases.
     kinds = kept(kinds_of_groups, H, W, layout, q.device)

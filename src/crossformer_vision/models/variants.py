@@ -126,6 +126,25 @@ def _create_crossformer(variant: str, pretrained: bool = False, **kwargs: Any) -
 
 
 # ------------------------------------------------------------------------------------------------------------
+# The published dense models
+# ------------------------------------------------------------------------------------------------------------
+
+SEVENS = dict(group_size=(7, 7, 7, 7), interval=(8, 4, 2, 1), lda_span="map")
+FOURTEENS = dict(group_size=(14, 14, 7, 7), interval=(16, 8, 2, 1), lda_span="map")
+
+
+def published_groups(model: str, head: str | None) -> dict[str, Any]:
+    """The keywords of a backbone in the published model of a detector or segmenter, in training and test.
+
+    A published file does not say them itself. The 3x models of Mask R-CNN, of which there are no files, have
+    `FOURTEENS`.
+    """
+    if head is None:
+        return {}
+    return FOURTEENS if head == "semantic_fpn" and model != "crossformer_pp_base" else SEVENS
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The models
 # ------------------------------------------------------------------------------------------------------------
 

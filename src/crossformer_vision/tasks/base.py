@@ -7,11 +7,13 @@ import lightning as L
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
+from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from crossformer_vision.data.loading import mix_seed, seed_all
 from crossformer_vision.models.backbones import DenseModel
+from crossformer_vision.models.crossformer import LongShortAttention
 
 
 class Task(L.LightningModule):
@@ -20,7 +22,9 @@ class Task(L.LightningModule):
     Args:
         optimizer: timm's name of it.
         lr: peak learning rate, for the global batch as it is.
-        weight_decay: not on norms and biases.
+        weight_decay: of the weights that `decay_on` names.
+        decay_on: `weights` spares norms and biases, and what a model names itself; `all_but_norms` spares
+            norms alone; `all` spares nothing, as in some published recipes.
         schedule: `cosine` falls from `lr` to `min_lr`, `poly` too, as (1 - progress) ** `power`; `step` falls
             to a tenth at each of `milestones`.
         milestones: epochs after which `step` goes down.
@@ -44,6 +48,7 @@ class Task(L.LightningModule):
         optimizer: str = "adamw",
         lr: float = 1e-3,
         weight_decay: float = 0.05,
+        decay_on: Literal["weights", "all_but_norms", "all"] = "weights",
         schedule: Literal["cosine", "poly", "step"] = "cosine",
         milestones: tuple[float, ...] = (8, 11),
         power: float = 1.0,
@@ -56,7 +61,8 @@ class Task(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
+        self.optimizer, self.lr = optimizer, lr
+        self.weight_decay, self.decay_on = weight_decay, decay_on
         self.schedule, self.milestones, self.power = schedule, milestones, power
         self.warmup_epochs, self.warmup_steps = warmup_epochs, warmup_steps
         self.warmup_lr, self.min_lr = warmup_lr, min_lr
@@ -75,7 +81,7 @@ class Task(L.LightningModule):
         seed_all(mix_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))
 
     def configure_optimizers(self) -> Any:
-        optimizer = create_optimizer_v2(self.net, self.optimizer, lr=self.lr, weight_decay=self.weight_decay)
+        optimizer = self._optimizer()
         steps = int(self.trainer.estimated_stepping_batches)
         epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         warmup = round(self.warmup_epochs * epoch) if self.warmup_steps is None else self.warmup_steps
@@ -98,8 +104,21 @@ class Task(L.LightningModule):
             schedule = MultiStepLRScheduler(optimizer, decay_t=down, decay_rate=0.1, **common)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def _optimizer(self) -> Optimizer:
+        options: dict[str, Any] = dict(opt=self.optimizer, lr=self.lr, weight_decay=self.weight_decay)
+        if self.decay_on != "all_but_norms":
+            return create_optimizer_v2(self.net, filter_bias_and_bn=self.decay_on == "weights", **options)
+        kinds = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+        spared = {id(p) for m in self.net.modules() if isinstance(m, kinds) for p in m.parameters()}
+        norms = [p for p in self.net.parameters() if id(p) in spared]
+        others = [p for p in self.net.parameters() if id(p) not in spared]
+        groups: Any = [{"params": others}, {"params": norms, "weight_decay": 0.0}]
+        return create_optimizer_v2(groups, **options)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["task"] = self.name
+        spans = [m.lda_span for m in self.net.modules() if isinstance(m, LongShortAttention)]
+        checkpoint["lda_span"] = spans[0] if spans else None
         checkpoint.update(self.trainer.datamodule.describe())  # type: ignore[attr-defined]
 
     def pictures(self, folder: Path, classes: list[str]) -> None:
