@@ -1,22 +1,33 @@
 """Files of every form load, wrong ones are refused with one line, downloads are resumed and never half there."""
 
 import http.server
+import json
 import logging
 import pickle
 import sys
 import threading
 import types
 import urllib.parse
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
-from parity.formula import formula_state_dict
+from conftest import PARITY
+from parity.formula import formula_images, formula_state_dict, formula_tensor
 
-from crossformer_vision import UserError, load_checkpoint
-from crossformer_vision.checkpoints import PUBLISHED, cached_path, fetch_published, read_checkpoint
+from crossformer_vision import UserError, create_detector, create_segmenter, load_checkpoint
+from crossformer_vision.checkpoints import (
+    PUBLISHED,
+    cached_path,
+    fetch_published,
+    how_to_build,
+    read_checkpoint,
+)
+from crossformer_vision.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -44,7 +55,7 @@ FORMS = {
 
 
 def ours(state):
-    from crossformer_vision.models.crossformer import checkpoint_filter_fn
+    from crossformer_vision.models.variants import checkpoint_filter_fn
 
     return checkpoint_filter_fn(state)
 
@@ -114,18 +125,149 @@ def test_nothing_matching_is_refused(model):
         load_checkpoint(model, {"epoch": 3})
 
 
-def test_published_configuration_is_read_over(published, model, tmp_path, monkeypatch):
-    class CfgNode(dict):
-        """As yacs pickles its own."""
+# ---------------------------------------------------------------------------------------------------------------
+# The published classification files, whole
+# ---------------------------------------------------------------------------------------------------------------
 
-    CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
-    node = CfgNode(MODEL=CfgNode(TYPE="cross-scale"), LR=0.001)
+FILE_2021 = json.loads((PARITY / "classifier_file_2021.json").read_text())
+
+
+class CfgNode(dict):
+    """As yacs pickles its own: under the name of its class there."""
+
+
+CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
+
+
+def state_dict_of_2021(name: str) -> dict[str, torch.Tensor]:
+    """Every entry that the file of 2021 has: formula weights, and the index buffers that are no weights."""
+    state = {}
+    for key, (shape, dtype) in FILE_2021[name].items():
+        if key.endswith(("attn.biases", "attn.relative_position_index")):
+            state[key] = torch.zeros(shape, dtype=getattr(torch, dtype)) + 7
+        else:
+            state[key] = formula_tensor(key, tuple(shape))
+    return state
+
+
+def write_file_of_2021(path: Path, name: str, monkeypatch) -> Path:
+    """All that a published classification file holds, as its authors' code wrote it."""
+    node = CfgNode(MODEL=CfgNode(TYPE="cross-scale", CROS=CfgNode(GROUP_SIZE=[7, 7, 7, 7])), LR=0.001)
     node.__dict__["__immutable__"] = True
-    monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
-    monkeypatch.setitem(sys.modules, "yacs.config", types.SimpleNamespace(CfgNode=CfgNode))
-    torch.save({"model": published, "config": node}, tmp_path / "crossformer-t.pth")
-    monkeypatch.delitem(sys.modules, "yacs.config")
-    assert len(load_checkpoint(model, tmp_path / "crossformer-t.pth").loaded) == len(published)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+        patch.setitem(sys.modules, "yacs.config", types.SimpleNamespace(CfgNode=CfgNode))
+        torch.save(
+            {
+                "model": state_dict_of_2021(name),
+                "optimizer": {
+                    "state": {0: {"step": 3, "exp_avg": torch.zeros(2)}},
+                    "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999), "params": [0]}],
+                },
+                "lr_scheduler": {"t_in_epochs": False, "base_values": [0.001]},
+                "max_accuracy": np.float64(81.47),
+                "epoch": 298,
+                "config": node,
+            },
+            path,
+        )
+    return path
+
+
+@pytest.fixture
+def file_2021(tmp_path, monkeypatch):
+    """CrossFormer-T's, where `pretrained` looks for it."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    path = cached_path("crossformer_tiny")
+    path.parent.mkdir(parents=True)
+    return write_file_of_2021(path, "crossformer_tiny", monkeypatch)
+
+
+@pytest.mark.parametrize("name", FILE_2021)
+def test_the_entries_of_2021_are_the_networks_and_buffers(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    report = load_checkpoint(model, {"model": state_dict_of_2021(name)})
+    assert not report.missing and not report.unused and not report.dropped
+    blocks = sum(len(stage.blocks) for stage in model.stages)
+    assert len(report.buffers) == 2 * blocks and len(report.loaded) + len(report.buffers) == len(
+        FILE_2021[name]
+    )
+    assert f"{2 * blocks} index buffers in the file, which are no weights" in str(report)
+
+
+def test_a_file_of_2021_serves_every_classifier(file_2021):
+    images = formula_images(2, 224, 224)
+    expected = torch.from_numpy(np.load(PARITY / "classifier_logits.npz")["crossformer_tiny"])
+    by_hand = timm.create_model("crossformer_tiny")
+    load_checkpoint(by_hand, file_2021)
+    overlay = dict(file=str(file_2021))
+    for model in (
+        by_hand,
+        timm.create_model("crossformer_tiny", pretrained=True),
+        timm.create_model("crossformer_tiny.in1k", pretrained=True),
+        timm.create_model("crossformer_tiny", pretrained=True, pretrained_cfg_overlay=overlay),
+    ):
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(images), expected, atol=1e-4, rtol=0)
+        assert not model.pretrained_cfg.get("state_dict")
+    other = timm.create_model("crossformer_tiny", pretrained=True, num_classes=7, in_chans=1)
+    assert torch.equal(other.norm.weight, by_hand.norm.weight)
+    conv = by_hand.stages[0].embed.convs[1].weight.sum(1, keepdim=True)
+    torch.testing.assert_close(other.stages[0].embed.convs[1].weight, conv)
+
+
+def test_a_file_of_2021_serves_every_backbone(file_2021):
+    images = torch.randn(1, 3, 96, 160)
+    plain = timm.create_model("crossformer_tiny", pretrained=True).eval()
+    by_hand = timm.create_model("crossformer_tiny", features_only=True)
+    load_checkpoint(by_hand, file_2021)
+    dense = []
+    for create, name in ((create_detector, "retinanet"), (create_detector, "mask_rcnn")):
+        dense.append(create(name, "crossformer_tiny", 3, width=16, pretrained=True))
+        dense.append(create(name, "crossformer_tiny", 3, width=16))
+        load_checkpoint(dense[-1], file_2021)
+    for name in ("semantic_fpn", "upernet"):
+        dense.append(create_segmenter(name, "crossformer_tiny", 3, width=16, pretrained=True))
+        dense.append(create_segmenter(name, "crossformer_tiny", 3, width=16))
+        load_checkpoint(dense[-1], file_2021)
+    features = timm.create_model("crossformer_tiny", features_only=True, pretrained=True)
+    with torch.no_grad():
+        expected = plain.forward_intermediates(images, intermediates_only=True)
+        for body in (features, by_hand, *(net.body for net in dense)):
+            for ours, theirs in zip(body.eval()(images), expected, strict=True):
+                torch.testing.assert_close(ours, theirs)
+
+
+def test_recipes_start_from_a_file_of_2021(file_2021, tmp_path):
+    """`pretrained: true`, through the command."""
+    tiny = "--model.model crossformer_tiny --data.train_images 8 --data.val_images 4 --data.batch_size 4"
+    tiny += " --data.num_workers 0 --trainer.max_epochs 1 --trainer.accelerator cpu --model.lr 0"
+    weights = read_checkpoint(file_2021)["model"]
+    for task in ("detection", "segmentation"):
+        folder = tmp_path / task
+        options = f"--task {task} --model.pretrained true --model.width 16 --run.folder {folder}"
+        assert main(["train", *tiny.split(), *options.split()]) == 0
+        state = read_checkpoint(folder / "last.ckpt")["state_dict"]
+        (name,) = (key for key in state if key.endswith("stages.2.blocks.0.attn.qkv.weight"))
+        assert torch.equal(state[name], weights["layers.2.blocks.0.attn.qkv.weight"])
+
+
+def test_numbers_of_numpy_are_read(tmp_path, published, model):
+    """Best scores in files of OpenMMLab and of users, as NumPy 2 and NumPy 1 pickle them."""
+    scores = {kind: np.dtype(kind).type(1) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")}
+    torch.save({"state_dict": published, "meta": {"best": scores}}, tmp_path / "two.pth")
+    with zipfile.ZipFile(tmp_path / "two.pth") as two, zipfile.ZipFile(tmp_path / "one.pth", "w") as one:
+        for item in two.infolist():
+            content = two.read(item)
+            if item.filename.endswith("data.pkl"):
+                assert b"numpy._core.multiarray\n" in content
+                content = content.replace(b"numpy._core.multiarray\n", b"numpy.core.multiarray\n")
+            one.writestr(item, content)
+    for name in ("two.pth", "one.pth"):
+        assert read_checkpoint(tmp_path / name)["meta"]["best"] == scores
+        assert len(load_checkpoint(model, tmp_path / name).loaded) == len(published)
 
 
 class Evil:
@@ -249,9 +391,10 @@ def test_pages_and_rubbish_are_not_kept(drive):
 
 
 def test_no_connection_and_what_only_a_person_can_fetch(drive):
-    with pytest.raises(UserError, match="try again"):
+    by_hand = r"try again.*; or get it in a browser from https://pan\.baidu\.com/s/1M45YXZgVvp6Ew9DO8UhdlA .code nkju."
+    with pytest.raises(UserError, match=by_hand + r" and save it as .*crossformer-t\.pth"):
         fetch_published("crossformer_tiny", "http://127.0.0.1:9/none")
-    with pytest.raises(UserError, match=r"pan\.baidu\.com.*save the file as .*crossformer-pp-s\.pth"):
+    with pytest.raises(UserError, match=r"pan\.baidu\.com.*save it as .*crossformer-pp-s\.pth"):
         timm.create_model("crossformer_pp_small", pretrained=True)
     with pytest.raises(UserError, match="no published weights of 'resnet18'"):
         fetch_published("resnet18")
@@ -260,6 +403,23 @@ def test_no_connection_and_what_only_a_person_can_fetch(drive):
     dense = {name for name in PUBLISHED if name not in backbones}  # each has a recipe of its name
     assert len(dense) == 10 and dense < {path.stem for path in CONFIGS.rglob("*.yaml")}
     assert len({published.filename for published in PUBLISHED.values()}) == len(PUBLISHED)
+
+
+def test_what_is_said_of_building_a_published_model(tmp_path):
+    """It runs as printed, and gives the groups of the published configuration."""
+    for name, groups in (
+        ("semantic_fpn_crossformer_small", (14, 8)),
+        ("upernet_crossformer_base", (7, 4)),
+        ("retinanet_crossformer_small", (7, 4)),
+    ):
+        path = tmp_path / "file.pth"
+        create, load = how_to_build(name, path).splitlines()
+        found = {}
+        with torch.device("meta"):
+            exec(f"import timm, crossformer_vision\n{create}", found)
+        block = found["model"].body.model.stages[1].blocks[1].attn
+        assert (block.group_size, block.interval, block.lda_span) == (*groups, "map") and str(path) in load
+    assert how_to_build("crossformer_tiny", path).startswith('model = timm.create_model("crossformer_tiny")')
 
 
 def test_names_of_other_models_are_not_taken_for_published_ones():

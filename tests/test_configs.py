@@ -7,6 +7,8 @@ import timm
 import yaml
 
 from crossformer_vision.cli import main
+from crossformer_vision.info import PUBLISHED
+from crossformer_vision.models.variants import FOURTEENS, published_groups
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
@@ -26,8 +28,21 @@ def test_recipe(name, classifier_configs, capsys):
             assert {k: resolved[section][k] for k in values} == values
     model = resolved["model"]["model"]
     assert timm.is_model(model)
+    head = resolved["model"].get("detector") or resolved["model"].get("segmenter")
+    if model in classifier_configs and head:  # its groups are those that `info` counts and `download` names
+        groups = FOURTEENS if name.endswith("_3x.yaml") else published_groups(model, head)
+        assert {
+            k: tuple(v) if k != "lda_span" else v for k, v in resolved["model"]["model_args"].items()
+        } == groups
+        assert resolved["model"]["decay_on"] == ("all_but_norms" if head == "upernet" else "all")
     if model in classifier_configs:
         assert resolved["model"]["drop_path_rate"] == classifier_configs[model]["drop_path_rate"]
+
+
+def test_every_published_model_has_a_recipe():
+    for model, head in PUBLISHED:
+        folder = "detection" if head in ("retinanet", "mask_rcnn") else "segmentation"
+        assert (f"{folder}/{head}_{model}.yaml" if head else f"classification/{model}.yaml") in RECIPES
 
 
 def test_every_published_variant_has_a_recipe(classifier_configs):

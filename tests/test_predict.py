@@ -13,7 +13,8 @@ from tasks.test_segmentation_run import TINY as SEGMENTATION
 
 from crossformer_vision import UserError, load_predictor
 from crossformer_vision.cli import main
-from crossformer_vision.info import PUBLISHED, describe
+from crossformer_vision.info import PUBLISHED, build, describe, figures, paper_operations
+from crossformer_vision.models.variants import FOURTEENS, SEVENS
 from crossformer_vision.predict import Detected, Segmented
 
 
@@ -156,14 +157,46 @@ def test_errors(runs, tmp_path, capsys):
         load_predictor(runs / "classifier/best.ckpt")("x.png")
 
 
+@pytest.mark.parametrize("model, head", PUBLISHED)
+def test_operations_counted_as_the_papers_do(model, head):
+    """All their figures, but those of the ++ classifiers, which no count gives (4.9 for 4.4, 9.5 for 9.6)."""
+    found = figures(model, head)
+    parameters, giga = PUBLISHED[model, head]
+    assert found["parameters"] / 1e6 == pytest.approx(parameters, abs=0.06)
+    if head or "_pp_" not in model:
+        assert found["paper_gflops"] == pytest.approx(giga, abs=0.06)
+    paper = found["paper_configuration"]
+    if head:
+        assert paper["lda_span"] == "map" and paper["group_size"] in ((7, 7, 7, 7), (14, 14, 7, 7))
+
+
+def test_operations_of_other_groups():
+    """The 3x models, and the papers' rows of S with other groups."""
+    for model, head, groups, giga in (
+        ("crossformer_small", "mask_rcnn", FOURTEENS, 291.1),
+        ("crossformer_base", "mask_rcnn", FOURTEENS, 398.1),
+        ("crossformer_small", "retinanet", FOURTEENS, 272.1),
+        ("crossformer_small", "semantic_fpn", SEVENS, 220.7),
+        ("crossformer_pp_small", "retinanet", SEVENS, 268.8),
+    ):
+        size = (1024, 1024) if head == "semantic_fpn" else (800, 1280)
+        assert paper_operations(build(model, head, groups), *size) / 1e9 == pytest.approx(giga, abs=0.06)
+
+
 def test_info_stands_beside_the_published_figures(capsys):
     assert main(["info", "crossformer_small", "--detector", "mask_rcnn"]) == 0
     printed = capsys.readouterr().out
-    assert "parameters  50.2 M" in printed and "published   50.2 M, 301.0 G at 1280x800" in printed
+    assert "parameters  50.2 M" in printed and "published   50.2 M, 301.0 G" in printed
+    assert "papers' way 300.98 G at 1280x800, groups 7/7/7/7, intervals 8/4/2/1" in printed
     assert "MACs        4.906 G at 224x224" in describe("crossformer_small")
-    assert ("crossformer_small", "retinanet") in PUBLISHED
     assert main(["info", "crossformer_base", "--segmenter", "upernet"]) == 0
     printed = capsys.readouterr().out
-    assert "parameters  83.6 M" in printed and "published   83.6 M, 1089.7 G at 1024x1024" in printed
+    assert "parameters  83.6 M" in printed and "published   83.6 M, 1089.7 G" in printed
+    assert main(["info", "crossformer_pp_small", "--segmenter", "semantic_fpn", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["paper_gflops"] == 199.49 and found["paper_configuration"]["interval"] == [16, 8, 2, 1]
+    assert found["macs"] == pytest.approx(183.0e9, rel=1e-3) and found["published"]["gflops"] == 199.5
+    assert main(["info", "resnet18", "--json"]) == 0
+    assert "paper_gflops" not in json.loads(capsys.readouterr().out)
     assert main(["info", "crossformer_smal"]) == 1
     assert "did you mean crossformer_small" in capsys.readouterr().err

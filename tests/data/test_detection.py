@@ -113,6 +113,24 @@ def test_boxes_and_masks_go_with_the_image(options, tmp_path):
     assert len(found.train_dataloader()) == 4
 
 
+def test_images_without_objects_can_be_left_out_of_training(tmp_path, caplog):
+    def only_crowds(content):
+        for annotation in content["annotations"]:
+            if annotation["image_id"] == 102:
+                annotation["iscrowd"] = 1
+
+    for split in ("train", "val"):
+        coco(tmp_path, split, edit=only_crowds)
+    found = data(tmp_path, skip_empty=True)
+    assert found.num_classes == 2
+    assert [image[0] for image in found.images["train"].source.images] == [101, 103]
+    assert len(found.images["train"].source.sizes) == 2 and len(found.images["val"]) == 4
+    assert found.images["train"].source.read(1)[1]["image_id"] == 103
+    coco(tmp_path, edit=lambda content: content["annotations"].clear())
+    with pytest.raises(UserError, match="no image has an object; --data.skip_empty false"):
+        assert data(tmp_path, skip_empty=True).num_classes
+
+
 def test_digits_are_the_same_in_each_run():
     for detector in ("retinanet", "mask_rcnn"):
         first, second = (

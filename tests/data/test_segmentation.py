@@ -71,7 +71,7 @@ def test_sizes_and_scales_of_validation(tmp_path):
     assert [tuple(view.shape[1:]) for view in views] == [(32, 32), (48, 48), (80, 96)]
     assert labels.shape == (48, 64)
     image, _ = found.images["val"].source.read(1)
-    pixels = torch.from_numpy(np.asarray(image.convert("RGB"))).permute(2, 0, 1)[None].float()
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float()
     for view in views:  # without antialiasing
         expected = torch.nn.functional.interpolate(pixels, view.shape[1:], mode="bilinear")
         shown = view * torch.tensor(found.to_input.std)[:, None, None]

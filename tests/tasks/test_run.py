@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from crossformer_vision import load_predictor
 from crossformer_vision.checkpoints import read_checkpoint
 from crossformer_vision.cli import main
 from crossformer_vision.data.classification import ClassificationData
@@ -122,6 +125,79 @@ def test_two_processes_train_as_one(tmp_path):
     a, b = weights(tmp_path / "one/last.ckpt"), weights(tmp_path / "two/last.ckpt")
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=1e-3)
+
+
+def test_a_run_of_version_0_1_is_built_as_it_was_trained(tmp_path, capsys, caplog):
+    """Its checkpoints name no `lda_span`: LDA was in regions alone, whatever the default is now."""
+    new, old = tmp_path / "new", tmp_path / "old"
+    options = [
+        "--data.image_size",
+        "96",
+        "--data.val_images",
+        "8",
+        "--model.model_args",
+        '{"depths":[2,2,1,1]}',
+    ]
+    one = [
+        *TINY,
+        *options,
+        "--model.model",
+        "crossformer_tiny",
+        "--trainer.max_epochs",
+        "1",
+        "--model.lr",
+        "0.02",
+    ]
+    assert main(["train", *one, "--run.folder", str(new)]) == 0
+    assert read_checkpoint(new / "best.ckpt")["lda_span"] == "map"
+    shutil.copytree(new, old)
+    for name in ("best.ckpt", "last.ckpt"):
+        content = read_checkpoint(old / name)
+        del content["lda_span"]
+        torch.save(content, old / name)
+    capsys.readouterr()
+    caplog.clear()
+    assert (
+        load_predictor(new / "best.ckpt").net.stages[0].blocks[1].attn.lda_span == "map" and not caplog.text
+    )
+    found = load_predictor(old / "best.ckpt").net
+    assert {m.lda_span for m in found.modules() if hasattr(m, "lda_span")} == {"region"}
+    assert "best.ckpt: of version 0.1; built as it was trained" in caplog.text
+    named = read_checkpoint(old / "best.ckpt")
+    named["hyper_parameters"]["model_args"]["lda_span"] = "map"
+    torch.save(named, tmp_path / "named.ckpt")
+    assert load_predictor(tmp_path / "named.ckpt").net.stages[0].blocks[1].attn.lda_span == "map"
+
+    # `validate` and `--resume` build it likewise, and a resumed run says so from then on
+    losses = []
+    for folder in (new, old):
+        assert main(["validate", str(folder), "--run.folder", str(tmp_path / "out")]) == 0
+        losses.append(re.search(r"val_loss ([\d.]+)", capsys.readouterr().out)[1])
+    assert losses[0] != losses[1]
+    assert main(["train", "--resume", str(old), "--trainer.max_epochs", "2"]) == 0
+    assert read_checkpoint(old / "last.ckpt")["lda_span"] == "region"
+    assert "lda_span: region" in (old / "config.yaml").read_text()
+
+
+def test_the_last_weights_can_be_validated(tmp_path, capsys):
+    """The papers report the last iteration."""
+    assert main(["train", *TINY, "--model.lr", "0.01", "--run.folder", str(tmp_path)]) == 0
+    capsys.readouterr()
+    last = rows(tmp_path)[-1]
+    assert main(["validate", str(tmp_path), "--checkpoint", str(tmp_path / "last.ckpt")]) == 0
+    assert f"val_loss {float(last['val_loss']):.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("decay_on", ["weights", "all_but_norms", "all"])
+def test_what_weight_decay_falls_on(decay_on):
+    task = Classification("crossformer_nano", optimizer="sgd", weight_decay=0.1, decay_on=decay_on)
+    decayed = {id(p) for g in task._optimizer().param_groups if g["weight_decay"] for p in g["params"]}
+    block = task.net.stages[0].blocks[0]
+    assert id(block.mlp.fc1.weight) in decayed
+    assert (id(block.mlp.fc1.bias) in decayed) == (decay_on != "weights")
+    assert (id(block.norm1.weight) in decayed) == (decay_on == "all")
+    groups = task._optimizer().param_groups
+    assert sum(len(g["params"]) for g in groups) == len(list(task.net.parameters()))
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):

@@ -123,6 +123,8 @@ def test_what_is_ignored_is_not_learned_from():
         assert torch.isclose(loss(logits, half), loss(logits[:, :, 4:], labels[:, 4:]))
         (gradient,) = torch.autograd.grad(loss(logits, half), logits)
         assert (gradient[:, :, :4] == 0).all() and (gradient[:, :, 4:] != 0).any()
+    # As published: the sum over labelled pixels, divided by the number of all.
+    assert torch.isclose(cross_entropy(logits, half, avg_non_ignore=False), cross_entropy(logits, half) / 2)
     right = torch.nn.functional.one_hot(labels, 3).movedim(3, 1) * 50.0
     assert float(dice_loss(right, labels)) == pytest.approx(0, abs=1e-5)
     assert float(dice_loss(right.roll(1, 1), labels)) == pytest.approx(1, abs=1e-5)
