@@ -12,6 +12,7 @@ __all__ = [
     "UserError",
     "create_detector",
     "create_segmenter",
+    "freeze_position_bias",
     "load_checkpoint",
     "load_predictor",
 ]
@@ -22,6 +23,7 @@ _HOMES = {
     "UserError": "crossformer_vision.errors",
     "create_detector": "crossformer_vision.models.detectors",
     "create_segmenter": "crossformer_vision.models.segmenters",
+    "freeze_position_bias": "crossformer_vision.models.grouping",
     "load_checkpoint": "crossformer_vision.checkpoints",
     "load_predictor": "crossformer_vision.predict",
 }

@@ -5,6 +5,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
+import crossformer_vision
 from crossformer_vision.models import crossformer, find_model, grouping
 from crossformer_vision.models.crossformer import CrossScaleEmbedding, LongShortAttention, cel_widths
 from crossformer_vision.models.grouping import (
@@ -170,6 +171,35 @@ def test_nothing_that_follows_from_weights_is_kept():
             fresh = timm.create_model("crossformer_nano", num_classes=5).double().eval()
             fresh.load_state_dict(model.state_dict())
             torch.testing.assert_close(model(x), fresh(x))
+
+
+@pytest.mark.parametrize("name", ["crossformer_nano", "crossformer_tiny"])
+def test_frozen_biases(name):
+    """Of images up to the frozen size and beyond it; changes are not seen, training undoes it."""
+    model = timm.create_model(name, num_classes=5).eval()
+    for key, p in model.named_parameters():
+        if "position_bias" in key:
+            torch.nn.init.normal_(p)
+    images = [torch.randn(1, 3, *size) for size in ((64, 64), (96, 160), (160, 96), (224, 224), (288, 320))]
+    with torch.no_grad():
+        expected = [model(x) for x in images]
+        names = set(model.state_dict())
+        assert crossformer_vision.freeze_position_bias(model, 224, 224) is model
+        frozen = [m.frozen for m in model.modules() if hasattr(m, "frozen")]
+        assert all(table is not None for table in frozen) and set(model.state_dict()) == names
+        for x, y in zip(images, expected, strict=True):
+            torch.testing.assert_close(model(x), y)
+        bias = model.stages[0].blocks[0].attn.position_bias
+        bias.layers[2][2].weight.mul_(-3)
+        torch.testing.assert_close(model(images[0]), expected[0])
+        assert model.train().eval() is model and bias.frozen is None
+        assert not torch.allclose(model(images[0]), expected[0])
+    detector = crossformer_vision.create_detector("retinanet", name, 3, width=16)
+    crossformer_vision.freeze_position_bias(detector, 128, 160)
+    assert detector.body.model.stages[3].blocks[0].attn.position_bias.frozen is not None
+    scripted = torch.jit.script(crossformer_vision.freeze_position_bias(model, 128, 128))
+    with torch.no_grad():
+        torch.testing.assert_close(scripted(images[1]), model(images[1]), atol=1e-5, rtol=1e-4)
 
 
 def test_index_tensors_are_built_once_a_size():

@@ -130,24 +130,9 @@ def test_two_processes_train_as_one(tmp_path):
 def test_a_run_of_version_0_1_is_built_as_it_was_trained(tmp_path, capsys, caplog):
     """Its checkpoints name no `lda_span`: LDA was in regions alone, whatever the default is now."""
     new, old = tmp_path / "new", tmp_path / "old"
-    options = [
-        "--data.image_size",
-        "96",
-        "--data.val_images",
-        "8",
-        "--model.model_args",
-        '{"depths":[2,2,1,1]}',
-    ]
-    one = [
-        *TINY,
-        *options,
-        "--model.model",
-        "crossformer_tiny",
-        "--trainer.max_epochs",
-        "1",
-        "--model.lr",
-        "0.02",
-    ]
+    groups = '{"depths":[2,2,1,1],"group_size":[2,2,2,2],"interval":[2,2,2,1]}'  # the forms differ at 64x64
+    one = [*TINY, "--model.model", "crossformer_tiny", "--trainer.max_epochs", "1", "--model.lr", "0.02"]
+    one += ["--data.image_size", "64", "--data.val_images", "8", "--model.model_args", groups]
     assert main(["train", *one, "--run.folder", str(new)]) == 0
     assert read_checkpoint(new / "best.ckpt")["lda_span"] == "map"
     shutil.copytree(new, old)

@@ -144,6 +144,8 @@ class DynamicPositionBias(nn.Module):
     Shape: for groups of gh x gw -> (h, (2gh-1) * (2gw-1)), a row a head, in the order of `relative_offsets`.
     """
 
+    frozen: Tensor | None
+
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         width = dim // 16
@@ -152,9 +154,17 @@ class DynamicPositionBias(nn.Module):
             nn.Sequential(nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, out))
             for out in (width, width, num_heads)
         )
+        self.register_buffer("frozen", None, persistent=False)
 
     def forward(self, gh: int, gw: int, like: Tensor) -> Tensor:
         """`like` gives device and type: the MLP's own weights may be quantized, sharded or elsewhere."""
+        frozen = self.frozen  # (h, 2Gh-1, 2Gw-1), see `freeze_position_bias`
+        if frozen is not None and 2 * gh - 1 <= frozen.shape[1] and 2 * gw - 1 <= frozen.shape[2]:
+            top, left = (frozen.shape[1] + 1) // 2 - gh, (frozen.shape[2] + 1) // 2 - gw
+            return frozen[:, top : top + 2 * gh - 1, left : left + 2 * gw - 1].flatten(1)
+        return self.compute(gh, gw, like)
+
+    def compute(self, gh: int, gw: int, like: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             offsets = relative_offsets(gh, gw, like.device)
         else:
@@ -163,6 +173,12 @@ class DynamicPositionBias(nn.Module):
         for layer in self.layers:
             biases = layer(biases)
         return biases.t().contiguous()
+
+    @torch.jit.unused
+    def train(self, mode: bool = True) -> "DynamicPositionBias":
+        if mode:  # its weights are about to change
+            self.frozen = None
+        return super().train(mode)
 
 
 # ------------------------------------------------------------------------------------------------------------

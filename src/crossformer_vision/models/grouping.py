@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
@@ -337,3 +337,41 @@ def _block(q: Tensor, k: Tensor, v: Tensor, table: Tensor, rows: Tensor, real: T
     if real is not None:
         bias = masked(bias, real)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Deployment
+# ------------------------------------------------------------------------------------------------------------
+
+
+def freeze_position_bias(model: nn.Module, height: int = 224, width: int = 224) -> nn.Module:
+    """Turn the position biases of a trained CrossFormer into buffers, which are no longer computed.
+
+    A buffer holds the biases of the largest offsets that images of up to height x width need; those of
+    smaller groups are a part of it, and those of larger ones are computed. Weights that change afterwards
+    are not seen: freeze again. `model.train()` undoes it.
+
+    Args:
+        model: a classifier, a `features_only` model, or a detector or segmenter.
+        height, width: of the largest image, in pixels.
+
+    Returns:
+        The model, in eval mode.
+    """
+    body: Any = getattr(model.eval(), "body", model)
+    sizes: dict[Any, tuple[int, int]] = {}
+    biases: Any = [module for module in model.modules() if hasattr(module, "frozen")]
+    for bias in biases:
+        bias.frozen = None
+    hooks = [
+        bias.register_forward_pre_hook(lambda bias, args: sizes.update({bias: args[:2]})) for bias in biases
+    ]
+    weight = next(p for p in body.parameters() if p.dim() == 4)  # of the first embedding
+    image = weight.new_zeros(1, weight.shape[1], height, width)
+    with torch.no_grad():
+        body(image)
+        for hook in hooks:
+            hook.remove()
+        for bias, (gh, gw) in sizes.items():
+            bias.frozen = bias.compute(gh, gw, image).view(-1, 2 * gh - 1, 2 * gw - 1)
+    return model
