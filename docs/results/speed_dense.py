@@ -15,14 +15,16 @@ import torch
 
 from crossformer_vision.models.backbones import create_backbone, feature_maps
 
+FOURTEENS: dict[str, Any] = {"group_size": (14, 14, 7, 7), "interval": (16, 8, 2, 1)}
+SEVENS: dict[str, Any] = {"group_size": (7, 7, 7, 7), "interval": (8, 4, 2, 1)}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "swin_tiny": ("swin_tiny_patch4_window7_224", {}),
-    "crossformer_small": ("crossformer_small", {}),
-    "crossformer_small, 14/14/7/7": (
-        "crossformer_small",
-        {"group_size": (14, 14, 7, 7), "interval": (16, 8, 2, 1)},
-    ),
-    "crossformer_pp_small": ("crossformer_pp_small", {}),
+    "small, map, 7": ("crossformer_small", {}),
+    "small, map, 14/14/7/7": ("crossformer_small", FOURTEENS),
+    "small, region, 7": ("crossformer_small", {"lda_span": "region"}),
+    "small, region, 14/14/7/7": ("crossformer_small", {"lda_span": "region", **FOURTEENS}),
+    "pp_small, map, 7": ("crossformer_pp_small", {"lda_span": "map", **SEVENS}),
+    "pp_small, region (its classifier's)": ("crossformer_pp_small", {}),
 }
 ROUNDS, HEIGHT, WIDTH = 9, 800, 1280
 
@@ -36,7 +38,7 @@ def peak(name: str) -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         feature_maps(body, image)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{name:32}  {(after - before) / 1024:.0f} MiB", flush=True)
+    print(f"{name:36}  {(after - before) / 1024:.0f} MiB", flush=True)
 
 
 def times() -> None:
@@ -57,7 +59,7 @@ def times() -> None:
     for name in MODELS:
         ratios = [a / b for a, b in zip(seconds[first], seconds[name], strict=True)]
         low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
-        print(f"{name:32}  {middle:.2f} times as fast as {first} (rounds: {low:.2f} to {high:.2f})")
+        print(f"{name:36}  {middle:.2f} times as fast as {first} (rounds: {low:.2f} to {high:.2f})")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import crossformer_vision
 from crossformer_vision.models import crossformer, find_model, grouping
@@ -102,7 +104,7 @@ def test_attention_is_softmax_over_the_members_of_a_group(span, size, interval, 
     """Position by position: every query attends exactly to the real positions that its group holds."""
     torch.manual_seed(0)
     if blocks:  # as for groups of thousands
-        monkeypatch.setattr(crossformer, "takes_blocks", lambda layout, x: True)
+        monkeypatch.setattr(crossformer, "takes_blocks", lambda layout: True)
         monkeypatch.setattr(grouping, "BLOCK", 100)
     attention = LongShortAttention(32, 2, group_size=4, interval=interval, lda_span=span).eval()
     for p in attention.parameters():
@@ -148,7 +150,7 @@ def test_blocks_have_the_same_gradients(span, monkeypatch):
         return torch.autograd.grad(y.square().sum(), [x, *attention.parameters()])
 
     whole = gradients()
-    monkeypatch.setattr(crossformer, "takes_blocks", lambda layout, x: True)
+    monkeypatch.setattr(crossformer, "takes_blocks", lambda layout: True)
     monkeypatch.setattr(grouping, "BLOCK", 100)
     for one, other in zip(whole, gradients(), strict=True):
         torch.testing.assert_close(one, other)
@@ -190,7 +192,9 @@ def test_frozen_biases(name):
         for x, y in zip(images, expected, strict=True):
             torch.testing.assert_close(model(x), y)
         bias = model.stages[0].blocks[0].attn.position_bias
-        bias.layers[2][2].weight.mul_(-3)
+        for key, p in model.named_parameters():
+            if key.endswith("position_bias.layers.2.2.weight"):
+                p.mul_(-3)
         torch.testing.assert_close(model(images[0]), expected[0])
         assert model.train().eval() is model and bias.frozen is None
         assert not torch.allclose(model(images[0]), expected[0])
@@ -231,6 +235,33 @@ def test_indices_of_inference_serve_training():
     with torch.inference_mode():
         model.eval()(x)
     model.train()(x).sum().backward()
+
+
+def test_no_whole_bias_of_large_groups(monkeypatch):
+    """Beyond 2,048 members neither a bias nor an index of all pairs exists, in inference and in training."""
+    attention = LongShortAttention(32, 2, group_size=4, interval=1)
+    x = torch.randn(1, 48, 50, 32)  # 2,400 members
+    whole = 48 * 50 * 48 * 50
+    largest = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            largest.extend(
+                t.untyped_storage().nbytes() for t in tree_leaves(out) if isinstance(t, torch.Tensor)
+            )
+            return out
+
+    with Sizes(), torch.no_grad():
+        y = attention(x)
+    assert max(largest) < whole  # a quarter of one head's biases in float32
+    monkeypatch.setattr(crossformer, "takes_blocks", lambda layout: False)
+    torch.testing.assert_close(y, attention(x).detach(), atol=1e-5, rtol=1e-4)
+    monkeypatch.undo()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: largest.append(t.nbytes) or t, lambda t: t):
+        largest.clear()
+        attention(x).sum().backward()
+    assert max(largest) < whole
 
 
 @pytest.mark.parametrize("span", ["map", "region"])

@@ -235,7 +235,7 @@ class LongShortAttention(nn.Module):
         biases = self.position_bias(layout.gh, layout.gw, x)
         if torch.jit.is_scripting():
             x = self.attend(x, pair_biases(biases, layout), real_keys(B, H, W, layout, x.device))
-        elif takes_blocks(layout, x):
+        elif takes_blocks(layout):
             q, k, v = self.heads(x)
             x = self.join(blocked_attention(q, k, v, biases.to(q.dtype), layout, H, W))
         else:

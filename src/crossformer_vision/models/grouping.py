@@ -271,16 +271,12 @@ def in_pieces(positions: int, f: Callable[..., Tensor], x: Tensor, *args: Tensor
 BLOCK = 1 << 20  # biases that exist at a time where queries go in blocks
 
 
-def takes_blocks(layout: Layout, x: Tensor) -> bool:
+def takes_blocks(layout: Layout) -> bool:
     """Whether `blocked_attention` is for groups of this size: no (h, L, L) exists beyond 2,048 members.
 
-    On a CPU it is from 512 on, where the biases of a block stay in the cache. An exported graph computes all
-    at once, since the number of blocks would follow from the size.
+    An exported graph computes all at once, since the number of blocks would follow from the size.
     """
-    if torch.compiler.is_exporting():
-        return False
-    eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return layout.gh * layout.gw > (512 if eager_cpu else 2048)
+    return not torch.compiler.is_exporting() and layout.gh * layout.gw > 2048
 
 
 def blocked_attention(
