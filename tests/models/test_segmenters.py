@@ -9,6 +9,7 @@ from conftest import PARITY
 from parity.formula import formula_images, formula_state_dict
 
 from crossformer_vision import UserError, create_segmenter, load_checkpoint
+from crossformer_vision.models import segmenters
 from crossformer_vision.models.segmenters import segment, sliding_window
 
 KEYS = json.loads((PARITY / "dense_model_keys.json").read_text())
@@ -172,3 +173,22 @@ def test_scales_and_flips_are_averaged_and_undone():
 
     expected = sum(map(at_first_size, views)) / 3
     assert torch.allclose(segment(places, views, size=(32, 48)), expected, atol=1e-6)
+
+
+def test_an_image_that_is_too_large_goes_by_windows(monkeypatch):
+    monkeypatch.setattr(segmenters, "WHOLE", 40 * 50)
+    monkeypatch.setattr(segmenters, "LARGE_WINDOW", 24)
+    sides = []
+
+    def net(x):
+        sides.append(tuple(x.shape[2:]))
+        return x
+
+    small, large = torch.randn(1, 3, 40, 50), torch.randn(1, 3, 40, 52)
+    for images, whole in ((small, True), (large, False)):
+        sides.clear()
+        torch.testing.assert_close(segment(net, [images]), images.softmax(1))
+        assert set(sides) == ({(40, 50)} if whole else {(24, 24)})
+    sides.clear()
+    segment(net, [large], window=52)
+    assert sides == [(40, 52)]

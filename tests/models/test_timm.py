@@ -179,6 +179,37 @@ def test_grad_checkpointing_changes_nothing(name):
         torch.testing.assert_close(p.grad, expected[n])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("span", ["map", "region"])
+def test_compiled_with_dynamic_sizes(span):
+    """A few graphs serve any size, in training and inference."""
+    torch._dynamo.reset()
+    model = timm.create_model(
+        "crossformer_nano", num_classes=5, depths=(1, 2, 1, 1), group_size=(3, 3, 3, 3), lda_span=span
+    )
+    compiled = torch.compile(model, dynamic=True, backend="aot_eager")
+    sizes = [(128, 160), (224, 224), (145, 200), (320, 256)]
+    for mode in (True, False):
+        model.train(mode)
+        for size in sizes:
+            x = torch.randn(2, 3, *size)
+            with torch.set_grad_enabled(mode):
+                torch.testing.assert_close(compiled(x), model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_bundled_weights_serve_both_forms():
+    """At 64x64, where they were trained, both are one; beyond it they differ."""
+    region, map_ = (
+        timm.create_model("crossformer_nano.cifar10", pretrained=True, lda_span=span).eval()
+        for span in ("region", "map")
+    )
+    with torch.no_grad():
+        x = torch.randn(2, 3, 64, 64)
+        torch.testing.assert_close(region(x), map_(x))
+        x = torch.randn(2, 3, 160, 224)
+        assert not torch.allclose(region(x), map_(x), atol=1e-2)
+
+
 def test_weights_that_come_with_the_library():
     model = timm.create_model("crossformer_nano.cifar10", pretrained=True).eval()
     assert model.num_classes == 10

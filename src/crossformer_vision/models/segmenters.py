@@ -216,6 +216,8 @@ def create_segmenter(
 # ------------------------------------------------------------------------------------------------------------
 
 Net = Callable[[Tensor], Tensor]
+WHOLE = 2048 * 2048  # pixels of an image that is segmented at once; larger ones go by windows of
+LARGE_WINDOW = 1024
 
 
 def sliding_window(net: Net, images: Tensor, window: int, stride: int) -> Tensor:
@@ -271,7 +273,8 @@ def segment(
         views: (B, 3, H, W), the same images at each scale, made from the originals.
         size: of the result; the first view's if None.
         flip: each view mirrored, too.
-        window: side of sliding windows, in pixels; None for the whole image at once.
+        window: side of sliding windows, in pixels; None for the whole image at once, up to `WHOLE` pixels,
+            and windows of `LARGE_WINDOW` beyond.
         stride: of the windows; two thirds of `window` if None, as published.
 
     Returns:
@@ -280,9 +283,10 @@ def segment(
     size = size or (views[0].shape[2], views[0].shape[3])
     total: Any = 0
     for images in views:
+        side = window or (LARGE_WINDOW if images.shape[2] * images.shape[3] > WHOLE else None)
         for mirrored in (False, True)[: 1 + flip]:
             view = images.flip(3) if mirrored else images
-            logits = sliding_window(net, view, window, stride or 2 * window // 3) if window else net(view)
+            logits = sliding_window(net, view, side, stride or 2 * side // 3) if side else net(view)
             logits = logits.flip(3) if mirrored else logits
             total = total + resize(logits.float(), size).softmax(1)
     return total / (len(views) * (1 + flip))

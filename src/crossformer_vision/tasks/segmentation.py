@@ -42,7 +42,8 @@ class Segmentation(Task):
         dice: weight of a Dice loss beside the cross-entropy.
         test_scales: factors of the image's size, whose probabilities validation and prediction average.
         test_flip: average with those of the mirrored image, too.
-        window: side of sliding windows in validation and prediction, in pixels; null for the whole image.
+        window: side of sliding windows in validation and prediction, in pixels; null for the whole image, up
+            to 2048x2048 pixels, and windows of 1024 beyond.
         window_stride: of the windows; null for two thirds of `window`.
         **optimization: see `Task`.
     """
