@@ -1,5 +1,6 @@
 """Files of every form load, wrong ones are refused with one line, downloads are resumed and never half there."""
 
+import gzip
 import http.server
 import json
 import logging
@@ -20,14 +21,9 @@ from conftest import PARITY
 from parity.formula import formula_images, formula_state_dict, formula_tensor
 
 from crossformer_vision import UserError, create_detector, create_segmenter, load_checkpoint
-from crossformer_vision.checkpoints import (
-    PUBLISHED,
-    cached_path,
-    fetch_published,
-    how_to_build,
-    read_checkpoint,
-)
+from crossformer_vision.checkpoints import read_checkpoint
 from crossformer_vision.cli import main
+from crossformer_vision.published import PUBLISHED, cached_path, fetch_published, how_to_build
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -50,6 +46,8 @@ FORMS = {
     "backbone": lambda s: {
         "state_dict": {f"backbone.{k}": v for k, v in s.items()} | {"neck.x": torch.ones(1)}
     },
+    "someone's LightningModule": lambda s: {"state_dict": {f"model.{k}": v for k, v in ours(s).items()}},
+    "timm's averaged": lambda s: {"state_dict": {k: v * 2 for k, v in s.items()}, "state_dict_ema": s},
     "ours": lambda s: {"state_dict": {f"net.{k}": v for k, v in ours(s).items()}},
 }
 
@@ -76,6 +74,31 @@ def test_safetensors(published, model, tmp_path):
     path = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(published, path)
     assert len(load_checkpoint(model, path).loaded) == len(published)
+
+
+def test_safetensors_under_another_name_and_in_shards(published, model, tmp_path):
+    safetensors.torch.save_file(published, tmp_path / "weights.bin")
+    assert len(load_checkpoint(model, tmp_path / "weights.bin").loaded) == len(published)
+    names = list(published)
+    half = len(names) // 2
+    where = {}
+    for file, part in (("a.safetensors", names[:half]), ("b.safetensors", names[half:])):
+        safetensors.torch.save_file({name: published[name] for name in part}, tmp_path / file)
+        where |= dict.fromkeys(part, file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    assert len(load_checkpoint(model, index).loaded) == len(published)
+    for weight_map, message in (
+        ({"x": "../a.safetensors"}, "lies outside its folder"),
+        ({"x": "c.safetensors"}, "c.safetensors: no such checkpoint file"),
+        ({}, "lists no shards"),
+    ):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(UserError, match=message):
+            read_checkpoint(index)
+    index.write_text("[]")
+    with pytest.raises(UserError, match=r"index.json: truncated or not a checkpoint"):
+        read_checkpoint(index)
 
 
 def test_backbone_alone_into_classifier_and_features(published, model, tmp_path):
@@ -288,8 +311,15 @@ def test_bad_files_are_named(tmp_path, published, monkeypatch):
         with pytest.raises(UserError, match=f"{name}: truncated or not a checkpoint"):
             read_checkpoint(name)
     Path("page.pth").write_text("<!DOCTYPE html><html>quota exceeded</html>")
-    with pytest.raises(UserError, match="page.pth: is a web page"):
-        read_checkpoint("page.pth")
+    Path("lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a0b\nsize 10485760\n")
+    Path("packed.pth").write_bytes(gzip.compress(data))
+    for name, message in (
+        ("page.pth", "is a web page"),
+        ("lfs.pth", "is a Git LFS pointer"),
+        ("packed.pth", "is compressed with gzip"),
+    ):
+        with pytest.raises(UserError, match=f"{name}: {message}"):
+            read_checkpoint(name)
     torch.save({"model": Evil()}, "evil.pth")
     Path("old.pth").write_bytes(pickle.dumps({"model": Evil()}))
     for name in ("evil.pth", "old.pth"):

@@ -38,4 +38,4 @@ def __getattr__(name: str) -> Any:
 # Importing registers the models and the way to their weights. The installed command alone puts that off until
 # a verb needs it, so that its help does not wait seconds for torch.
 if PurePath(next(iter(sys.argv), "")).name not in ("crossformer", "crossformer.exe"):
-    importlib.import_module("crossformer_vision.checkpoints")
+    importlib.import_module("crossformer_vision.published")

@@ -144,8 +144,9 @@ def train(args: list[str]) -> None:
         folder = cli.run.folder
         metric = cli.model.monitor
         name = metric.removeprefix("val_").replace("_ap", " AP").replace("_", " ")
-        print(f"\n{name} {results[metric]:.2%} after {results['minutes']} minutes")
-        print(f"  checkpoint  {folder}/best.ckpt")
+        score = f"{name} {results[metric]:.2%}" if metric in results else "not validated,"
+        print(f"\n{score} after {results['minutes']} minutes")
+        print(f"  checkpoint  {results['checkpoint']}")
         print(f"  pictures    {folder}/: {', '.join(sorted(p.name for p in Path(folder).glob('*.png')))}")
         print(f"  numbers     {folder}/results.json, metrics.csv; tensorboard --logdir {folder}")
         print(
@@ -161,6 +162,13 @@ def validate(args: list[str]) -> None:
         checkpoint = checkpoint or f"{folder}/best.ckpt"
         args = [*_from_run(folder, checkpoint), "--run.folder", f"{folder}/validate", *args]
     cli = _parse(args, "validate", resumed=False)
+    if not (checkpoint or cli.config.model.pretrained or cli.config.model.checkpoint):
+        from crossformer_vision.errors import UserError
+
+        raise UserError(
+            "validate needs weights: a run's folder (crossformer validate runs/x), --checkpoint FILE of a "
+            "run, --model.checkpoint FILE or --model.pretrained true"
+        )
     from crossformer_vision.tasks import run
 
     metrics = run.validate(
@@ -228,10 +236,10 @@ def download(args: list[str]) -> None:
     parser.add_argument("name", help="such as crossformer_small, or upernet_crossformer_small")
     parser.add_argument("--url", help="a mirror of Google Drive's download address, asked for ?id=…")
     options = parser.parse_args(args)
-    from crossformer_vision import checkpoints
+    from crossformer_vision import published
 
-    path = checkpoints.fetch_published(options.name, options.url or checkpoints.DRIVE)
-    print(f"{path}\nbuild and load it:\n{checkpoints.how_to_build(options.name, path)}")
+    path = published.fetch_published(options.name, options.url or published.DRIVE)
+    print(f"{path}\nbuild and load it:\n{published.how_to_build(options.name, path)}")
 
 
 def _take(args: list[str], option: str) -> str | None:
@@ -263,7 +271,7 @@ def _parse(args: list[str], verb: str, resumed: bool) -> Any:
     """Lightning's command line on our task, data and trainer; returns them, built."""
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-    import crossformer_vision.checkpoints  # noqa: F401  (registers the models with timm)
+    import crossformer_vision.published  # noqa: F401  (registers the models with timm)
     from crossformer_vision.tasks.run import Run, new_folder, quiet
 
     quiet()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crossformer_vision import visualize
 from crossformer_vision.checkpoints import load_checkpoint, read_checkpoint, span_of_a_run
-from crossformer_vision.data.loading import to_rgb
+from crossformer_vision.data import images
 from crossformer_vision.errors import UserError
 from crossformer_vision.models.segmenters import segment
 
@@ -212,11 +212,7 @@ class Predictor:
             UserError: a file that is missing or no image.
         """
         name = "image" if isinstance(image, Image.Image) else str(image)
-        try:
-            picture = to_rgb(image if isinstance(image, Image.Image) else Image.open(image))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
-            raise UserError(f"{name}: cannot read this image ({reason})") from error
+        picture = images.read(image, name)
         if self.task == "classification":
             pixels: Any = self.transform(picture)
             logits: Tensor = self.net(pixels[None].to(self.device))[0].float()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from crossformer_vision.data import digits
+from crossformer_vision.data.images import upright
 from crossformer_vision.data.loading import ReadImages, ResumableData, SeededLoader, Source
 from crossformer_vision.errors import UserError
 from crossformer_vision.models import find_model
@@ -48,7 +49,7 @@ class FolderImages:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
-        return Image.open(path), label
+        return upright(Image.open(path)), label
 
     def name(self, index: int) -> str:
         return self.samples[index][0]
@@ -74,7 +75,7 @@ class TarImages:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         file, label = self.reader[index]
-        return Image.open(file), self.labels[label]
+        return upright(Image.open(file)), self.labels[label]
 
     def name(self, index: int) -> str:
         return f"{self.path}/{self.reader.filename(index)}"
@@ -100,7 +101,7 @@ class NamedImages:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         image, label = self.dataset[index]
-        return image, int(label)
+        return upright(image), int(label)
 
     def name(self, index: int) -> str:
         return f"{self.label}, image {index}"

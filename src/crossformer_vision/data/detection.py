@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 
 from crossformer_vision.data import digits
 from crossformer_vision.data.augmentation import PhotometricDistortion
+from crossformer_vision.data.images import upright
 from crossformer_vision.data.loading import ReadImages, ResumableData, SeededLoader
 from crossformer_vision.errors import UserError
 
@@ -136,10 +137,11 @@ class CocoImages:
         path = (self.folder / file_name).resolve()
         if not path.is_relative_to(self.folder.resolve()):
             raise UserError(f"{self.annotations}: image {image_id}: {file_name} lies outside {self.folder}")
-        image = Image.open(path)
+        image = upright(Image.open(path), labelled=(width, height))
         if image.size != (width, height):
             raise UserError(
-                f"{path}: is {image.size[0]}x{image.size[1]}, {self.annotations} says {width}x{height}"
+                f"{path}: is {image.size[0]}x{image.size[1]} (turned as its EXIF orientation says), "
+                f"{self.annotations} says {width}x{height}"
             )
         objects = self.objects[index]
         target: dict[str, Any] = dict(

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from crossformer_vision.data.images import reason, to_rgb
 from crossformer_vision.errors import UserError
 
 
@@ -55,13 +56,6 @@ class Source(Protocol):
     def name(self, index: int) -> str: ...
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The decoded image in RGB: greyscale, palettes, transparency (dropped) and 16 bits (scaled to 8) too."""
-    if image.mode.startswith("I"):  # PIL would clip 16 bits at 255
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
-
-
 class ReadImages(Dataset[Any]):
     """The samples of a source.
 
@@ -86,12 +80,13 @@ class ReadImages(Dataset[Any]):
             try:
                 image, target = self.source.read(at)
                 image = to_rgb(image)
-            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            except UserError:  # of its labels
+                raise
+            except Exception as error:
                 if not self.skip_corrupt:
-                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                     raise UserError(
-                        f"{self.source.name(at)}: cannot read this image ({reason}); replace it, or leave "
-                        "such images out with --data.skip_corrupt true"
+                        f"{self.source.name(at)}: cannot read this image ({reason(error)}); replace it, or "
+                        "leave such images out with --data.skip_corrupt true"
                     ) from None
                 self.skipped += 1
                 continue

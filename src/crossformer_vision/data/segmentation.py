@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as VF
 
 from crossformer_vision.data import digits
 from crossformer_vision.data.augmentation import PhotometricDistortion
+from crossformer_vision.data.images import upright
 from crossformer_vision.data.loading import ReadImages, ResumableData, SeededLoader
 from crossformer_vision.errors import UserError
 from crossformer_vision.models import find_model
@@ -62,7 +63,7 @@ class MappedImages:
 
     def read(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
         path, label = self.pairs[index]
-        image = Image.open(path)
+        image: Image.Image = Image.open(path)
         try:
             drawn = Image.open(label)
             values = np.asarray(drawn)
@@ -73,8 +74,12 @@ class MappedImages:
             raise UserError(
                 f"{label}: a class map has one class index a pixel (greyscale or palette), not {drawn.mode}"
             )
+        image = upright(image, labelled=drawn.size)
         if drawn.size != image.size:
-            raise UserError(f"{label}: is {_size(drawn)}, its image {path} is {_size(image)}")
+            raise UserError(
+                f"{label}: is {_size(drawn)}, its image {path} is {_size(image)} (turned as its EXIF "
+                "orientation says)"
+            )
         wrong = (values < 0) | (values > 255)
         if wrong.any() or (wrong := (mapped := self.table[values.astype(np.uint8)]) == UNKNOWN).any():
             raise UserError(

@@ -50,7 +50,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None 
 # timm's configurations
 # ------------------------------------------------------------------------------------------------------------
 
-# Lists the published files; `checkpoints` knows where each one is.
+# Lists the published files; `published` knows where each one is.
 PUBLISHED_PAGE = "https://github.com/cheerss/CrossFormer"
 BUNDLED = Path(__file__).parents[1] / "weights"  # those that come with the library
 
@@ -96,7 +96,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-# Networks know no files: `crossformer_vision.checkpoints` sets this to what reads a file, or if none is given
+# Networks know no files: `crossformer_vision.published` sets this to what reads a file, or if none is given
 # the published one of a model.
 read_weights: Callable[[str, str | None], dict[str, Tensor]] | None = None
 

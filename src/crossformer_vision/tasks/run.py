@@ -62,7 +62,7 @@ class Run:
         callbacks += [
             RunFolder(folder, config, resumed),
             LearningRateMonitor("epoch"),
-            ModelCheckpoint(  # before `last`, which keeps what the best one is
+            BestCheckpoint(  # before `last`, which keeps what the best one is
                 folder,
                 "best",
                 monitor=task.monitor,
@@ -97,6 +97,42 @@ def new_folder(name: str) -> Path:
         n += 1
         folder = base.with_name(f"{base.name}-{n}")
     return folder
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """The best validation's weights; of equal scores those of the lower `val_loss`, then the later ones.
+
+    What it knows does not depend on where the run's folder lies: it may be renamed or copied before a resume.
+    """
+
+    best_loss: float | None = None
+
+    @property
+    def state_key(self) -> str:  # that of version 0.1's checkpoints
+        return super().state_key.replace(type(self).__qualname__, "ModelCheckpoint", 1)
+
+    def check_monitor_top_k(self, trainer: L.Trainer, current: torch.Tensor | None = None) -> bool:
+        better = super().check_monitor_top_k(trainer, current)
+        loss = trainer.callback_metrics.get("val_loss")
+        if not better and current is not None and self.best_model_score is not None:
+            equal = float(current) == float(self.best_model_score)
+            lower = loss is None or self.best_loss is None or float(loss) <= self.best_loss
+            better = trainer.strategy.reduce_boolean_decision(equal and lower)
+        if better:
+            self.best_loss = None if loss is None else float(loss)
+        return better
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "best_loss": self.best_loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        path = str(Path(str(self.dirpath)) / f"{self.filename}.ckpt")
+        score = state_dict["best_model_score"]
+        here = {"dirpath": self.dirpath, "best_model_path": path, "kth_best_model_path": path}
+        super().load_state_dict(
+            {**state_dict, **here, "best_k_models": {} if score is None else {path: score}}
+        )
+        self.best_loss = state_dict.get("best_loss")
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -179,20 +215,36 @@ class RunFolder(Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.images, self.seconds, self.batches = 0, 1e-9, 0
-        self.validated = False
+        self.validated, self.validated_step = False, -1
         self.began = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._stop_at_nan(trainer, outputs, batch_idx)
         self.batches += 1
         self.images += len(batch[0]) * trainer.world_size
         self.seconds = time.perf_counter() - self.began
 
+    @staticmethod
+    def _stop_at_nan(trainer: L.Trainer, outputs: Any, batch_idx: int) -> None:
+        """A loss that is no number never becomes one again; on GPUs, where looking waits, now and then."""
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        if isinstance(loss, torch.Tensor) and (loss.device.type == "cpu" or batch_idx % 50 == 0):
+            if not torch.isfinite(loss):
+                lr = trainer.optimizers[0].param_groups[0]["lr"]
+                raise UserError(
+                    f"the loss is {float(loss)} at step {trainer.global_step}, learning rate {lr:.3g}; what "
+                    "was saved before is kept. Try a lower --model.lr, a longer --model.warmup_epochs, "
+                    "--trainer.gradient_clip_val 1, or --trainer.precision 32"
+                )
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.validated = True
+        self.validated, self.validated_step = True, trainer.global_step
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.batches and self.validated_step != trainer.global_step:  # validation has not saved this
+            trainer.save_checkpoint(self.folder / "last.ckpt")
         if not trainer.is_global_zero or not self.batches:  # none: resumed from this epoch's end
             return
         kinds = ("train_", "val_") if self.validated else ("train_",)  # or else an earlier epoch's are there
@@ -266,6 +318,8 @@ def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | Non
     trainer.fit(task, data, ckpt_path=str(folder / "last.ckpt") if resume else None, weights_only=True)
     seconds = time.time() - began
     best = folder / "best.ckpt"
+    if not best.exists():  # nothing was validated
+        best = folder / "last.ckpt"
     # It would validate the last epoch's average in place of the best weights.
     kept = [c for c in trainer.callbacks if not isinstance(c, EMAWeightAveraging)]  # type: ignore[attr-defined]
     trainer.callbacks = kept  # type: ignore[attr-defined]
@@ -295,8 +349,9 @@ def validate(
 
     if checkpoint is not None:
         load_checkpoint(task.net, checkpoint, adapt_classifier=False)
-    metrics = dict(trainer.validate(task, data, verbose=False)[0])
-    if folder is not None and trainer.is_global_zero:
+    found = trainer.validate(task, data, verbose=False)
+    metrics = dict(found[0]) if found else {}  # no validation was wanted
+    if metrics and folder is not None and trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         task.pictures(folder, data.classes)
     return metrics
