@@ -133,6 +133,58 @@ def test_a_drawn_class_map():
     assert np.abs(right - (40 + 0.6 * (colours[9] - 40.0))).max() <= 1
 
 
+def test_predictions_keep_off_what_is_not_theirs(runs, images, tmp_path, monkeypatch, capsys):
+    """Into the photos' own folder, and again: photos stay, drawings are no photos, two calls do not mix."""
+    photo = (images / "a.png").read_bytes()
+    monkeypatch.chdir(images)
+    (images / ".hidden").mkdir()
+    for name in (".hidden/x.png", "._b.png"):
+        Image.new("RGB", (9, 9)).save(images / name)
+    printed = []
+    for _ in range(2):
+        assert main(["predict", str(runs / "segmenter"), ".", "--out", "."]) == 0
+        printed.append(capsys.readouterr().out.splitlines()[-1])
+        assert (images / "a.png").read_bytes() == photo
+        assert [entry["image"] for entry in json.loads((images / "predictions.json").read_text())] == [
+            "a.png", "b.jpg", "below/a.png"
+        ]  # fmt: skip
+        assert sorted(str(p.relative_to(images)) for p in images.rglob("*.png") if "hidden" not in str(p)) == [
+            "._b.png", "a-2.png", "a.png", "b.png", "below/a-2.png", "below/a.png",
+            "class_maps/a-2.png", "class_maps/b.png", "class_maps/below/a-2.png",
+        ]  # fmt: skip
+    assert printed[0] == printed[1] and "3 pictures" in printed[0]
+    (images / "predictions.json").unlink()
+    (images / "predictions.json").write_text("mine")
+    (images / ".crossformer-predictions").write_text("../runs\n")  # nothing outside is removed
+    assert main(["predict", str(runs / "classifier"), "b.jpg", "--out", "."]) == 0
+    assert (images / "predictions.json").read_text() == "mine" and (images / "predictions-2.json").exists()
+
+
+def test_arrays_tensors_and_the_folder_of_a_run(runs, images):
+    predictor = load_predictor(runs / "detector", score=0.05)
+    pixels = np.asarray(Image.open(images / "a.png").convert("RGB"))
+    expected = predictor(images / "a.png")
+    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    for image in (pixels, pixels / 255, tensor, tensor / 255, Image.open(images / "a.png")):
+        found = predictor(image)
+        assert (found.boxes == expected.boxes).all() and found.name == "image"
+    assert predictor(pixels[..., 0]).image.size == (90, 70)
+    with pytest.raises(UserError, match=r"an image of shape \(70, 90, 5\): arrays are \(H, W, 3\)"):
+        predictor(np.zeros((70, 90, 5), np.uint8))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (16, 16), (3, 900), (900, 1)])
+def test_small_and_thin_images(size, runs, tmp_path):
+    Image.new("RGB", size, (200, 10, 10)).save(tmp_path / "x.png")
+    for name in ("classifier", "detector", "segmenter"):
+        result = load_predictor(runs / name)(tmp_path / "x.png")
+        assert result.image.size == size
+        if name == "segmenter":
+            assert result.class_map.shape == size[::-1]
+        if name == "detector":
+            assert result.masks.shape[1:] == size[::-1]
+
+
 def test_one_that_cannot_be_read_stops_no_other(runs, images, tmp_path, capsys):
     (images / "a.png").write_bytes(b"rubbish")
     assert main(["predict", str(runs / "classifier"), str(images), "--out", str(tmp_path / "out")]) == 1

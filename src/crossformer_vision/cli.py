@@ -194,10 +194,7 @@ def predict(args: list[str]) -> None:
     options = parser.parse_args(args)
     from crossformer_vision import predict
 
-    checkpoint = Path(options.run)
-    predictor = predict.load_predictor(
-        checkpoint / "best.ckpt" if checkpoint.is_dir() else checkpoint, options.device, options.score
-    )
+    predictor = predict.load_predictor(options.run, options.device, options.score)
     predict.predict_files(predictor, options.images, Path(options.out))
 
 

@@ -1,11 +1,12 @@
 """A trained checkpoint and an image -> a result that prints, draws and serialises itself."""
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -112,7 +113,8 @@ class Detected:
         return annotations
 
     def to_dict(self) -> dict[str, Any]:
-        return {"image": self.name, "objects": self.to_coco()}
+        size = dict(width=self.image.width, height=self.image.height)
+        return {"image": self.name, **size, "objects": self.to_coco()}
 
 
 @dataclass
@@ -161,6 +163,20 @@ class Segmented:
 
 
 Result = Classified | Detected | Segmented
+Picture = str | os.PathLike[str] | Image.Image | NDArray[Any] | Tensor
+
+
+def _from_array(pixels: NDArray[Any] | Tensor) -> Image.Image:
+    if isinstance(pixels, Tensor):
+        pixels = pixels.detach().cpu().float().numpy() if pixels.is_floating_point() else pixels.cpu().numpy()
+        pixels = pixels.transpose(1, 2, 0) if pixels.ndim == 3 else pixels
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3, 4)):
+        raise UserError(
+            f"an image of shape {tuple(pixels.shape)}: arrays are (H, W, 3) or (H, W), tensors (3, H, W)"
+        )
+    if pixels.dtype.kind == "f":
+        pixels = (pixels * 255).round().clip(0, 255)
+    return Image.fromarray(np.ascontiguousarray(pixels.squeeze(), dtype=np.uint8))
 
 
 class Predictor:
@@ -205,13 +221,19 @@ class Predictor:
         self.net = net.to(device).eval()
 
     @torch.inference_mode()
-    def __call__(self, image: str | os.PathLike[str] | Image.Image) -> Result:
-        """What is in an image: a path, or an image that PIL has opened.
+    def __call__(self, image: Picture) -> Result:
+        """What is in an image.
+
+        Args:
+            image: a path, an image that PIL has opened, an array (H, W, 3) or (H, W), or a tensor (3, H, W);
+                bytes, or floats in 0..1.
 
         Raises:
-            UserError: a file that is missing or no image.
+            UserError: a file that is missing or no image, an array of another shape.
         """
-        name = "image" if isinstance(image, Image.Image) else str(image)
+        name = str(image) if isinstance(image, (str, os.PathLike)) else "image"
+        if isinstance(image, (np.ndarray, Tensor)):
+            image = _from_array(image)
         picture = images.read(image, name)
         if self.task == "classification":
             pixels: Any = self.transform(picture)
@@ -237,27 +259,56 @@ def load_predictor(
     """The trained network of a run.
 
     Args:
-        checkpoint: a run's `best.ckpt` or `last.ckpt`.
+        checkpoint: a run's folder, whose `best.ckpt` is taken, or one of its checkpoint files.
         device: `cpu`, `cuda`, …; the best there is if None.
         score: least score of an object, for detectors.
 
     Raises:
         UserError: a file that is no checkpoint of a run.
     """
-    content = read_checkpoint(checkpoint)
+    path = Path(checkpoint)
+    path = path / "best.ckpt" if path.is_dir() else path
+    content = read_checkpoint(path)
     if device is None:
         device = (
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         )
-    return Predictor(content, str(checkpoint), torch.device(device), score)
+    return Predictor(content, str(path), torch.device(device), score)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files and folders
+# ------------------------------------------------------------------------------------------------------------
+
+OURS = ".crossformer-predictions"  # in a folder of predictions: the files that the last call wrote
+
+
+def _written(folder: Path) -> list[Path]:
+    """The files of earlier predictions in a folder, if it is one of predictions."""
+    try:
+        lines = (folder / OURS).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return []
+    paths = [folder / line for line in lines if line]
+    return [path for path in paths if path.resolve().is_relative_to(folder.resolve())]
 
 
 def find_images(paths: Iterable[str]) -> Iterator[tuple[Path, Path]]:
-    """(file, its name below the folder that was given) of image files and of those in folders, sorted."""
+    """(file, its name below the folder that was given) of image files and of those in folders, sorted.
+
+    In folders, what is hidden and what earlier predictions drew is left out.
+    """
     for text in paths:
         path = Path(text)
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES)
+            drawn = {file.resolve() for mark in path.rglob(OURS) for file in _written(mark.parent)}
+            files = sorted(
+                p
+                for p in path.rglob("*")
+                if p.suffix.lower() in IMAGES
+                and not _hidden(p.relative_to(path))
+                and p.resolve() not in drawn
+            )
             if not files:
                 raise UserError(f"{path}: no images in this folder")
             yield from ((p, p.relative_to(path)) for p in files)
@@ -267,56 +318,113 @@ def find_images(paths: Iterable[str]) -> Iterator[tuple[Path, Path]]:
             raise UserError(f"{path}: no such file or folder")
 
 
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+class OutFolder:
+    """A folder of predictions, in which nothing that is not ours is written over.
+
+    What the last call wrote there is removed at the start, so that the results of two calls do not mix.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in _written(folder):
+            path.unlink(missing_ok=True)
+        self.mark = (folder / OURS).open("w", encoding="utf-8", errors="surrogateescape")
+
+    def claim(self, name: str | Path) -> Path:
+        """A path below the folder that no file has, of this name or with a number behind it."""
+        wanted = self.folder / name
+        path, n = wanted, 1
+        while path.exists():
+            n += 1
+            path = wanted.with_name(f"{wanted.stem}-{n}{wanted.suffix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.mark.write(f"{path.relative_to(self.folder)}\n")
+        self.mark.flush()
+        path.touch()
+        return path
+
+
 def predict_files(predictor: Predictor, paths: Sequence[str], out: Path) -> None:
     """Predict images and folders: a picture of each below `out`, and all results in `predictions.json`.
 
     Detections are written as a COCO file, whose annotations have a `score`; class maps as PNGs in
-    `class_maps/`, too. An image that cannot be read is left out; the others are done, then the error is
-    raised.
+    `class_maps/`, too. Results come into `predictions.jsonl` one by one, and become `predictions.json` at the
+    end: a call that is stopped leaves those that are done. An image that cannot be predicted is left out; the
+    others are done, then the error is raised.
     """
     from rich.progress import track
 
     files = list(find_images(paths))
-    results: list[Result] = []
+    folder = OutFolder(out)
+    lines = folder.claim("predictions.jsonl")
     failed: list[UserError] = []
-    taken: set[Path] = set()
-    for file, name in track(files, "predicting", transient=True):
-        try:
-            result = predictor(file)
-        except UserError as error:
-            failed.append(error)
-            continue
-        results.append(result)
-        picture = out / name.with_suffix(".png")
-        n = 1
-        while picture in taken:
-            n += 1
-            picture = out / name.with_name(f"{name.stem}-{n}.png")
-        taken.add(picture)
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        result.plot().save(picture)
-        if isinstance(result, Segmented):
-            class_map = out / "class_maps" / picture.relative_to(out)
-            class_map.parent.mkdir(parents=True, exist_ok=True)
-            result.to_png().save(class_map)
-        print(result, flush=True)
-    if results:
-        (out / "predictions.json").write_text(json.dumps(_serialised(results), indent=1) + "\n")
-        print(f"{len(results)} pictures and predictions.json in {out}")
+    done = 0
+    with lines.open("w", encoding="utf-8") as stream:
+        for file, name in track(files, "predicting", transient=True):
+            try:
+                result = predictor(file)
+            except Exception as error:  # of this image; the rest is done
+                named = (
+                    error if isinstance(error, UserError) else UserError(f"{file}: {images.reason(error)}")
+                )
+                failed.append(named)
+                continue
+            done += 1
+            picture = folder.claim(name.with_suffix(".png"))
+            result.plot().save(picture)
+            if isinstance(result, Segmented):
+                result.to_png().save(folder.claim(Path("class_maps") / picture.relative_to(out)))
+            stream.write(json.dumps(result.to_dict(), ensure_ascii=False) + "\n")
+            stream.flush()
+            print(str(result).encode("utf-8", "replace").decode("utf-8"), flush=True)
+    if done:
+        target = folder.claim("predictions.json")
+        with target.open("w", encoding="utf-8") as whole:
+            write_results(lines, whole, predictor.classes)
+        print(f"{done} pictures and {target.name} in {out}")
+    lines.unlink()
     if failed:
         raise UserError(f"{failed[0]}; {len(failed)} of {len(files)} images were left out")
 
 
-def _serialised(results: Sequence[Result]) -> Any:
-    annotations: list[dict[str, Any]] = []
-    images = []
-    for n, result in enumerate(results):
-        if not isinstance(result, Detected):
-            continue
-        size = dict(width=result.image.width, height=result.image.height)
-        images.append(dict(id=n + 1, file_name=result.name, **size))
-        annotations += result.to_coco(n + 1, len(annotations) + 1)
-    if not images:
-        return [result.to_dict() for result in results]
-    categories = [dict(id=k + 1, name=name) for k, name in enumerate(results[0].classes)]
-    return {"images": images, "annotations": annotations, "categories": categories}
+def write_results(lines: Path, whole: TextIO, classes: Sequence[str]) -> None:
+    """One JSON of a file of results a line: a list, or of detections COCO's three; held one by one."""
+
+    def results() -> Iterator[dict[str, Any]]:
+        with lines.open(encoding="utf-8") as stream:
+            for line in stream:
+                yield json.loads(line)
+
+    def write(items: Iterable[Any]) -> None:
+        separator = "["
+        for item in items:
+            whole.write(separator + "\n" + json.dumps(item, ensure_ascii=False))
+            separator = ","
+        whole.write("\n]" if separator == "," else "[]")
+
+    def images_of() -> Iterator[dict[str, Any]]:
+        for n, result in enumerate(results()):
+            size = dict(width=result["width"], height=result["height"])
+            yield dict(id=n + 1, file_name=result["image"], **size)
+
+    def annotations() -> Iterator[dict[str, Any]]:
+        number = itertools.count(1)
+        for n, result in enumerate(results()):
+            for found in result["objects"]:
+                yield {**found, "id": next(number), "image_id": n + 1}
+
+    if "objects" not in next(results()):
+        write(results())
+    else:
+        whole.write('{"images": ')
+        write(images_of())
+        whole.write(',\n"annotations": ')
+        write(annotations())
+        categories = [dict(id=k + 1, name=name) for k, name in enumerate(classes)]
+        whole.write(f',\n"categories": {json.dumps(categories, ensure_ascii=False)}}}')
+    whole.write("\n")

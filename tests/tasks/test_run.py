@@ -21,7 +21,7 @@ from crossformer_vision.checkpoints import read_checkpoint
 from crossformer_vision.cli import main
 from crossformer_vision.data.classification import ClassificationData
 from crossformer_vision.tasks.classification import Classification
-from crossformer_vision.tasks.run import AtomicCheckpoints
+from crossformer_vision.tasks.run import AtomicCheckpoints, BestCheckpoint
 
 CROSSFORMER = str(Path(sys.executable).with_name("crossformer"))
 TINY = """
@@ -162,6 +162,94 @@ def test_a_run_of_version_0_1_is_built_as_it_was_trained(tmp_path, capsys, caplo
     assert main(["train", "--resume", str(old), "--trainer.max_epochs", "2"]) == 0
     assert read_checkpoint(old / "last.ckpt")["lda_span"] == "region"
     assert "lda_span: region" in (old / "config.yaml").read_text()
+
+
+class Scored(L.LightningModule):
+    """Validations with these (accuracy, loss)."""
+
+    def __init__(self, scores):
+        super().__init__()
+        self.scores, self.layer = scores, torch.nn.Linear(1, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).sum()
+
+    def validation_step(self, batch, batch_idx):
+        accuracy, loss = self.scores[self.current_epoch]
+        self.log_dict({"val_accuracy": accuracy, "val_loss": loss})
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def best_of(folder, scores):
+    """The epoch that `best.ckpt` is of."""
+    best = BestCheckpoint(
+        folder,
+        "best",
+        monitor="val_accuracy",
+        mode="max",
+        enable_version_counter=False,
+        save_on_train_epoch_end=False,
+    )
+    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
+    batches = torch.utils.data.DataLoader(torch.ones(2, 1))
+    trainer = L.Trainer(max_epochs=len(scores), callbacks=[best], num_sanity_val_steps=0, **quiet)
+    trainer.fit(Scored(scores), batches, batches)
+    return read_checkpoint(folder / "best.ckpt")["epoch"]
+
+
+def test_ties_go_to_the_lower_loss_then_to_the_later(tmp_path):
+    assert best_of(tmp_path / "a", [(0.5, 0.7), (0.5, 0.2), (0.5, 0.4)]) == 1
+    assert best_of(tmp_path / "b", [(0.5, 0.7), (0.6, 0.9), (0.5, 0.1)]) == 1
+    assert best_of(tmp_path / "c", [(0.5, 0.3), (0.5, 0.3), (0.4, 0.1)]) == 1
+
+
+def test_a_renamed_run_keeps_its_best(tmp_path):
+    """`--resume` of a folder that was moved: a worse epoch does not replace the best weights."""
+    assert main(["train", *TINY, "--trainer.max_epochs", "1", "--run.folder", str(tmp_path / "one")]) == 0
+    (tmp_path / "one").rename(tmp_path / "two")
+    path = tmp_path / "two/last.ckpt"
+    content = read_checkpoint(path)
+    (state,) = (
+        v for k, v in content["callbacks"].items() if "'monitor': 'val_accuracy'" in k and "best_loss" in v
+    )
+    state["best_model_score"] = torch.tensor(2.0)  # cannot be reached
+    torch.save(content, path)
+    before = (tmp_path / "two/best.ckpt").read_bytes()
+    assert main(["train", "--resume", str(tmp_path / "two"), "--trainer.max_epochs", "2"]) == 0
+    assert (tmp_path / "two/best.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "options, epochs",
+    [("--trainer.limit_val_batches 0", 3), ("--trainer.check_val_every_n_epoch 2", 3)],
+)
+def test_what_was_trained_is_saved_without_a_validation(options, epochs, tmp_path, capsys):
+    assert main(["train", *TINY, *options.split(), "--run.folder", str(tmp_path)]) == 0
+    assert read_checkpoint(tmp_path / "last.ckpt")["epoch"] + 1 == epochs
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert ("val_accuracy" in results) == ("check_val" in options) and Path(results["checkpoint"]).exists()
+    if "limit" in options:
+        assert "not validated" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):
+    options = "--model.optimizer sgd --model.lr 1e12 --model.warmup_lr 1e12 --model.warmup_epochs 0"
+    options += " --trainer.gradient_clip_val null"
+    assert main(["train", *TINY, *options.split(), "--run.folder", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert (
+        re.search(r"the loss is (nan|inf) at step \d+, learning rate 9\.\d+e\+11", line)
+        and "--model.lr" in line
+    )
+    assert not (tmp_path / "best.ckpt").exists()
+
+
+def test_validate_without_weights_is_refused(capsys):
+    for task in ("classification", "detection", "segmentation"):
+        assert main(["validate", "--task", task, "--model.pretrained", "false"]) == 1
+        assert "validate needs weights: a run's folder" in capsys.readouterr().err
 
 
 def test_the_last_weights_can_be_validated(tmp_path, capsys):

@@ -54,14 +54,20 @@ def map_channels(model: Any) -> list[int]:
 
 
 def feature_maps(model: Any, images: Tensor) -> list[Tensor]:
-    """The maps at strides 4, 8, 16 and 32: (B, 3, H, W) -> 4 x (B, C, ceil(H / stride), ceil(W / stride))."""
+    """The maps at strides 4, 8, 16 and 32: (B, 3, H, W) -> 4 x (B, C, ceil(H / stride), ceil(W / stride)).
+
+    Images of less than 32 pixels, which networks of that stride refuse, are padded up to it.
+    """
     H, W = images.shape[2:]
-    if H % STRIDES[0] or W % STRIDES[0]:  # CrossFormer does so itself; others, such as Swin, refuse
-        images = F.pad(images, (0, -W % STRIDES[0], 0, -H % STRIDES[0]))
+    padded_H, padded_W = (max(STRIDES[-1], -(-side // STRIDES[0]) * STRIDES[0]) for side in (H, W))
+    if (padded_H, padded_W) != (H, W):  # CrossFormer pads to 4 itself; others, such as Swin, refuse
+        images = F.pad(images, (0, padded_W - W, 0, padded_H - H))
     by_stride = dict(zip(model.feature_info.reduction(), model(images), strict=True))
     maps = [by_stride[stride] for stride in STRIDES]
     if model.output_fmt == Format.NHWC:
         maps = [x.permute(0, 3, 1, 2) for x in maps]
+    if min(H, W) < STRIDES[-1]:
+        maps = [x[..., : -(-H // s), : -(-W // s)] for x, s in zip(maps, STRIDES, strict=True)]
     return maps
 
 

@@ -262,7 +262,15 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class Transform(GeneralizedRCNNTransform):
-    """torchvision's, with masks that are pasted aligned."""
+    """torchvision's, with masks that are pasted aligned, for images however thin."""
+
+    def resize(
+        self, image: Tensor, target: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        H, W = image.shape[-2:]
+        least = -(-max(H, W) // self.max_size)  # becomes one pixel
+        image = F.pad(image, (0, max(0, least - W), 0, max(0, least - H)))
+        return super().resize(image, target)
 
     def postprocess(
         self,
@@ -270,8 +278,9 @@ class Transform(GeneralizedRCNNTransform):
         image_shapes: list[tuple[int, int]],
         original_image_sizes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
-        masks = [found.pop("masks") for found in result]
+        masks = [found.pop("masks", None) for found in result]
         result = super().postprocess(result, image_shapes, original_image_sizes)
         for found, probabilities, size in zip(result, masks, original_image_sizes):
-            found["masks"] = paste_masks(probabilities, found["boxes"], size)
+            if probabilities is not None:
+                found["masks"] = paste_masks(probabilities, found["boxes"], size)
         return result

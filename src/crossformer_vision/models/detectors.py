@@ -110,6 +110,8 @@ class RetinaNet(DenseModel, detection.RetinaNet):
             detections_per_img=max_detections,
             **kwargs,
         )
+        parts: Any = self
+        parts.transform.__class__ = Transform
         self.body_name = body_name("backbone.body.", body)
 
     def compute_loss(
