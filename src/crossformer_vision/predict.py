@@ -21,8 +21,6 @@ from crossformer_vision.data import images
 from crossformer_vision.errors import UserError
 from crossformer_vision.models.segmenters import segment
 
-IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
-
 
 @dataclass
 class Classified:
@@ -302,13 +300,11 @@ def find_images(paths: Iterable[str]) -> Iterator[tuple[Path, Path]]:
         path = Path(text)
         if path.is_dir():
             drawn = {file.resolve() for mark in path.rglob(OURS) for file in _written(mark.parent)}
-            files = sorted(
+            files = [
                 p
-                for p in path.rglob("*")
-                if p.suffix.lower() in IMAGES
-                and not _hidden(p.relative_to(path))
-                and p.resolve() not in drawn
-            )
+                for p in images.files_below(path)
+                if p.suffix.lower() in images.EXTENSIONS and p.resolve() not in drawn
+            ]
             if not files:
                 raise UserError(f"{path}: no images in this folder")
             yield from ((p, p.relative_to(path)) for p in files)
@@ -316,10 +312,6 @@ def find_images(paths: Iterable[str]) -> Iterator[tuple[Path, Path]]:
             yield path, Path(path.name)
         else:
             raise UserError(f"{path}: no such file or folder")
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
 class OutFolder:

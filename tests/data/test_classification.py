@@ -43,6 +43,47 @@ def test_folders(tmp_path, val, nested):
     )
 
 
+def test_images_of_every_kind_and_in_linked_folders(tmp_path, caplog):
+    tree(tmp_path / "data")
+    for n, extension in enumerate(("webp", "bmp", "tif", "TIFF", "ppm", "gif", "avif")):
+        image(tmp_path / f"data/train/ant/more.{extension}", seed=n)
+    for i in range(3):
+        image(tmp_path / f"extra/{i}.png", seed=i)
+    (tmp_path / "data/train/bee/more").symlink_to(tmp_path / "extra")
+    (tmp_path / "data/train/bee/loop").symlink_to(tmp_path / "data/train")
+    (tmp_path / "data/train/bee/notes.txt").write_text("x")
+    # what tools leave behind is neither a class nor an image
+    image(tmp_path / "data/train/.ipynb_checkpoints/0.jpg")
+    image(tmp_path / "data/train/ant/.ipynb_checkpoints/0.jpg")
+    image(tmp_path / "data/train/__MACOSX/ant/0.jpg")
+    image(tmp_path / "data/train/ant/hidden.jpg")
+    (tmp_path / "data/train/ant/hidden.jpg").rename(tmp_path / "data/train/ant/._0.jpg")
+    module = data(tmp_path / "data")
+    assert module.num_classes == 2 and module.classes == ["ant", "bee"]
+    samples = module.images["train"].source.samples
+    assert sum(label == 0 for _, label in samples) == 4 + 7
+    assert sum(label == 1 and "loop" not in path for path, label in samples) == 4 + 3
+    assert len(samples) == 18 and "left out 1 files that are no images" in caplog.text
+    for n in range(len(samples)):
+        module.images["train"][n]
+
+
+def test_classes_that_cannot_be_learned(tmp_path):
+    tree(tmp_path / "one", classes=("only",))
+    with pytest.raises(UserError, match="one: has one class, 'only'; a classifier needs two or more"):
+        assert data(tmp_path / "one").num_classes
+    tree(tmp_path / "empty")
+    (tmp_path / "empty/train/cat").mkdir()
+    with pytest.raises(UserError, match=r"empty/train/cat: a class without images"):
+        assert data(tmp_path / "empty").num_classes
+    tree(tmp_path / "links")
+    (tmp_path / "links/train/ant/x.png").symlink_to("/nowhere/x.png")
+    module = data(tmp_path / "links")
+    assert module.num_classes == 2 and len(module.images["train"]) == 9
+    with pytest.raises(UserError, match=r"x.png: cannot read this image .no such file."):
+        module.images["train"][4]
+
+
 def test_tar_files(tmp_path):
     tree(tmp_path / "tree")
     for split in ("train", "val"):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from crossformer_vision import UserError
-from crossformer_vision.data.detection import CocoImages, DetectionData, decode_mask
+from crossformer_vision.data.detection import CocoImages, DetectionData, ToTensors, decode_mask
 
 SQUARE = [10, 10, 30, 10, 30, 40, 10, 40]
 
@@ -165,6 +165,21 @@ def change(path, value):
         (change("annotations.0.segmentation", [[1, 2, 3, 4]]), "annotation 10: a polygon of fewer than three points"),
         (change("annotations.1.segmentation.size", [9, 9]), r"annotation 11: its mask is of size \[9, 9\], the image of"),
         (change("annotations.0.segmentation", None), "annotation 10: has no segmentation"),
+        (change("annotations.0.bbox", [float("nan"), 1, 2, 3]), "annotation 10: its bbox or area has a number that is"),
+        (change("annotations.0.area", float("inf")), "annotation 10: its bbox or area has a number that is none"),
+        (change("annotations.0.area", "big"), "annotation 10: its area or iscrowd is no number"),
+        (change("annotations.0.iscrowd", "yes"), "annotation 10: its area or iscrowd is no number"),
+        (change("annotations.0.image_id", None), "annotation 10: its image_id is None"),
+        (change("annotations.0.segmentation", [1, 2, 3, 4, 5, 6]), "annotation 10: its segmentation is not a list of"),
+        (change("annotations.0.segmentation", [["1"] * 6]), "annotation 10: its segmentation has a value that is no"),
+        (change("annotations.0.segmentation", [[1, 2, 3, float("nan"), 5, 6]]), "annotation 10: its segmentation has a"),
+        (change("annotations.1.segmentation.counts", [100.0, 3400.0]), "annotation 11: the run lengths of its mask are n"),
+        (change("annotations.1.segmentation.counts", [100, 20]), "annotation 11: the run lengths of its mask are of 120"),
+        (change("annotations.0", "x"), "an annotation that is a str"),
+        (change("images.1.id", 100), "two entries have the image id 100"),
+        (change("categories.1.id", 7), "two entries have the category id 7"),
+        (change("categories.1.name", "b"), "two categories have one name"),
+        (change("images.1.width", float("nan")), "not a COCO file: its images need id"),
         (change("categories", {}), "not a COCO file: it needs the lists images, annotations and categories"),
         (change("images.0", {"id": 1}), "not a COCO file: its images need id, file_name, width and height"),
         (change("images", []), "lists no images"),
@@ -191,17 +206,107 @@ def test_missing_files_and_no_json(tmp_path):
         assert data(tmp_path).num_classes
 
 
-def test_boxes_without_area_are_dropped_and_counted(tmp_path, caplog):
+def test_what_lies_outside_is_not_trained_on_and_counted(tmp_path, caplog):
     def edit(content):
         content["annotations"][0]["bbox"] = [200, 10, 20, 30]  # outside
         content["annotations"][1]["bbox"] = [5, 5, 0, 10]
         content["annotations"][3]["bbox"] = [5, 5, 10, -3]
         content["annotations"][4]["bbox"] = [70, 50, 40, 40]  # partly outside an image of 80 x 60
 
-    images = CocoImages(coco(tmp_path, edit=edit), tmp_path / "images/train")
-    assert "3 boxes outside their image or of no size left out, the first: [200, 10, 20, 30]" in caplog.text
+    file = coco(tmp_path, edit=edit)
+    images = CocoImages(file, tmp_path / "images/train", train=True)
+    said = "3 objects outside their image or of no size are not trained on, the first: [200, 10, 20, 30] of"
+    assert said in caplog.text
     assert [len(objects) for objects in images.objects] == [0, 1, 2, 3]
-    assert images.objects[2][0]["box"] == (70, 50, 80, 60)
+    assert images.objects[2][0]["box"] == (70, 50, 110, 90)
+    boxes = ToTensors(lambda *pair: pair, train=True)(*images.read(2))[1]["boxes"]
+    assert boxes[0].tolist() == [70, 50, 80, 60]
+    # COCO's metrics take the truth as the file has it
+    images = CocoImages(file, tmp_path / "images/train")
+    assert [len(objects) for objects in images.objects] == [0, 3, 3, 3]
+    assert ToTensors(lambda *pair: pair, train=False)(*images.read(2))[1]["boxes"][1].tolist() == [
+        70,
+        50,
+        110,
+        90,
+    ]
+
+
+def test_masks_without_a_pixel(tmp_path):
+    def edit(content):
+        content["annotations"][0]["segmentation"] = [[100, 100, 130, 100, 130, 120]]  # outside
+        content["annotations"][1]["segmentation"]["counts"] = [50 * 70]
+        content["annotations"][3]["segmentation"] = [[10.1, 10.1, 10.2, 10.1, 10.2, 10.2]]  # of no pixel
+
+    file = coco(tmp_path, edit=edit)
+    images = CocoImages(file, tmp_path / "images/train", masks=True, train=True)
+    assert [len(objects) for objects in images.objects] == [0, 1, 3, 3]
+    for n in range(4):
+        target = ToTensors(lambda *pair: pair, train=True)(*images.read(n))[1]
+        assert len(target["boxes"]) == len(target["masks"]) == (0, 0, 1, 2)[n]
+        assert target["masks"].flatten(1).any(1).all()
+    with pytest.raises(UserError, match="annotation 10: no pixel of its mask is inside the image"):
+        CocoImages(file, tmp_path / "images/train", masks=True)
+
+
+@pytest.mark.parametrize("side", [800, 672])
+def test_boxes_at_the_border_stay_in_training(side, tmp_path):
+    """The lower right quarter of images whose sizes round badly."""
+    sizes = [(500, 375), (375, 500), (640, 480), (612, 612), (333, 500)]
+    content = dict(images=[], annotations=[], categories=[dict(id=1, name="x")])
+    for i, (w, h) in enumerate(sizes):
+        content["images"].append(dict(id=i, file_name=f"{i}.png", width=w, height=h))
+        content["annotations"].append(
+            dict(id=i, image_id=i, category_id=1, bbox=[w / 2, h / 2, w / 2, h / 2])
+        )
+    for split in ("train", "val"):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(content))
+        for i, size in enumerate(sizes):
+            Image.new("RGB", size).save(tmp_path / "images" / split / f"{i}.png")
+    found = data(tmp_path, detector="retinanet", min_size=side, max_size=1333, hflip=0.0)
+    assert found.num_classes == 1
+    assert all(len(found.images["train"][i][1]["boxes"]) == 1 for i in range(5))
+
+
+def test_categories_are_matched_by_name(tmp_path):
+    coco(tmp_path)
+    coco(tmp_path, "val", edit=change("categories", [{"id": 3, "name": "b"}, {"id": 7, "name": "a"}]))
+    found = data(tmp_path)
+    assert found.num_classes == 2 and found.classes == ["a", "b"]
+    labels = [found.images[split].source.read(1)[1]["labels"].tolist() for split in ("train", "val")]
+    assert labels == [[1, 2, 1], [2, 1, 2]]
+    coco(tmp_path, "val", edit=change("categories.0.name", "z"))
+    with pytest.raises(
+        UserError, match=r"instances_val.json: annotation 11: of category 7 \(z\); known are a, b"
+    ):
+        assert data(tmp_path).num_classes
+
+
+def test_ids_of_other_kinds(tmp_path):
+    """As text, beyond 64 bits, as floats: whole numbers are the same."""
+
+    def edit(content):
+        for image in content["images"]:
+            image["id"] = str(image["id"] + 2**64)
+        for k, annotation in enumerate(content["annotations"]):
+            annotation["image_id"] += 2**64
+            annotation["category_id"] = (float, str)[k % 2](annotation["category_id"])
+        content["images"][0]["id"] = "a hash"
+
+    images = CocoImages(coco(tmp_path, edit=edit), tmp_path / "images/train")
+    assert [len(objects) for objects in images.objects] == [0, 3, 3, 3]
+    assert images.read(1)[1]["image_id"] == 1 and images.read(0)[1]["image_id"] == 0
+
+
+def test_linked_images_are_read(tmp_path):
+    """As git-annex, DVC and shared disks keep them."""
+    file = coco(tmp_path)
+    path = tmp_path / "images/train/1.png"
+    path.rename(tmp_path / "store.png")
+    path.symlink_to(tmp_path / "store.png")
+    assert CocoImages(file, tmp_path / "images/train").read(1)[0].size == (50, 70)
 
 
 def test_images_of_all_kinds(tmp_path):
@@ -236,5 +341,8 @@ def test_a_file_name_cannot_leave_its_folder(tmp_path):
 
 def test_an_image_of_another_size_is_named(tmp_path):
     file = coco(tmp_path, edit=change("images.0.width", 81))
-    with pytest.raises(UserError, match=r"0.png: is 80x60, .*instances_train.json says 81x60"):
+    with pytest.raises(
+        UserError,
+        match=r"0.png: is 80x60 .turned as its EXIF orientation says., .*instances_train.json says 81x60",
+    ):
         CocoImages(file, tmp_path / "images/train").read(0)

@@ -79,6 +79,40 @@ def test_sizes_and_scales_of_validation(tmp_path):
         assert (shown - expected[0]).abs().max() < 1
 
 
+def black_and_white(root, ignore=None, values=(0, 255)):
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        drawn = np.full((40, 50), values[0], np.uint8)
+        drawn[10:20, 10:30] = values[1]
+        Image.fromarray(COLOURS[drawn % 2]).save(root / "images" / split / "x.png")
+        Image.fromarray(drawn).save(root / "annotations" / split / "x.png")
+    listed = {"classes": ["ground", "thing"]} | ({} if ignore is None else {"ignore_index": ignore})
+    (root / "classes.json").write_text(json.dumps(listed))
+    found = data(root)
+    assert found.num_classes == 2
+    return found
+
+
+def test_class_maps_of_drawing_programs(tmp_path, caplog):
+    """0 and 255 alone are two classes, with a notice; unless 255 is said to be ignored."""
+    found = black_and_white(tmp_path / "a")
+    for split in ("train", "val"):
+        assert np.unique(found.images[split].source.read(0)[1]).tolist() == [0, 1]
+    assert "its values are 0 and 255 alone: 255 is taken for 'thing'" in caplog.text
+    found = black_and_white(tmp_path / "b", ignore=255)
+    assert np.unique(found.images["train"].source.read(0)[1]).tolist() == [0, 255]
+    found = black_and_white(tmp_path / "c", values=(1, 255))
+    assert np.unique(found.images["train"].source.read(0)[1]).tolist() == [1, 255]
+
+
+def test_two_images_of_one_class_map(tmp_path):
+    black_and_white(tmp_path)
+    Image.new("RGB", (50, 40)).save(tmp_path / "images/training/x.jpg")
+    with pytest.raises(UserError, match=r"x.png: has the name of x.jpg, but a class map is of one image"):
+        assert data(tmp_path).num_classes
+
+
 def test_crops_go_with_their_class_maps(tmp_path):
     maps(tmp_path, images=6)
     maps(tmp_path, "validation")

@@ -1,5 +1,6 @@
 """Image classification: images and classes on disk, or the digits that come with the library -> batches."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,16 +9,17 @@ from typing import Any, Literal, Protocol
 from PIL import Image
 from timm.data import create_transform, str_to_interp_mode
 from timm.data.dataset_factory import create_dataset
-from timm.data.readers import get_img_extensions
 from timm.data.readers.reader_factory import create_reader
 from torch import Tensor
 from torchvision import transforms
 
 from crossformer_vision.data import digits
-from crossformer_vision.data.images import upright
+from crossformer_vision.data.images import EXTENSIONS, files_below, is_hidden, upright
 from crossformer_vision.data.loading import ReadImages, ResumableData, SeededLoader, Source
 from crossformer_vision.errors import UserError
 from crossformer_vision.models import find_model
+
+log = logging.getLogger("crossformer_vision")
 
 
 class LabelledSource(Source, Protocol):
@@ -33,13 +35,20 @@ class FolderImages:
     """
 
     def __init__(self, folder: Path, classes: list[str]) -> None:
-        extensions = get_img_extensions(as_set=True)
-        files = sorted(p for p in folder.glob("*/**/*") if p.suffix.lower() in extensions and p.is_file())
+        below = [p for p in files_below(folder) if len(p.relative_to(folder).parts) > 1]
+        files = [p for p in below if p.suffix.lower() in EXTENSIONS]
         if not files:
             raise UserError(
                 f"{folder}: no images in class folders; expected {folder.name}/<class>/<image>.jpg"
             )
         names = [p.relative_to(folder).parts[0] for p in files]
+        listed = {p.name for p in folder.iterdir() if p.is_dir() and not is_hidden(Path(p.name))}
+        if empty := sorted(listed - set(names)):
+            raise UserError(
+                f"{folder / empty[0]}: a class without images; put some there, or remove the folder"
+            )
+        if others := [p for p in below if p.suffix.lower() not in EXTENSIONS]:
+            log.warning("%s: left out %d files that are no images: %s, …", folder, len(others), others[0])
         number = _number(folder, sorted(set(names)), classes)
         self.classes = list(number)
         self.samples = [(str(p), number[name]) for p, name in zip(files, names, strict=True)]
@@ -214,6 +223,10 @@ class ClassificationData(ResumableData):
                 self.classes = self.classes or source.classes
                 transform = partial(_with_label, self._transform(stage))
                 self.images[stage] = ReadImages(source, transform, self.skip_corrupt)
+        if len(self.classes) < 2:
+            raise UserError(
+                f"{self.root or self.dataset}: has one class, '{self.classes[0]}'; a classifier needs two or more"
+            )
         return len(self.classes)
 
     def _find(self, stage: str) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -35,82 +36,87 @@ GREY = (124, 116, 104)  # ImageNet's mean, around images that do not fill their 
 class CocoImages:
     """Images and objects of a file in COCO's format.
 
-    Boxes are cut to the image; those of which nothing is left are dropped, with one warning that counts them
-    and names the first.
+    Boxes are kept as the file has them, over the image's border too, for COCO's metrics. Objects of which
+    nothing lies inside their image cannot be learned: they are left out of training, with one warning that
+    counts them and names the first.
 
     Args:
         annotations: the JSON file.
         folder: of the images.
-        categories: COCO's id -> name of the training file; None numbers the file's own, in the order of ids.
+        classes: names of the training file, in the order of their labels; None numbers the file's own, in the
+            order of ids.
         masks: read the segmentations too.
+        train: leave out what cannot be learned.
         skip_empty: leave out images in which no object but crowds is.
 
     Attributes:
-        categories: COCO's id -> name; the label of the k-th is k + 1.
+        categories: name of each of the training file's ids; the label of the k-th is k + 1.
         sizes: (width, height) of each image, as the file says.
 
     Raises:
-        UserError: a file that is missing, no JSON or not COCO's; an annotation of an unknown image or
-            category, without a box, or with a polygon of fewer than three points or a mask of another size.
+        UserError: a file that is missing, no JSON or not COCO's; an id that stands twice; an annotation of an
+            unknown image or category, without a box, with numbers that are none, with a polygon of fewer than
+            three points or a mask of another size; in validation, a mask without a pixel in its image.
     """
 
     def __init__(
         self,
         annotations: Path,
         folder: Path,
-        categories: dict[int, str] | None = None,
+        classes: list[str] | None = None,
         masks: bool = False,
+        train: bool = False,
         skip_empty: bool = False,
     ) -> None:
         self.annotations, self.folder, self.masks = annotations, folder, masks
         content = _read_json(annotations)
         try:
-            found = {
-                int(c["id"]): str(c["name"]) for c in sorted(content["categories"], key=lambda c: c["id"])
-            }
+            listed = [(_id(c["id"]), str(c["name"])) for c in content["categories"]]
             self.images = [
-                (int(i["id"]), str(i["file_name"]), int(i["width"]), int(i["height"]))
+                (_id(i["id"]), str(i["file_name"]), int(i["width"]), int(i["height"]))
                 for i in content["images"]
             ]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"{annotations}: not a COCO file: its images need id, file_name, width and height, its "
                 f"categories id and name ({type(error).__name__}: {error})"
             ) from error
-        if not self.images or not found:
+        if not self.images or not listed:
             raise UserError(f"{annotations}: lists no {'categories' if self.images else 'images'}")
-        self.categories = found if categories is None else categories
+        for what, ids in (("image", [i[0] for i in self.images]), ("category", [c[0] for c in listed])):
+            if len(set(ids)) < len(ids):
+                twice = next(i for i in ids if ids.count(i) > 1)
+                raise UserError(f"{annotations}: two entries have the {what} id {twice}")
+        if all(isinstance(category, int) for category, _ in listed):
+            listed.sort()
+        self.categories = dict(listed)
+        names = list(classes or self.categories.values())
+        if len(set(self.categories.values())) < len(self.categories):
+            raise UserError(f"{annotations}: two categories have one name: {', '.join(map(repr, names[:5]))}")
         self.sizes = [image[2:] for image in self.images]
         number = {image[0]: n for n, image in enumerate(self.images)}
-        label = {category: k + 1 for k, category in enumerate(self.categories)}
         self.objects: list[list[dict[str, Any]]] = [[] for _ in self.images]
-        dropped: list[str] = []
+        unseen: list[str] = []
         for annotation in content["annotations"]:
+            if not isinstance(annotation, dict):
+                raise UserError(f"{annotations}: an annotation that is a {type(annotation).__name__}")
             name = f"{annotations}: annotation {annotation.get('id', '?')}"
-            n, k = number.get(annotation.get("image_id")), label.get(annotation.get("category_id"))
+            n = self._find(number, annotation, "image_id", name)
             if n is None:
                 raise UserError(f"{name}: of image {annotation.get('image_id')}, which is not in the file")
-            if k is None:
-                raise UserError(
-                    f"{name}: of category {annotation.get('category_id')}; known are "
-                    f"{', '.join(f'{i} ({c})' for i, c in list(self.categories.items())[:5])}"
-                )
-            box = self._box(name, annotation, n)
-            if box is None:
-                dropped.append(f"{annotation.get('bbox')} of annotation {annotation.get('id', '?')}")
+            category = self._find(self.categories, annotation, "category_id", name)
+            if category is None or category not in names:
+                what = f"{annotation.get('category_id')}{f' ({category})' if category else ''}"
+                known = [f"{i} ({c})" for i, c in self.categories.items()] if classes is None else names
+                raise UserError(f"{name}: of category {what}; known are {', '.join(known[:5])}")
+            found = self._object(name, annotation, n)
+            outside, empty = found.pop("outside"), found.pop("empty")
+            if train and (outside or empty):
+                unseen.append(f"{annotation.get('bbox')} of annotation {annotation.get('id', '?')}")
                 continue
-            shape = annotation.get("segmentation")
-            if masks:
-                self._check_shape(name, shape, n)
-            self.objects[n].append(
-                dict(
-                    box=box,
-                    label=k,
-                    iscrowd=int(annotation.get("iscrowd", 0)),
-                    area=float(annotation.get("area") or (box[2] - box[0]) * (box[3] - box[1])),
-                    segmentation=shape if masks else None,
-                )
-            )
+            if empty:
+                raise UserError(f"{name}: no pixel of its mask is inside the image; remove it from the file")
+            self.objects[n].append({**found, "label": names.index(category) + 1})
         if skip_empty:
             full = [n for n, objects in enumerate(self.objects) if any(not o["iscrowd"] for o in objects)]
             if not full:
@@ -118,12 +124,12 @@ class CocoImages:
             self.images = [self.images[n] for n in full]
             self.sizes = [self.sizes[n] for n in full]
             self.objects = [self.objects[n] for n in full]
-        if dropped:
+        if unseen:
             log.warning(
-                "%s: %d boxes outside their image or of no size left out, the first: %s",
+                "%s: %d objects outside their image or of no size are not trained on, the first: %s",
                 annotations,
-                len(dropped),
-                dropped[0],
+                len(unseen),
+                unseen[0],
             )
 
     def __len__(self) -> int:
@@ -134,9 +140,9 @@ class CocoImages:
 
     def read(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
         image_id, file_name, width, height = self.images[index]
-        path = (self.folder / file_name).resolve()
-        if not path.is_relative_to(self.folder.resolve()):
+        if Path(file_name).is_absolute() or ".." in Path(file_name).parts:  # a link may lead anywhere
             raise UserError(f"{self.annotations}: image {image_id}: {file_name} lies outside {self.folder}")
+        path = self.folder / file_name
         image = upright(Image.open(path), labelled=(width, height))
         if image.size != (width, height):
             raise UserError(
@@ -145,38 +151,98 @@ class CocoImages:
             )
         objects = self.objects[index]
         target: dict[str, Any] = dict(
-            image_id=image_id,
+            image_id=image_id if isinstance(image_id, int) and abs(image_id) < 2**63 else index,
             boxes=np.array([o["box"] for o in objects], np.float32).reshape(-1, 4),
             labels=np.array([o["label"] for o in objects], np.int64),
             iscrowd=np.array([o["iscrowd"] for o in objects], np.int64),
             area=np.array([o["area"] for o in objects], np.float32),
         )
         if self.masks:
-            shapes = [decode_mask(o["segmentation"], width, height) for o in objects]
+            shapes = [self._mask(o, width, height) for o in objects]
             target["masks"] = np.stack(shapes) if shapes else np.zeros((0, height, width), np.uint8)
         return image, target
 
-    def _box(self, name: str, annotation: dict[str, Any], n: int) -> tuple[float, ...] | None:
-        """x1, y1, x2, y2 of an annotation, cut to its image; None where nothing is left."""
+    def _mask(self, found: dict[str, Any], width: int, height: int) -> NDArray[np.uint8]:
+        try:
+            return decode_mask(found["segmentation"], width, height)
+        except Exception as error:  # of the C code
+            raise UserError(f"{found['name']}: its mask cannot be decoded ({error})") from None
+
+    def _find(self, known: dict[Any, Any], annotation: dict[str, Any], key: str, name: str) -> Any:
+        try:
+            return known.get(_id(annotation.get(key)))
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(f"{name}: its {key} is {annotation.get(key)!r}") from None
+
+    def _object(self, name: str, annotation: dict[str, Any], n: int) -> dict[str, Any]:
+        """Box (x1, y1, x2, y2), area, crowd and shape of an annotation; whether they are inside the image."""
         width, height = self.sizes[n]
         try:
             x, y, w, h = (float(value) for value in annotation["bbox"])
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{name}: its bbox is not [x, y, width, height]") from None
-        box = (max(0.0, x), max(0.0, y), min(width, x + w), min(height, y + h))
-        return box if w > 0 and h > 0 and box[2] > box[0] and box[3] > box[1] else None
+        area = annotation.get("area")
+        try:
+            area = w * h if area is None else float(area)
+            crowd = int(annotation.get("iscrowd") or 0)
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(
+                f"{name}: its area or iscrowd is no number ({area!r}, {annotation.get('iscrowd')!r})"
+            ) from None
+        if not all(map(math.isfinite, (x, y, w, h, area))):
+            raise UserError(
+                f"{name}: its bbox or area has a number that is none: {annotation['bbox']}, {area}"
+            )
+        box = (x, y, x + w, y + h)
+        inside = w > 0 and h > 0 and min(width, box[2]) > max(0, x) and min(height, box[3]) > max(0, y)
+        shape = annotation.get("segmentation")
+        found = dict(name=name, box=box, iscrowd=crowd, area=area, outside=not inside, empty=False)
+        if self.masks:
+            found |= {"segmentation": shape, "empty": not self._check_shape(name, shape, n)}
+        return found
 
-    def _check_shape(self, name: str, shape: Any, n: int) -> None:
+    def _check_shape(self, name: str, shape: Any, n: int) -> bool:
+        """Whether any of it may lie inside the image."""
         width, height = self.sizes[n]
         if isinstance(shape, dict):
-            if list(shape.get("size", ())) != [height, width] or not shape.get("counts"):
+            counts = shape.get("counts")
+            if list(shape.get("size") or ()) != [height, width] or not counts:
                 raise UserError(
                     f"{name}: its mask is of size {shape.get('size')}, the image of [{height}, {width}]"
                 )
-        elif not isinstance(shape, list) or not shape:
+            if isinstance(counts, (str, bytes)):
+                return True
+            if not isinstance(counts, list) or not all(isinstance(c, int) and c >= 0 for c in counts):
+                raise UserError(f"{name}: the run lengths of its mask are not whole numbers")
+            if sum(counts) != width * height:
+                raise UserError(
+                    f"{name}: the run lengths of its mask are of {sum(counts)} pixels, the image has "
+                    f"{width * height}"
+                )
+            return any(counts[1::2])
+        if not isinstance(shape, list) or not shape:
             raise UserError(f"{name}: has no segmentation; without masks there is --model.detector retinanet")
-        elif any(len(polygon) < 6 or len(polygon) % 2 for polygon in shape):
+        if not all(isinstance(polygon, list) for polygon in shape):
+            raise UserError(f"{name}: its segmentation is not a list of polygons, [[x1, y1, x2, y2, …], …]")
+        if any(len(polygon) < 6 or len(polygon) % 2 for polygon in shape):
             raise UserError(f"{name}: a polygon of fewer than three points in its segmentation")
+        values = [value for polygon in shape for value in polygon]
+        if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+            raise UserError(f"{name}: its segmentation has a value that is no number")
+        return any(
+            max(p[0::2]) > 0 and min(p[0::2]) < width and max(p[1::2]) > 0 and min(p[1::2]) < height
+            for p in shape
+        )
+
+
+def _id(value: Any) -> int | str:
+    """An id to look up: whole numbers are the same as integers, floats or text."""
+    if isinstance(value, str):
+        return int(value) if value.lstrip("-").isdecimal() and value.isascii() else value
+    number = int(value)
+    if number != value:
+        raise ValueError(f"id {value}")
+    return number
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -184,7 +250,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such annotation file")
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict) or not all(
         isinstance(content.get(key), list) for key in ("images", "annotations", "categories")
@@ -241,13 +307,19 @@ class ToTensors:
 
     def __call__(self, image: Image.Image, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         canvas = (image.height, image.width)
-        kept = target["iscrowd"] == 0 if self.train else np.ones(len(target["labels"]), bool)
+        kept = np.ones(len(target["labels"]), bool)
+        if self.train:
+            kept = target["iscrowd"] == 0
+            if "masks" in target:
+                kept &= target["masks"].any((1, 2))
         tensors: dict[str, Any] = {
             name: torch.from_numpy(value[kept])
             for name, value in target.items()
             if isinstance(value, np.ndarray) and not (self.train and name in ("iscrowd", "area"))
         }
         tensors["boxes"] = tv_tensors.BoundingBoxes(tensors["boxes"], format="XYXY", canvas_size=canvas)
+        if self.train:  # what is not in the picture cannot be learned; rounding may leave it, too
+            tensors["boxes"] = v2.functional.clamp_bounding_boxes(tensors["boxes"])
         if "masks" in tensors:
             tensors["masks"] = tv_tensors.Mask(tensors["masks"])
         pixels, tensors = self.transform(v2.functional.pil_to_tensor(image), tensors)
@@ -319,7 +391,7 @@ class DetectionData(ResumableData):
         self.scale_jitter, self.photometric, self.skip_empty = scale_jitter, photometric, skip_empty
         self.image_size = image_size
         self.lengths = {"train": train_images, "val": val_images}
-        self.categories: dict[int, str] = {}
+        self.categories: dict[Any, str] = {}
 
     @property
     def classes(self) -> list[str]:
@@ -347,8 +419,9 @@ class DetectionData(ResumableData):
     def _source(self, stage: str) -> Any:
         if self.root is None:
             return DigitObjects(stage, self.lengths[stage], self.image_size, self.masks, self.seed)
-        skip_empty = self.skip_empty and stage == "train"
-        return CocoImages(*self._find(stage), self.categories or None, self.masks, skip_empty)
+        train = stage == "train"
+        skip_empty = self.skip_empty and train
+        return CocoImages(*self._find(stage), self.classes or None, self.masks, train, skip_empty)
 
     def _find(self, stage: str) -> tuple[Path, Path]:
         """The annotation file and the folder of images of a split."""
@@ -385,7 +458,7 @@ class DetectionData(ResumableData):
             else:
                 steps.append(v2.RandomShortestSize(self.min_sizes, self.max_size, antialias=False))
             steps += [v2.RandomHorizontalFlip(self.hflip), v2.RandomVerticalFlip(self.vflip)]
-            steps.append(v2.SanitizeBoundingBoxes())
+            steps += [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
         # Of the plain tensors a target holds, none is an image.
         steps.append(v2.ToDtype({torch.Tensor: torch.float32, "others": None}, scale=True))
         return v2.Compose(steps)

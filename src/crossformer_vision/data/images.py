@@ -1,5 +1,7 @@
 """One image on disk, or in memory, as a person sees it: upright, in RGB, 8 bits."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,33 @@ from PIL import Image, ImageOps
 from crossformer_vision.errors import UserError
 
 ORIENTATION = 0x0112  # EXIF's tag
+# fmt: off
+EXTENSIONS = {
+    ".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif", ".jp2", ".ppm", ".pgm",
+    ".pbm",
+}
+# fmt: on
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether it, or a folder on its way, is what tools leave behind: `.ipynb_checkpoints`, `._x.jpg`, …"""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files below a folder that are not hidden, sorted; linked folders too, each once."""
+    found: list[Path] = []
+    seen = set()
+    for at, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(at)
+        if real in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        below = Path(at).relative_to(folder)
+        folders[:] = [name for name in folders if not is_hidden(Path(name))]
+        found += [folder / below / name for name in files if not is_hidden(Path(name))]
+    return sorted(found)
 
 
 def upright(image: Image.Image, labelled: tuple[int, int] | None = None) -> Image.Image:

@@ -1,6 +1,7 @@
 """Semantic segmentation: images and class maps, or the digits that come with the library -> batches."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,10 +19,12 @@ from torchvision.transforms.v2 import functional as VF
 
 from crossformer_vision.data import digits
 from crossformer_vision.data.augmentation import PhotometricDistortion
-from crossformer_vision.data.images import upright
+from crossformer_vision.data.images import EXTENSIONS, files_below, upright
 from crossformer_vision.data.loading import ReadImages, ResumableData, SeededLoader
 from crossformer_vision.errors import UserError
 from crossformer_vision.models import find_model
+
+log = logging.getLogger("crossformer_vision")
 
 IGNORED = 255  # in class maps: no class, neither trained on nor counted
 UNKNOWN = 254  # in tables: a value that no class map may have
@@ -100,6 +103,22 @@ def table(classes: int, first: int = 0, ignored: int = IGNORED) -> NDArray[np.ui
     return values
 
 
+def takes_255_for_a_class(root: Path, pairs: list[tuple[Path, Path]], classes: list[str]) -> bool:
+    """Whether class maps of two classes are of 0 and 255, as drawing programs make them.
+
+    By the first ten, where `classes.json` does not say that 255 is ignored.
+    """
+    if len(classes) != 2 or "ignore_index" in (root / "classes.json").read_text(encoding="utf-8"):
+        return False
+    values: set[int] = set()
+    for _, path in pairs[:10]:
+        try:
+            values |= set(np.unique(np.asarray(Image.open(path))).tolist())
+        except Exception:  # said when it is read
+            return False
+    return values == {0, 255}
+
+
 def read_classes(root: Path) -> tuple[list[str], NDArray[np.uint8]]:
     """Names and table of a folder in ADE20K's layout.
 
@@ -134,11 +153,19 @@ def read_classes(root: Path) -> tuple[list[str], NDArray[np.uint8]]:
 
 def pair_files(images: Path, maps: Path) -> list[tuple[Path, Path]]:
     """Images and their class maps: of the same name, below the same folder."""
-    kinds = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-    found = [
-        {p.relative_to(folder).with_suffix(""): p for p in sorted(folder.rglob("*")) if p.suffix.lower() in k}
-        for folder, k in ((images, kinds), (maps, {".png", ".bmp", ".tif", ".tiff"}))
-    ]
+    found: list[dict[Path, Path]] = []
+    for folder, kinds in ((images, EXTENSIONS), (maps, {".png", ".bmp", ".tif", ".tiff"})):
+        named: dict[Path, Path] = {}
+        for path in files_below(folder):
+            name = path.relative_to(folder).with_suffix("")
+            if path.suffix.lower() not in kinds:
+                continue
+            if name in named:
+                raise UserError(
+                    f"{path}: has the name of {named[name].name}, but a class map is of one image"
+                )
+            named[name] = path
+        found.append(named)
     if not found[0]:
         raise UserError(f"{images}: no images in this folder")
     for one, other, what in ((0, 1, f"class map in {maps}"), (1, 0, f"image in {images}")):
@@ -348,6 +375,7 @@ class SegmentationData(ResumableData):
         self.augmentation = Augmentation(self.to_input, crop_size, scales, max_share, hflip, photometric)
         self.lengths = {"train": train_images, "val": val_images}
         self.classes: list[str] = []
+        self.white_is_a_class = False
 
     @property
     def num_classes(self) -> int:
@@ -389,7 +417,18 @@ class SegmentationData(ResumableData):
             if images.is_dir():
                 if not maps.is_dir():
                     raise UserError(f"{maps}: no such folder, for the class maps of {images}")
-                return MappedImages(pair_files(images, maps), *read_classes(root))
+                pairs, (names, values) = pair_files(images, maps), read_classes(root)
+                if stage == "train" and takes_255_for_a_class(root, pairs, names):
+                    log.warning(
+                        "%s: its values are 0 and 255 alone: 255 is taken for '%s'. If it is to be ignored, "
+                        'say so in classes.json: "ignore_index": 255',
+                        maps,
+                        names[1],
+                    )
+                    self.white_is_a_class = True
+                if self.white_is_a_class:
+                    values[IGNORED] = 1
+                return MappedImages(pairs, names, values)
         raise UserError(
             f"{root / 'images' / split}: no such folder; name the split with --data.{stage}_split"
         )
