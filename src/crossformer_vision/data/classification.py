@@ -224,9 +224,8 @@ class ClassificationData(ResumableData):
                 transform = partial(_with_label, self._transform(stage))
                 self.images[stage] = ReadImages(source, transform, self.skip_corrupt)
         if len(self.classes) < 2:
-            raise UserError(
-                f"{self.root or self.dataset}: has one class, '{self.classes[0]}'; a classifier needs two or more"
-            )
+            only = f"{self.root or self.dataset}: has one class, '{self.classes[0]}'"
+            raise UserError(f"{only}; a classifier needs two or more")
         return len(self.classes)
 
     def _find(self, stage: str) -> Path:
