@@ -2,12 +2,23 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from data.test_classification import tree
 
+import crossformer_vision
 from crossformer_vision.cli import main
+
+
+def test_as_a_module_and_for_tools():
+    done = subprocess.run(
+        [sys.executable, "-m", "crossformer_vision", "--version"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.strip() == crossformer_vision.__version__
+    assert set(crossformer_vision.__all__) <= set(dir(crossformer_vision))
+    assert (Path(crossformer_vision.__file__).parent / "py.typed").exists()
 
 
 def test_help_imports_nothing_heavy():

@@ -35,6 +35,10 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
+
+
 # Importing registers the models and the way to their weights. The installed command alone puts that off until
 # a verb needs it, so that its help does not wait seconds for torch.
 if PurePath(next(iter(sys.argv), "")).name not in ("crossformer", "crossformer.exe"):

@@ -81,9 +81,9 @@ def main(argv: list[str] | None = None) -> int:
         print(HELP, end="")
         return 0
     if args[0] == "--version":
-        from importlib.metadata import version
+        from crossformer_vision import __version__
 
-        print(version("crossformer-vision"))
+        print(__version__)
         return 0
     verbs = {
         "train": train,

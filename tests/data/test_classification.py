@@ -84,6 +84,18 @@ def test_classes_that_cannot_be_learned(tmp_path):
         module.images["train"][4]
 
 
+def test_unreadable_images_are_left_out_of_validation(tmp_path):
+    """In training a neighbour stands in; in validation nothing is counted twice."""
+    tree(tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / split / "ant/0.jpg").write_bytes(b"broken")
+    module = data(tmp_path, skip_corrupt=True)
+    assert module.num_classes == 2
+    seen = [x.numpy().tobytes() for batch, _ in module.val_dataloader() for x in batch]
+    assert len(seen) == len(set(seen)) == 7
+    assert sum(len(batch) for batch, _ in module.train_dataloader()) == 8 and module.skipped == 2
+
+
 def test_tar_files(tmp_path):
     tree(tmp_path / "tree")
     for split in ("train", "val"):

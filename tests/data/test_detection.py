@@ -329,7 +329,9 @@ def test_images_of_all_kinds(tmp_path):
             found.images["val"][n]
     lenient = data(tmp_path, skip_corrupt=True)
     assert lenient.num_classes
-    assert len(lenient.images["val"][3][1]["boxes"]) == 0 and lenient.skipped == 2  # image 0 stands in
+    assert lenient.images["val"][3] is None and lenient.skipped == 1
+    batches = list(lenient.val_dataloader())
+    assert [batch is None for batch in batches] == [False, False, False, True, True]
 
 
 def test_a_file_name_cannot_leave_its_folder(tmp_path):

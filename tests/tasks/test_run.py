@@ -234,6 +234,11 @@ def test_what_was_trained_is_saved_without_a_validation(options, epochs, tmp_pat
         assert "not validated" in capsys.readouterr().out
 
 
+def test_one_batch_to_try(tmp_path, capsys):
+    assert main(["train", *TINY, "--trainer.fast_dev_run", "true", "--run.folder", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["checkpoint"] is None
+
+
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):
     options = "--model.optimizer sgd --model.lr 1e12 --model.warmup_lr 1e12 --model.warmup_epochs 0"
     options += " --trainer.gradient_clip_val null"

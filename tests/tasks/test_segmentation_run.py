@@ -70,11 +70,16 @@ def test_a_run_leaves_its_folder(segmenter, tmp_path, capsys):
         assert "upernet normalises over a batch: take --data.batch_size 2 or more" in capsys.readouterr().err
 
 
-def test_a_run_of_so_many_steps(tmp_path, capsys):
+def test_a_run_of_so_many_steps(tmp_path, capsys, monkeypatch):
     """By iterations: poly schedule, a validation at the last step, in the middle of an epoch."""
     options = f"--run.folder {tmp_path} --trainer.max_epochs -1 --trainer.max_steps 6 --model.schedule poly"
     options += " --trainer.val_check_interval 3 --trainer.check_val_every_n_epoch null --model.min_lr 0"
     options += " --model.warmup_steps 0 --model.lr 0.01 --model.power 0.5"
+    by_epochs = options.replace("--model.warmup_steps 0", "--model.warmup_epochs 1").replace(
+        str(tmp_path), "other"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *TINY, *by_epochs.split()]) == 0  # the epoch's length is known by then
     assert main(["train", *TINY, *options.split()]) == 0
     assert "step 6/6" in capsys.readouterr().out
     first, last = rows(tmp_path)  # four steps an epoch

@@ -222,7 +222,7 @@ class ClassificationData(ResumableData):
                 source = self._source(stage)
                 self.classes = self.classes or source.classes
                 transform = partial(_with_label, self._transform(stage))
-                self.images[stage] = ReadImages(source, transform, self.skip_corrupt)
+                self.images[stage] = ReadImages(source, transform, self.skip_corrupt, stage == "train")
         if len(self.classes) < 2:
             only = f"{self.root or self.dataset}: has one class, '{self.classes[0]}'"
             raise UserError(f"{only}; a classifier needs two or more")

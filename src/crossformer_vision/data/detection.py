@@ -410,7 +410,7 @@ class DetectionData(ResumableData):
                 source = self._source(stage)
                 self.categories = self.categories or source.categories
                 transform = ToTensors(self._transform(stage), train=stage == "train")
-                self.images[stage] = ReadImages(source, transform, self.skip_corrupt)
+                self.images[stage] = ReadImages(source, transform, self.skip_corrupt, stage == "train")
         return len(self.categories)
 
     def describe(self) -> dict[str, Any]:

@@ -62,13 +62,20 @@ class ReadImages(Dataset[Any]):
     Args:
         source: of images and their targets.
         transform: (image in RGB, target) -> sample.
-        skip_corrupt: replace an image that cannot be read by the next one and count it, instead of stopping.
+        skip_corrupt: count an image that cannot be read, instead of stopping. In training the next one stands
+            in for it, so that batches stay full; otherwise it is left out: the sample is None.
+        train: whether this is training.
     """
 
     def __init__(
-        self, source: Source, transform: Callable[[Image.Image, Any], Any], skip_corrupt: bool
+        self,
+        source: Source,
+        transform: Callable[[Image.Image, Any], Any],
+        skip_corrupt: bool,
+        train: bool = True,
     ) -> None:
         self.source, self.transform, self.skip_corrupt = source, transform, skip_corrupt
+        self.train = train
         self.skipped = torch.zeros(1, dtype=torch.int64).share_memory_()  # counted by all workers
 
     def __len__(self) -> int:
@@ -89,6 +96,8 @@ class ReadImages(Dataset[Any]):
                         "leave such images out with --data.skip_corrupt true"
                     ) from None
                 self.skipped += 1
+                if not self.train:
+                    return None
                 continue
             return self.transform(image, target)
         raise UserError(f"none of the {len(self)} images can be read")
@@ -177,12 +186,16 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
 
 class Collate:
-    """Samples -> batch; None where a process has no share of the last validation batch."""
+    """Samples -> batch, without those that could not be read; None where nothing is left.
+
+    That happens where a process has no share of the last validation batch, too.
+    """
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
 
     def __call__(self, samples: list[Any]) -> Any:
+        samples = [sample for sample in samples if sample is not None]
         return self.collate(samples) if samples else None
 
 

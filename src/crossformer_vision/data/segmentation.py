@@ -391,7 +391,7 @@ class SegmentationData(ResumableData):
             ):
                 source: Any = self._source(stage)
                 self.classes = source.classes
-                self.images[stage] = ReadImages(source, transform, self.skip_corrupt)
+                self.images[stage] = ReadImages(source, transform, self.skip_corrupt, stage == "train")
         return len(self.classes)
 
     def describe(self) -> dict[str, Any]:

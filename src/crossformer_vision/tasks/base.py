@@ -82,6 +82,8 @@ class Task(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer()
+        if self.trainer.train_dataloader is None:  # where only steps are given, Lightning has not looked yet
+            self.trainer.fit_loop.setup_data()
         steps = int(self.trainer.estimated_stepping_batches)
         epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         warmup = round(self.warmup_epochs * epoch) if self.warmup_steps is None else self.warmup_steps

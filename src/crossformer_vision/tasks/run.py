@@ -317,20 +317,19 @@ def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | Non
     began = time.time()
     trainer.fit(task, data, ckpt_path=str(folder / "last.ckpt") if resume else None, weights_only=True)
     seconds = time.time() - began
-    best = folder / "best.ckpt"
-    if not best.exists():  # nothing was validated
-        best = folder / "last.ckpt"
+    # Without a validation there is no best one, and `fast_dev_run` saves nothing.
+    saved = [path for path in (folder / "best.ckpt", folder / "last.ckpt") if path.exists()]
     # It would validate the last epoch's average in place of the best weights.
     kept = [c for c in trainer.callbacks if not isinstance(c, EMAWeightAveraging)]  # type: ignore[attr-defined]
     trainer.callbacks = kept  # type: ignore[attr-defined]
-    metrics = validate(trainer, task, data, best, folder)
+    metrics = validate(trainer, task, data, saved[0] if saved else None, folder)
     results = {
         **parts(task),
         "parameters": params,
         **metrics,
         "epochs": trainer.current_epoch,
         "minutes": round(seconds / 60, 2),
-        "checkpoint": str(best),
+        "checkpoint": str(saved[0]) if saved else None,
         "command": " ".join(["crossformer", *sys.argv[1:]]),
         "hardware": hardware(),
         "torch": torch.__version__,
