@@ -207,6 +207,7 @@ def file_2021(tmp_path, monkeypatch):
     return write_file_of_2021(path, "crossformer_tiny", monkeypatch)
 
 
+@pytest.mark.filterwarnings("ignore:.*meta parameter")
 @pytest.mark.parametrize("name", FILE_2021)
 def test_the_entries_of_2021_are_the_networks_and_buffers(name):
     with torch.device("meta"):

@@ -69,7 +69,7 @@ def test_import_registers_and_names_are_public():
         (
             "train --data.image_size 16",
             1,
-            "image of 16x16 pixels is too small: CrossFormer needs 32x32 or more",
+            "image of 16x16 pixels is too small: 32x32 or more are needed",
         ),
         ("train --model.checkpoint cut.pth", 1, "cut.pth: truncated or not a checkpoint"),
         ("train --model.checkpoint other.pth", 1, "other.pth: none of its weights fits this model"),
