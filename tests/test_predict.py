@@ -169,6 +169,7 @@ def test_arrays_tensors_and_the_folder_of_a_run(runs, images):
         found = predictor(image)
         assert (found.boxes == expected.boxes).all() and found.name == "image"
     assert predictor(pixels[..., 0]).image.size == (90, 70)
+    assert predictor(pixels[:1]).image.size == (90, 1) and predictor(tensor[:1]).image.size == (90, 70)
     with pytest.raises(UserError, match=r"an image of shape \(70, 90, 5\): arrays are \(H, W, 3\)"):
         predictor(np.zeros((70, 90, 5), np.uint8))
 

@@ -174,7 +174,9 @@ def _from_array(pixels: NDArray[Any] | Tensor) -> Image.Image:
         )
     if pixels.dtype.kind == "f":
         pixels = (pixels * 255).round().clip(0, 255)
-    return Image.fromarray(np.ascontiguousarray(pixels.squeeze(), dtype=np.uint8))
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    return Image.fromarray(np.ascontiguousarray(pixels, dtype=np.uint8))
 
 
 class Predictor:
@@ -324,7 +326,8 @@ class OutFolder:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         for path in _written(folder):
-            path.unlink(missing_ok=True)
+            if path.is_file():
+                path.unlink()
         self.mark = (folder / OURS).open("w", encoding="utf-8", errors="surrogateescape")
 
     def claim(self, name: str | Path) -> Path:
