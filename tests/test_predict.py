@@ -1,6 +1,7 @@
 """Trained checkpoints on images and folders: results, pictures, JSON, errors."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def test_detector_writes_coco(runs, images, tmp_path):
     assert main(["predict", str(runs / "detector"), str(images), str(images / "a.png"), *options]) == 0
     for name, size in (
         ("a.png", (90, 70)),
-        ("b.png", (50, 64)),
+        ("b.jpg", (50, 64)),
         ("below/a.png", (120, 40)),
         ("a-2.png", (90, 70)),
     ):
@@ -115,7 +116,8 @@ def test_segmenter_writes_class_maps_and_areas(runs, images, tmp_path):
             assert area["pixels"] == (result.class_map == k).sum() > 0
         assert sum(area["pixels"] for area in entry["areas"]) == size[0] * size[1]
         assert sum(area["share"] for area in entry["areas"]) == pytest.approx(1, abs=1e-4)
-        assert Image.open(out / name).width >= 240  # small pictures are enlarged, for their legend
+        picture = out / Path(entry["image"]).relative_to(images)  # of the photo's own format
+        assert Image.open(picture).width >= 240  # small pictures are enlarged, for their legend
 
 
 def test_a_drawn_class_map():
@@ -149,9 +151,10 @@ def test_predictions_keep_off_what_is_not_theirs(runs, images, tmp_path, monkeyp
             "a.png", "b.jpg", "below/a.png"
         ]  # fmt: skip
         assert sorted(str(p.relative_to(images)) for p in images.rglob("*.png") if "hidden" not in str(p)) == [
-            "._b.png", "a-2.png", "a.png", "b.png", "below/a-2.png", "below/a.png",
-            "class_maps/a-2.png", "class_maps/b.png", "class_maps/below/a-2.png",
+            "._b.png", "a-2.png", "a.png", "below/a-2.png", "below/a.png",
+            "class_maps/a-2.png", "class_maps/b-2.png", "class_maps/below/a-2.png",
         ]  # fmt: skip
+        assert sorted(p.name for p in images.glob("*.jpg")) == ["b-2.jpg", "b.jpg"]
     assert printed[0] == printed[1] and "3 pictures" in printed[0]
     (images / "predictions.json").unlink()
     (images / "predictions.json").write_text("mine")

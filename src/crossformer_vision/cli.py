@@ -3,9 +3,8 @@
 import sys
 import traceback
 from argparse import ArgumentError
-from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 HELP = """\
 usage: crossformer VERB [options]      crossformer VERB --help for all options of a verb
@@ -27,9 +26,9 @@ examples
   crossformer train --config quickstart/detection.yaml
   crossformer train --task detection --data.root my_coco --model.detector mask_rcnn
   crossformer train --task segmentation --data.root my_maps --model.segmenter upernet
-  crossformer train --resume runs/my-run
-  crossformer validate runs/my-run
-  crossformer predict runs/my-run photo.jpg more_photos/
+  crossformer train --resume runs/classification-crossformer_small
+  crossformer validate runs/classification-crossformer_small
+  crossformer predict runs/classification-crossformer_small photo.jpg more_photos/
   crossformer info crossformer_small --detector mask_rcnn
   crossformer download crossformer_small
 
@@ -39,37 +38,6 @@ my_maps holds images/training/ and annotations/training/, PNGs with a class inde
 validation, and classes.json.
 --debug with any verb shows the traceback of an error.   --version shows the version.
 """
-
-
-class TaskParts(NamedTuple):
-    """Where a task's classes are, its configuration by default, what its data take from its model."""
-
-    module: str  # in `tasks` and in `data`
-    task: str
-    data: str
-    quickstart: str
-    links: tuple[str, ...]  # options of the model that the data have, too
-
-
-TASKS = {
-    "classification": TaskParts(
-        "classification", "Classification", "ClassificationData", "quickstart/classification.yaml", ("model",)
-    ),
-    "detection": TaskParts(
-        "detection",
-        "Detection",
-        "DetectionData",
-        "quickstart/detection.yaml",
-        ("detector", "min_size", "max_size"),
-    ),
-    "segmentation": TaskParts(
-        "segmentation",
-        "Segmentation",
-        "SegmentationData",
-        "quickstart/semantic_segmentation.yaml",
-        ("model", "test_scales"),
-    ),
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,7 +61,11 @@ def main(argv: list[str] | None = None) -> int:
         "download": download,
     }
     if args[0] not in verbs:
-        print(f"crossformer: error: no verb '{args[0]}'; there are: {', '.join(verbs)}", file=sys.stderr)
+        from difflib import get_close_matches
+
+        close = get_close_matches(args[0], verbs, 1)
+        meant = f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(verbs)}"
+        print(f"crossformer: error: no verb '{args[0]}'{meant}", file=sys.stderr)
         return 2
     try:
         verbs[args[0]](args[1:])
@@ -109,74 +81,85 @@ def main(argv: list[str] | None = None) -> int:
         lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
         from_worker = "Original Traceback" in str(error)  # a data loader's; the error itself is its last line
         line = " ".join(lines) if usage else lines[-1 if from_worker else 0]
+        code = getattr(error, "code", None)  # of a run that a signal has ended
+        if isinstance(code, int):
+            print(f"\n{line}", file=sys.stderr)
+            return code
         print(f"crossformer: error: {line}", file=sys.stderr)
         return 2 if usage else 1
     return 0
 
 
-def find_config(name: str) -> str:
-    """A configuration file: a path, or a name among those that come with the library."""
-    if Path(name).is_file():
-        return name
-    here = Path(__file__).parent
-    for folder in (here / "configs", here.parents[1] / "configs"):  # installed, or a checkout
-        for candidate in (
-            folder / name,
-            folder / Path(name).relative_to("configs") if "configs/" in name else folder,
-        ):
-            if candidate.is_file():
-                return str(candidate)
-    from crossformer_vision.errors import UserError
-
-    raise UserError(f"{name}: no such configuration file")
-
-
 def train(args: list[str]) -> None:
     """`crossformer train`"""
-    resume = _take(args, "--resume")
+    from crossformer_vision import options
+
+    resume = options.take(args, "--resume")
+    fixed: dict[str, Any] = {}
+    upgraded: dict[str, Any] = {}
     if resume is not None:
-        args = [*_from_run(resume, f"{resume}/last.ckpt"), *args, "--run.folder", resume]
-    cli = _parse(args, "train", resumed=resume is not None)
+        given, fixed, upgraded = _from_run(resume, None)
+        args = [*given, *args]
+        if "--help" in args:
+            resume = None
+    from crossformer_vision import visualize
     from crossformer_vision.tasks import run
 
+    cli = options.parse(args, "train", fixed, resume, upgraded)
+    if resume and run.is_finished(Path(resume), cli.trainer):
+        print(
+            f"{resume} is finished; more: --trainer.max_epochs N with --resume; "
+            f"its figures: {run.command()} validate {resume}"
+        )
+        return
     results = run.train(cli.trainer, cli.model, cli.datamodule, cli.run, resume)
     if cli.trainer.is_global_zero:
-        folder = cli.run.folder
+        folder, call = cli.run.folder, run.command()
         metric = cli.model.monitor
-        name = metric.removeprefix("val_").replace("_ap", " AP").replace("_", " ")
-        score = f"{name} {results[metric]:.2%}" if metric in results else "not validated,"
+        score = f"{visualize.called(metric)} {results[metric]:.2%}" if metric in results else "not validated,"
         print(f"\n{score} after {results['minutes']} minutes")
         print(f"  checkpoint  {results['checkpoint']}")
-        print(f"  pictures    {folder}/: {', '.join(sorted(p.name for p in Path(folder).glob('*.png')))}")
-        print(f"  numbers     {folder}/results.json, metrics.csv; tensorboard --logdir {folder}")
-        print(
-            f"next: crossformer predict {folder} photo.jpg; train on images of your own: crossformer --help"
-        )
+        print(f"  pictures    {', '.join(sorted(p.name for p in Path(folder).glob('*.png')))} in {folder}")
+        print(f"  numbers     results.json, metrics.csv; tensorboard --logdir {folder}")
+        print(f"next: {call} predict {folder} photo.jpg\n      {call} --help, for images of your own")
 
 
 def validate(args: list[str]) -> None:
     """`crossformer validate`"""
-    checkpoint = _take(args, "--checkpoint")
+    from crossformer_vision import options
+    from crossformer_vision.errors import UserError
+
+    checkpoint = options.take(args, "--checkpoint")
+    fixed: dict[str, Any] = {}
+    folder = None
     if args and not args[0].startswith("-"):
         folder = args.pop(0)
+        if Path(folder).is_file():
+            folder, checkpoint = str(Path(folder).parent), checkpoint or folder
         checkpoint = checkpoint or f"{folder}/best.ckpt"
-        args = [*_from_run(folder, checkpoint), "--run.folder", f"{folder}/validate", *args]
-    cli = _parse(args, "validate", resumed=False)
-    if not (checkpoint or cli.config.model.pretrained or cli.config.model.checkpoint):
-        from crossformer_vision.errors import UserError
+        given, fixed, _ = _from_run(folder, checkpoint)
+        args = [*given, *args]
+    elif checkpoint:
+        fixed = _known_of(checkpoint)
+    from crossformer_vision import visualize
+    from crossformer_vision.tasks import run
 
+    cli = options.parse(args, "validate", fixed, silent=folder is not None)
+    if not (checkpoint or cli.config.model.pretrained or cli.config.model.checkpoint):
         raise UserError(
             "validate needs weights: a run's folder (crossformer validate runs/x), --checkpoint FILE of a "
             "run, --model.checkpoint FILE or --model.pretrained true"
         )
-    from crossformer_vision.tasks import run
-
-    metrics = run.validate(
-        cli.trainer, cli.model, cli.datamodule, Path(checkpoint) if checkpoint else None, Path(cli.run.folder)
-    )
+    out = cli.run.folder or (f"{folder}/validate" if folder else f"runs/{cli.model.name}-validate")
+    path = Path(checkpoint) if checkpoint else None
+    results, out = run.evaluate(cli.trainer, cli.model, cli.datamodule, path, Path(out))
     if cli.trainer.is_global_zero:
-        print("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-        print(f"pictures in {cli.run.folder}")
+        import textwrap
+
+        figures = [f"{visualize.called(k)} {v:.4f}" for k, v in results.items() if k.startswith("val_")]
+        lines = textwrap.wrap("  ".join(f.replace(" ", "\0") for f in figures), 79)  # a figure in one line
+        print("\n".join(lines).replace("\0", " "))
+        print(f"pictures and results.json in {out}")
 
 
 def predict(args: list[str]) -> None:
@@ -239,107 +222,42 @@ def download(args: list[str]) -> None:
     print(f"{path}\nbuild and load it:\n{published.how_to_build(options.name, path)}")
 
 
-def _take(args: list[str], option: str) -> str | None:
-    """Remove `option VALUE` or `option=VALUE` from `args` and return the value."""
-    for i, arg in enumerate(args):
-        if arg == option and i + 1 < len(args):
-            del args[i]
-            return args.pop(i)
-        if arg.startswith(option + "="):
-            return args.pop(i).split("=", 1)[1]
-    return None
+def _known_of(checkpoint: str) -> dict[str, Any]:
+    """The class names that a checkpoint of a run holds, as an option of the data."""
+    from crossformer_vision.checkpoints import read_checkpoint
+
+    classes = read_checkpoint(checkpoint).get("classes")
+    return {"data.classes": list(classes)} if classes else {}
 
 
-def _from_run(folder: str, checkpoint: str) -> list[str]:
-    """The options that build what a checkpoint of a run folder holds."""
-    from crossformer_vision.errors import UserError
+def _from_run(folder: str, checkpoint: str | None) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """The options that build what a checkpoint of a run folder holds; what its files know better; what
+    version 0.1 did not write.
 
-    for path in (Path(folder) / "config.yaml", Path(checkpoint)):
-        if not path.is_file():
-            raise UserError(f"{folder}: not a run folder, it has no {path.name}")
+    A run that is resumed before its first checkpoint begins anew.
+    """
     from crossformer_vision.checkpoints import read_checkpoint, span_of_a_run
+    from crossformer_vision.errors import UserError
+    from crossformer_vision.tasks.run import VAL_LIST
 
-    span = span_of_a_run(read_checkpoint(checkpoint), checkpoint)
-    options = [part for name, value in span.items() for part in (f"--model.model_args.{name}", value)]
-    return ["--config", f"{folder}/config.yaml", *options]
-
-
-def _parse(args: list[str], verb: str, resumed: bool) -> Any:
-    """Lightning's command line on our task, data and trainer; returns them, built."""
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-
-    import crossformer_vision.published  # noqa: F401  (registers the models with timm)
-    from crossformer_vision.tasks.run import Run, new_folder, quiet
-
-    quiet()
-    args = [part for a in args for part in (a.split("=", 1) if a.startswith("--config=") else (a,))]
-    args = [find_config(a) if i and args[i - 1] == "--config" else a for i, a in enumerate(args)]
-    name = _task_name(args)
-    parts = TASKS[name]
-    if "--config" not in args:
-        args = ["--config", find_config(parts.quickstart), *args]
-
-    class Cli(LightningCLI):
-        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            parser.add_argument("--task", default=name, help=f"one of {', '.join(TASKS)}")
-            parser.add_class_arguments(Run, "run")
-            parser.link_arguments("seed_everything", "data.seed")
-            parser.link_arguments("seed_everything", "model.seed")
-            for option in parts.links:
-                parser.link_arguments(f"model.{option}", f"data.{option}")
-            parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
-
-        def instantiate_trainer(self, **kwargs: Any) -> Any:
-            self.run = self.config_init.run
-            if self.run.folder is None:
-                self.run.folder = str(new_folder(f"{verb}-{self.config.model.model}"))
-            elif verb == "train" and not resumed and (Path(self.run.folder) / "last.ckpt").exists():
-                from crossformer_vision.errors import UserError
-
-                raise UserError(
-                    f"{self.run.folder}: there is a run in it; --resume it, or choose another --run.folder"
-                )
-            text = self.parser.dump(self.config, skip_link_targets=True, skip_none=False)
-            return super().instantiate_trainer(**self.run.trainer_parts(self.model, text, resumed), **kwargs)
-
-    return Cli(
-        getattr(import_module(f"crossformer_vision.tasks.{parts.module}"), parts.task),
-        getattr(import_module(f"crossformer_vision.data.{parts.module}"), parts.data),
-        args=args,
-        run=False,
-        save_config_callback=None,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        trainer_defaults={
-            "max_epochs": 10,
-            "enable_model_summary": False,
-            "use_distributed_sampler": False,
-            "enable_progress_bar": sys.stdout.isatty(),
-            "num_sanity_val_steps": 0,
-            "gradient_clip_val": 5.0,
-        },
-        parser_kwargs={"prog": f"crossformer {verb}", "exit_on_error": False},
-    )
-
-
-def _task_name(args: list[str]) -> str:
-    """The task of a command line: `--task`, or the configuration's, or classification."""
-    name = _take(list(args), "--task")
-    config = _take(list(args), "--config")
-    if name is None and config is not None:
-        import yaml
-
-        try:
-            content = yaml.safe_load(Path(config).read_text())
-        except (yaml.YAMLError, UnicodeDecodeError):  # the parser will say what is wrong with it
-            content = None
-        name = content.get("task") if isinstance(content, dict) else None
-    name = name or "classification"
-    if name not in TASKS:
-        from crossformer_vision.errors import UserError
-
-        raise UserError(f"no task '{name}'; there are: {', '.join(TASKS)}")
-    return name
+    resumed = checkpoint is None
+    path = Path(checkpoint or f"{folder}/last.ckpt")
+    for needed in (Path(folder) / "config.yaml", *(() if resumed else (path,))):
+        if not needed.is_file():
+            raise UserError(f"{folder}: not a run folder, it has no {needed.name}")
+    options = ["--config", f"{folder}/config.yaml"]
+    fixed: dict[str, Any] = {"run.folder": folder} if resumed else {}
+    span: dict[str, str] = {}
+    if path.is_file():
+        content = read_checkpoint(path)
+        span = span_of_a_run(content, str(path))
+        options += [part for name, value in span.items() for part in (f"--model.model_args.{name}", value)]
+        fixed |= {"model.pretrained": False, "model.checkpoint": None}
+        if content.get("classes"):
+            fixed["data.classes"] = list(content["classes"])
+    if (listed := Path(folder) / VAL_LIST).is_file():
+        fixed["data.val_list"] = str(listed)
+    return options, fixed, span
 
 
 def script() -> None:

@@ -9,4 +9,9 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(message.rsplit("UserError: ", 1)[-1].strip())
+        own = message.rsplit("UserError: ", 1)[-1].strip()
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in own))  # of a file, say
+
+
+class NoSuchSplit(UserError):
+    """The folder or file of a split is not there; without training images, validation may do by itself."""

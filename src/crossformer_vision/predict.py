@@ -66,6 +66,7 @@ class Detected:
         labels: (n,) from 1.
         scores: (n,) in 0..1, falling.
         masks: (n, H, W) of 0 and 1, or None from a detector without masks.
+        category_ids: of the classes in the training file; None numbers them from 1.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Detected:
     labels: NDArray[np.int64]
     scores: NDArray[np.float32]
     masks: NDArray[np.uint8] | None
+    category_ids: Sequence[Any] | None = None
 
     def __str__(self) -> str:
         counts = [(int((self.labels == k + 1).sum()), name) for k, name in enumerate(self.classes)]
@@ -89,13 +91,17 @@ class Detected:
         return visualize.draw_objects(self.image, objects, self.classes)
 
     def to_coco(self, image_id: int = 1, first_id: int = 1) -> list[dict[str, Any]]:
-        """Annotations in COCO's format, each with its `score`; masks as compressed run lengths."""
+        """Annotations in COCO's format, each with its `score`; masks as compressed run lengths.
+
+        Categories have the ids of the file that the detector was trained on.
+        """
         annotations = []
+        categories = self.category_ids or range(1, 1 + len(self.classes))
         for n, (x1, y1, x2, y2) in enumerate(self.boxes.astype(float).round(2).tolist()):
             annotation: dict[str, Any] = dict(
                 id=first_id + n,
                 image_id=image_id,
-                category_id=int(self.labels[n]),
+                category_id=categories[int(self.labels[n]) - 1],
                 bbox=[x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)],
                 area=round((x2 - x1) * (y2 - y1), 2),
                 iscrowd=0,
@@ -124,12 +130,14 @@ class Segmented:
         image: RGB.
         classes: names.
         class_map: (H, W), index of each pixel's class.
+        values: of the classes in the class maps that were trained on; None for their indices.
     """
 
     name: str
     image: Image.Image
     classes: Sequence[str]
     class_map: NDArray[np.uint8]
+    values: Sequence[int] | None = None
 
     def areas(self) -> list[tuple[str, int]]:
         """The classes that occur and their pixels, the largest first."""
@@ -149,15 +157,29 @@ class Segmented:
         )
 
     def to_png(self) -> Image.Image:
-        """The class map as a palette image: its values are the indices of the classes."""
-        drawn = Image.fromarray(self.class_map).convert("P")
-        drawn.putpalette(visualize.palette(len(self.classes)).tobytes())
+        """The class map as a palette image, with the values that classes had in the maps of training."""
+        values = np.array(self.values or range(len(self.classes)), np.uint8)
+        colours = np.zeros((256, 3), np.uint8)
+        colours[values] = visualize.palette(len(self.classes))
+        drawn = Image.fromarray(values[self.class_map]).convert("P")
+        drawn.putpalette(colours.tobytes())
         return drawn
 
     def to_dict(self) -> dict[str, Any]:
         size = self.class_map.size
         areas = [{"class": name, "pixels": n, "share": round(n / size, 6)} for name, n in self.areas()]
         return {"image": self.name, "width": self.image.width, "height": self.image.height, "areas": areas}
+
+
+def squares(image: Image.Image) -> list[Image.Image]:
+    """An image that is at least twice as long as it is short, in up to eight squares along it; or itself."""
+    short, long = sorted(image.size)
+    if long < 2 * short:
+        return [image]
+    count = min(8, -(-long // short))
+    starts = [round(n * (long - short) / (count - 1)) for n in range(count)]
+    wide = image.width > image.height
+    return [image.crop((s, 0, s + short, short) if wide else (0, s, short, s + short)) for s in starts]
 
 
 Result = Classified | Detected | Segmented
@@ -194,6 +216,8 @@ class Predictor:
             raise UserError(f"{source}: not a checkpoint of a run; predict needs its best.ckpt or last.ckpt")
         self.task = checkpoint["task"]
         self.classes: list[str] = checkpoint["classes"]
+        self.category_ids: list[Any] | None = checkpoint.get("category_ids") or None
+        self.values: list[int] | None = checkpoint.get("values") or None
         self.device, self.score = device, score
         options = {k: v for k, v in checkpoint["hyper_parameters"].items() if not k.startswith("_")}
         options |= {"pretrained": False, "checkpoint": None}
@@ -206,6 +230,7 @@ class Predictor:
 
             net = Classification(**options).net
             self.transform = create_transform(**checkpoint["image"])
+            self.whole = checkpoint["image"].get("crop_mode") == "squash"
         elif self.task == "segmentation":
             from crossformer_vision.data.segmentation import ToInput
             from crossformer_vision.tasks.segmentation import Segmentation
@@ -236,21 +261,24 @@ class Predictor:
             image = _from_array(image)
         picture = images.read(image, name)
         if self.task == "classification":
-            pixels: Any = self.transform(picture)
-            logits: Tensor = self.net(pixels[None].to(self.device))[0].float()
-            return Classified(name, picture, self.classes, logits.softmax(0).cpu().numpy())
+            parts = [picture] if self.whole else squares(picture)
+            pixels: Any = torch.stack([self.transform(part) for part in parts])
+            logits: Tensor = self.net(pixels.to(self.device)).float()
+            return Classified(name, picture, self.classes, logits.softmax(1).mean(0).cpu().numpy())
         if self.task == "segmentation":
             views = [self.transform(picture, scale)[None].to(self.device) for scale in self.test_scales]
             size = (picture.height, picture.width)
             class_map = segment(self.net, views, size=size, **self.test)[0].argmax(0)
-            return Segmented(name, picture, self.classes, class_map.cpu().numpy().astype(np.uint8))
+            indices = class_map.cpu().numpy().astype(np.uint8)
+            return Segmented(name, picture, self.classes, indices, self.values)
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(self.device) / 255
         (found,) = self.net([pixels])
         kept = found["scores"] >= self.score
         found = {name: value[kept].cpu() for name, value in found.items()}
         masks = (found["masks"].squeeze(1) > 0.5).numpy().astype(np.uint8) if "masks" in found else None
         boxes, labels, scores = (found[key].float().numpy() for key in ("boxes", "labels", "scores"))
-        return Detected(name, picture, self.classes, boxes, labels.astype(np.int64), scores, masks)
+        labels = labels.astype(np.int64)
+        return Detected(name, picture, self.classes, boxes, labels, scores, masks, self.category_ids)
 
 
 def load_predictor(
@@ -280,6 +308,7 @@ def load_predictor(
 # Files and folders
 # ------------------------------------------------------------------------------------------------------------
 
+LARGEST = 2048  # longer side of a picture that is written, in pixels
 OURS = ".crossformer-predictions"  # in a folder of predictions: the files that the last call wrote
 
 
@@ -314,6 +343,43 @@ def find_images(paths: Iterable[str]) -> Iterator[tuple[Path, Path]]:
             yield path, Path(path.name)
         else:
             raise UserError(f"{path}: no such file or folder")
+
+
+class CocoIds:
+    """Ids and file names of images as a COCO file has them that lies beside them, or else numbered from 1.
+
+    Looked for where the data of a training are: `<folder>/_annotations.coco.json`, or
+    `annotations/instances_<split>.json` beside the folder or one above it.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.known: dict[Path, tuple[Any, str]] = {}
+        folders: set[Path] = set()
+        for file in files:
+            folders |= set(list(file.parents)[:4])
+        for folder in sorted(folders):
+            near = (folder.parent, folder.parent.parent)
+            for path in (
+                folder / "_annotations.coco.json",
+                *(above / "annotations" / f"instances_{folder.resolve().name}.json" for above in near),
+            ):
+                if path.is_file():
+                    self._read(path, folder)
+        self.number = itertools.count(
+            1 + max((i for i, _ in self.known.values() if isinstance(i, int)), default=0)
+        )
+
+    def _read(self, path: Path, folder: Path) -> None:
+        try:
+            images = json.loads(path.read_bytes())["images"]
+            self.known |= {folder / image["file_name"]: (image["id"], image["file_name"]) for image in images}
+        except (OSError, ValueError, KeyError, TypeError):  # not what training reads; no reason to stop
+            return
+
+    def of(self, file: Path, name: Path) -> dict[str, Any]:
+        known = self.known.get(file)
+        number, file_name = known if known else (next(self.number), name.as_posix())
+        return {"id": number, "file_name": file_name}
 
 
 class OutFolder:
@@ -355,6 +421,7 @@ def predict_files(predictor: Predictor, paths: Sequence[str], out: Path) -> None
     from rich.progress import track
 
     files = list(find_images(paths))
+    ids = CocoIds(file for file, _ in files) if predictor.task == "detection" else None
     folder = OutFolder(out)
     lines = folder.claim("predictions.jsonl")
     failed: list[UserError] = []
@@ -370,24 +437,33 @@ def predict_files(predictor: Predictor, paths: Sequence[str], out: Path) -> None
                 failed.append(named)
                 continue
             done += 1
-            picture = folder.claim(name.with_suffix(".png"))
-            result.plot().save(picture)
+            jpeg = file.suffix.lower() in (".jpg", ".jpeg")
+            picture = folder.claim(name.with_suffix(".jpg" if jpeg else ".png"))
+            drawn = result.plot()
+            drawn.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+            drawn.save(picture, quality=90)  # of JPEG; PNG has none
             if isinstance(result, Segmented):
-                result.to_png().save(folder.claim(Path("class_maps") / picture.relative_to(out)))
-            stream.write(json.dumps(result.to_dict(), ensure_ascii=False) + "\n")
+                class_map = folder.claim(Path("class_maps") / picture.relative_to(out).with_suffix(".png"))
+                result.to_png().save(class_map)
+            content = result.to_dict()
+            if ids is not None:
+                content |= ids.of(file, name)
+            stream.write(json.dumps(content, ensure_ascii=False) + "\n")
             stream.flush()
             print(str(result).encode("utf-8", "replace").decode("utf-8"), flush=True)
     if done:
         target = folder.claim("predictions.json")
         with target.open("w", encoding="utf-8") as whole:
-            write_results(lines, whole, predictor.classes)
+            write_results(lines, whole, predictor.classes, predictor.category_ids)
         print(f"{done} pictures and {target.name} in {out}")
     lines.unlink()
     if failed:
         raise UserError(f"{failed[0]}; {len(failed)} of {len(files)} images were left out")
 
 
-def write_results(lines: Path, whole: TextIO, classes: Sequence[str]) -> None:
+def write_results(
+    lines: Path, whole: TextIO, classes: Sequence[str], category_ids: Sequence[Any] | None = None
+) -> None:
     """One JSON of a file of results a line: a list, or of detections COCO's three; held one by one."""
 
     def results() -> Iterator[dict[str, Any]]:
@@ -403,15 +479,15 @@ def write_results(lines: Path, whole: TextIO, classes: Sequence[str]) -> None:
         whole.write("\n]" if separator == "," else "[]")
 
     def images_of() -> Iterator[dict[str, Any]]:
-        for n, result in enumerate(results()):
+        for result in results():
             size = dict(width=result["width"], height=result["height"])
-            yield dict(id=n + 1, file_name=result["image"], **size)
+            yield dict(id=result["id"], file_name=result["file_name"], **size)
 
     def annotations() -> Iterator[dict[str, Any]]:
         number = itertools.count(1)
-        for n, result in enumerate(results()):
+        for result in results():
             for found in result["objects"]:
-                yield {**found, "id": next(number), "image_id": n + 1}
+                yield {**found, "id": next(number), "image_id": result["id"]}
 
     if "objects" not in next(results()):
         write(results())
@@ -420,6 +496,7 @@ def write_results(lines: Path, whole: TextIO, classes: Sequence[str]) -> None:
         write(images_of())
         whole.write(',\n"annotations": ')
         write(annotations())
-        categories = [dict(id=k + 1, name=name) for k, name in enumerate(classes)]
+        numbers = category_ids or range(1, 1 + len(classes))
+        categories = [dict(id=k, name=name) for k, name in zip(numbers, classes, strict=True)]
         whole.write(f',\n"categories": {json.dumps(categories, ensure_ascii=False)}}}')
     whole.write("\n")

@@ -1,7 +1,9 @@
 """The published weights: where the authors put them, how they come here, which model each belongs to."""
 
 import html.parser
+import logging
 import shutil
+import socket
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -15,7 +17,9 @@ from torch import Tensor
 
 from crossformer_vision.checkpoints import PREFIXES, read_checkpoint, weights_of
 from crossformer_vision.errors import UserError
-from crossformer_vision.models import variants
+from crossformer_vision.models import find_model, variants
+
+log = logging.getLogger("crossformer_vision")
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,47 @@ def fetch_published(name: str, url: str = DRIVE) -> Path:
     except UserError as error:
         raise UserError(f"{error}; or {published.by_hand(path)}") from error
     return path
+
+
+def at_hand(model: str) -> bool:
+    """Whether weights of a timm model are here or come from a host that answers; says so where not.
+
+    Asks no longer than some seconds.
+    """
+    cfg = find_model(model)
+    name = model.split(".")[0]
+    try:
+        if not cfg.has_weights:
+            raise UserError("there are none")
+        if cfg.file:
+            return True
+        if cfg.url == variants.PUBLISHED_PAGE:
+            if not cached_path(name).exists():
+                if PUBLISHED[name].drive_id:
+                    _ask(DRIVE)
+                fetch_published(name)
+        elif cfg.hf_hub_id:
+            from huggingface_hub import try_to_load_from_cache
+
+            files = ("model.safetensors", "pytorch_model.bin")
+            if not any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, file), str) for file in files):
+                _ask("https://huggingface.co")
+        elif not (Path(torch.hub.get_dir()) / "checkpoints" / Path(str(cfg.url)).name).exists():
+            _ask(str(cfg.url))
+    except UserError as error:
+        log.warning("published weights of %s are not at hand: %s", model, str(error).split("; ")[0])
+        return False
+    return True
+
+
+def _ask(url: str) -> None:
+    """Whether a host answers within some seconds; a proxy is asked in its place."""
+    address = urllib.parse.urlsplit(urllib.request.getproxies().get("https", url))
+    host, port = address.hostname or "", address.port or 443
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError as error:
+        raise UserError(f"no connection to {host} ({error})") from None
 
 
 def how_to_build(name: str, path: Path) -> str:

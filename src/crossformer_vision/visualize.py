@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from crossformer_vision.fonts import fitted, font, shortened, written
 
 # Of classes, in turn: told apart on photographs, and by people who see red and green alike (Okabe and Ito).
 COLOURS = (
@@ -22,6 +24,15 @@ COLOURS = (
 
 
 CROWD = 30  # objects in an image, above which their text would hide them
+STRENGTH = 0.6  # of a class's colour over the image
+NAME = 24  # most characters of a class name in a plot
+CALLED = {"miou": "mIoU", "accuracy_top5": "top-5 accuracy"}
+
+
+def called(metric: str) -> str:
+    """A metric as people write it: `val_mask_ap50` is mask AP50."""
+    name = metric.removeprefix("val_").replace("train_", "train ")
+    return CALLED.get(name, name.replace("_ap", " AP").replace("_", " "))
 
 
 def _figure(width: float, height: float, rows: int = 1, cols: int = 1) -> tuple[Any, Any]:
@@ -31,6 +42,18 @@ def _figure(width: float, height: float, rows: int = 1, cols: int = 1) -> tuple[
     return figure, figure.subplots(rows, cols, squeeze=False)
 
 
+def _save(figure: Any, path: Path) -> None:
+    """As a PNG; matplotlib writes none with a side of 2^16 pixels."""
+    figure.savefig(path, dpi=min(110, 20000 / max(figure.get_size_inches())))
+
+
+def _legend(owner: Any, handles: Sequence[Any], names: Sequence[str], **options: Any) -> None:
+    """With every name: matplotlib leaves out those that begin with an underscore."""
+    legend = owner.legend(handles, ["-"] * len(names), **options)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(shortened(name, NAME))
+
+
 def denormalised(
     image: NDArray[np.float32], mean: Sequence[float], std: Sequence[float]
 ) -> NDArray[np.float32]:
@@ -38,46 +61,54 @@ def denormalised(
     return (image.transpose(1, 2, 0) * np.array(std, np.float32) + np.array(mean, np.float32)).clip(0, 1)
 
 
-def curves(rows: Sequence[dict[str, float]], path: Path) -> None:
+def curves(rows: Sequence[dict[str, float]], path: Path, monitor: str) -> None:
     """Losses, validation metrics and learning rate by epoch.
 
     Args:
         rows: one an epoch, with `epoch`, `lr` and any `train_…` and `val_…` values; not each need have all.
         path: the PNG to write.
+        monitor: the metric that picks the checkpoint, of which the best is marked.
     """
+    from cycler import cycler
+    from matplotlib import colormaps
+
     names = [name for name in {k: 0 for row in rows for k in row} if name.startswith(("train_", "val_"))]
     losses = [name for name in names if name.endswith("loss")]
-    metrics = [name for name in names if not name.endswith("loss")]
-    figure, axes = _figure(12, 3.4, 1, 3)
+    metrics = sorted((name for name in names if not name.endswith("loss")), key=lambda name: name != monitor)
+    figure, axes = _figure(15, 3.8, 1, 3)
     for axis, title, group in zip(
         axes[0], ("loss", "validation", "learning rate"), (losses, metrics, ["lr"])
     ):
+        axis.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * cycler(color=colormaps["tab10"](range(10))))
         for name in group:
             known = [row for row in rows if name in row]
+            label = called(name) if name.startswith("train") else f"val {called(name)}"
             axis.plot(
                 [row["epoch"] + 1 for row in known],
                 [row[name] for row in known],
                 marker="." if len(known) < 40 else "",
-                label=name,
+                lw=2.2 if name == monitor else 1.3,
+                label=label if title == "loss" else called(name),
             )
-        if title == "validation" and metrics:
-            best = max((row for row in rows if metrics[0] in row), key=lambda row: row[metrics[0]])
-            axis.annotate(
-                f"{best[metrics[0]]:.4f}",
-                (best["epoch"] + 1, best[metrics[0]]),
-                xytext=(0, -14),
-                textcoords="offset points",
-                ha="center",
-            )
+        scored = [row for row in rows if monitor in row]
+        if title == "validation" and scored:
+            best = max(scored, key=lambda row: (row[monitor], row["epoch"]))
+            place = (best["epoch"] + 1, best[monitor])
+            axis.plot(*place, "k*", ms=11, label=f"best {called(monitor)}: {best[monitor]:.4f}")
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
-        if group != ["lr"]:
-            axis.legend()
-    figure.savefig(path, dpi=110)
+        if group and group != ["lr"]:
+            axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
+    _save(figure, path)
 
 
 def confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], path: Path) -> None:
     """Share of each true class (row) given each class (column); counts and names up to 30 classes."""
+    with written(classes):
+        _confusion_matrix(matrix, [shortened(name, NAME) for name in classes], path)
+
+
+def _confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], path: Path) -> None:
     n = len(classes)
     side = max(4.5, min(12.0, 1.5 + 0.5 * n))
     figure, axes = _figure(side, side)
@@ -97,7 +128,7 @@ def confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], path: Pa
                 if matrix[i, j]:
                     colour = "white" if shares[i, j] > 0.5 else "black"
                     axis.text(j, i, str(matrix[i, j]), ha="center", va="center", fontsize=7, color=colour)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def predictions(shown: Sequence[tuple[NDArray[np.float32], str, str, float]], path: Path) -> None:
@@ -108,6 +139,11 @@ def predictions(shown: Sequence[tuple[NDArray[np.float32], str, str, float]], pa
         shown: (image (H, W, 3) in 0..1, true class, predicted class, probability) each.
         path: the PNG to write.
     """
+    with written([name for _, true, predicted, _ in shown for name in (true, predicted)]):
+        _predictions(shown, path)
+
+
+def _predictions(shown: Sequence[tuple[NDArray[np.float32], str, str, float]], path: Path) -> None:
     cols = min(8, len(shown))
     rows = -(-len(shown) // cols)
     figure, axes = _figure(1.6 * cols, 1.9 * rows, rows, cols)
@@ -116,9 +152,10 @@ def predictions(shown: Sequence[tuple[NDArray[np.float32], str, str, float]], pa
     for axis, (image, true, predicted, probability) in zip(axes.flat, shown):
         axis.imshow(image)
         right = true == predicted
-        title = f"{predicted} {probability:.0%}" + ("" if right else f"\nnot {true}")
+        title = f"{shortened(predicted, 18)} {probability:.0%}"
+        title += "" if right else f"\nnot {shortened(true, 18)}"
         axis.set_title(title, fontsize=8, color="darkgreen" if right else "crimson")
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def precision_recall(kinds: dict[str, dict[str, NDArray[np.float64]]], path: Path) -> None:
@@ -128,17 +165,28 @@ def precision_recall(kinds: dict[str, dict[str, NDArray[np.float64]]], path: Pat
         kinds: `"box"` or `"mask"` -> class -> precision at recalls from 0 to 1; negative where there is none.
         path: the PNG to write.
     """
-    figure, axes = _figure(5.5 * len(kinds), 4.2, 1, len(kinds))
+    with written([name for classes in kinds.values() for name in classes]):
+        _precision_recall(kinds, path)
+
+
+def _precision_recall(kinds: dict[str, dict[str, NDArray[np.float64]]], path: Path) -> None:
+    figure, axes = _figure(7 * len(kinds), 4.6, 1, len(kinds))
     for axis, (kind, classes) in zip(axes[0], kinds.items()):
+        lines, labels = [], []
         shown = {name: values for name, values in classes.items() if (values >= 0).any()}
         for name, values in shown.items():
             recall = np.linspace(0, 1, len(values))
-            label = f"{name} {values[values >= 0].mean():.2f}" if len(shown) <= 20 else None
-            axis.plot(recall, np.where(values >= 0, values, np.nan), lw=1, alpha=0.7, label=label)
+            lines += axis.plot(recall, np.where(values >= 0, values, np.nan), lw=1, alpha=0.7)
+            labels.append(f"{shortened(name, NAME - 5)} {values[values >= 0].mean():.2f}")
         if shown:
             mean = np.mean([np.clip(values, 0, 1) for values in shown.values()], axis=0)
-            axis.plot(np.linspace(0, 1, len(mean)), mean, "k", lw=2, label=f"mean {mean.mean():.2f}")
-            axis.legend(fontsize=7)
+            (line,) = axis.plot(np.linspace(0, 1, len(mean)), mean, "k", lw=2)
+            several = len(shown) <= 20
+            lines, labels = (
+                [line, *lines[: 20 * several]],
+                [f"mean {mean.mean():.2f}", *labels[: 20 * several]],
+            )
+            _legend(axis, lines, labels, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
         axis.set(
             title=f"{kind}es at IoU 0.5" if kind == "box" else f"{kind}s at IoU 0.5",
             xlabel="recall",
@@ -147,7 +195,7 @@ def precision_recall(kinds: dict[str, dict[str, NDArray[np.float64]]], path: Pat
             ylim=(0, 1.02),
         )
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def draw_objects(image: Image.Image, objects: dict[str, NDArray[Any]], classes: Sequence[str]) -> Image.Image:
@@ -167,7 +215,7 @@ def draw_objects(image: Image.Image, objects: dict[str, NDArray[Any]], classes: 
     drawn = Image.fromarray(pixels.round().astype(np.uint8))
     canvas = ImageDraw.Draw(drawn)
     line = max(1, round(min(drawn.size) / 250))
-    font = ImageFont.load_default(max(11, round(min(drawn.size) / 24)))
+    letters = font(classes, max(11, round(min(drawn.size) / 24)))
     for n, (box, label) in enumerate(zip(objects["boxes"], objects["labels"])):
         colour = COLOURS[(n if masks is not None else int(label) - 1) % len(COLOURS)]
         canvas.rectangle([float(v) for v in box], outline=colour, width=line)
@@ -176,28 +224,38 @@ def draw_objects(image: Image.Image, objects: dict[str, NDArray[Any]], classes: 
             words.append(f"{objects['scores'][n]:.2f}".replace("0.", ".", 1))
         if not words or len(objects["boxes"]) > CROWD:
             continue
-        text = " ".join(words)
+        score = f" {words[-1]}" if "scores" in objects and len(words) > 1 else ""
+        room = drawn.width - letters.getlength(score) - 2
+        text = fitted(words[0], letters, room) + score
         left, top = float(box[0]), float(box[1])
-        area = canvas.textbbox((left, top), text, font=font, anchor="lb")
+        left = max(0.0, min(left, drawn.width - letters.getlength(text) - 2))  # inside the picture
+        area = canvas.textbbox((left, top), text, font=letters, anchor="lb")
         if area[1] < 0:  # no room above the box
-            area = canvas.textbbox((left, top), text, font=font, anchor="lt")
+            area = canvas.textbbox((left, max(0.0, top)), text, font=letters, anchor="lt")
         canvas.rectangle(area, fill=colour)
-        canvas.text((area[0], area[1]), text, fill="black", font=font, anchor="lt")
+        canvas.text((area[0], area[1]), text, fill="black", font=letters, anchor="lt")
     return drawn
 
 
+def _readable(image: Image.Image) -> Image.Image:
+    """Small images are enlarged to have room for text below or above them; long ones are not."""
+    factor = max(1, min(round(320 / min(image.size)), round(1280 / max(image.size))))
+    return image.resize((image.width * factor, image.height * factor))
+
+
 def captioned(image: Image.Image, lines: Sequence[str]) -> Image.Image:
-    """The image below some lines of text; small images are enlarged to have room for them."""
-    factor = max(1, round(320 / image.width))
-    image = image.resize((image.width * factor, image.height * factor))
-    size = max(12, round(image.width / 24))
-    font = ImageFont.load_default(size)
+    """The image below some lines of text."""
+    image = _readable(image)
+    width = max(320, image.width)
+    size = max(12, round(min(width, 3 * image.height) / 24))
+    letters = font(lines, size)
     height = round(1.5 * size)
-    page = Image.new("RGB", (image.width, image.height + height * len(lines) + size // 2), "white")
+    page = Image.new("RGB", (width, image.height + height * len(lines) + size // 2), "white")
     page.paste(image, (0, page.height - image.height))
     canvas = ImageDraw.Draw(page)
     for n, line in enumerate(lines):
-        canvas.text((size // 2, size // 4 + n * height), line, fill="black", font=font)
+        place = (size // 2, size // 4 + n * height)
+        canvas.text(place, fitted(line, letters, width - size), fill="black", font=letters)
     return page
 
 
@@ -214,20 +272,19 @@ def detections(
         path: the PNG to write.
     """
     lines = -(-len(rows) // 2)
-    tallest = max(pixels.shape[0] / pixels.shape[1] for pixels, _, _ in rows)
+    tallest = min(3.0, max(pixels.shape[0] / pixels.shape[1] for pixels, _, _ in rows))
     figure, axes = _figure(13, (3.2 * tallest + 0.3) * lines, lines, 4)
     for axis in axes.flat:
         axis.axis("off")
     for k, (pixels, truth, found) in enumerate(rows):
         image = Image.fromarray((pixels * 255).round().astype(np.uint8))
-        factor = max(
-            1, round(480 / min(image.size))
-        )  # small images are enlarged, to have room for the labels
+        # Small images are enlarged, to have room for the labels.
+        factor = max(1, min(round(480 / min(image.size)), round(1280 / max(image.size))))
         for column, (title, objects) in enumerate((("true", truth), ("found, score 0.5 or more", found))):
             axis = axes[k // 2][2 * (k % 2) + column]
             axis.imshow(draw_objects(*enlarged(image, objects, factor), classes))
             axis.set_title(title, fontsize=9)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def enlarged(
@@ -250,46 +307,52 @@ def palette(classes: int) -> NDArray[np.uint8]:
     return np.array(colours, np.uint8)
 
 
-def overlay(image: Image.Image, class_map: NDArray[np.integer[Any]], strength: float = 0.6) -> Image.Image:
-    """The image under the colours of its classes; pixels of value 255 keep their own.
+def overlay(image: Image.Image, class_map: NDArray[np.integer[Any]]) -> Image.Image:
+    """The image in grey under the colours of its classes; pixels of value 255 keep their own.
 
     Args:
         image: RGB.
         class_map: (H, W) of the same size, index of the class.
-        strength: of the colours, in 0..1.
     """
     pixels = np.array(image, np.float32)
+    grey = np.array(image.convert("L"), np.float32)[..., None]
     known = class_map != 255
     colours = palette(int(class_map[known].max()) + 1 if known.any() else 1)
-    pixels[known] += strength * (colours[class_map[known]] - pixels[known])
+    pixels[known] = (1 - STRENGTH) * grey[known] + STRENGTH * colours[class_map[known]]
     return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def legend_colours(classes: int) -> NDArray[np.uint8]:
+    """`palette` as `overlay` shows it over a medium grey."""
+    return ((1 - STRENGTH) * 128 + STRENGTH * palette(classes).astype(np.float32)).round().astype(np.uint8)
 
 
 def with_legend(
     picture: Image.Image, class_map: NDArray[np.integer[Any]], classes: Sequence[str]
 ) -> Image.Image:
     """The picture above the colours and names of the classes in its class map, the largest first."""
-    factor = max(1, round(320 / picture.width))
-    picture = picture.resize((picture.width * factor, picture.height * factor))
+    picture = _readable(picture)
+    total = max(320, picture.width)
     counts = np.bincount(class_map[class_map != 255].ravel(), minlength=len(classes))
     present = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
-    size = max(12, round(picture.width / 40))
-    font = ImageFont.load_default(size)
+    size = max(12, round(min(total, 3 * picture.height) / 40))
+    letters = font(classes, size)
+    names = {k: fitted(classes[k], letters, total - 3 * size) for k in present}
     places: list[tuple[int, int]] = []
     x, y = size // 2, picture.height + size // 2
     for k in present:
-        width = round(font.getlength(classes[k])) + 3 * size
-        if x + width > picture.width and x > size // 2:
+        width = round(letters.getlength(names[k])) + 3 * size
+        if x + width > total and x > size // 2:
             x, y = size // 2, y + round(1.6 * size)
         places.append((x, y))
         x += width
-    page = Image.new("RGB", (picture.width, y + 2 * size), "white")
+    page = Image.new("RGB", (total, y + 2 * size), "white")
     page.paste(picture, (0, 0))
     canvas = ImageDraw.Draw(page)
-    colours = palette(len(classes))
+    colours = legend_colours(len(classes))
     for k, (x, y) in zip(present, places):
         canvas.rectangle((x, y, x + size, y + size), fill=tuple(int(v) for v in colours[k]))
-        canvas.text((x + round(1.4 * size), y + size // 2), classes[k], fill="black", font=font, anchor="lm")
+        canvas.text((x + round(1.4 * size), y + size // 2), names[k], fill="black", font=letters, anchor="lm")
     return page
 
 
@@ -305,11 +368,19 @@ def segmentations(
         classes: names.
         path: the PNG to write.
     """
+    with written(classes):
+        _segmentations(rows, classes, path)
+
+
+def _segmentations(
+    rows: Sequence[tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]],
+    classes: Sequence[str],
+    path: Path,
+) -> None:
     from matplotlib.patches import Patch
 
-    figure, axes = _figure(
-        11, 0.6 + 11 / 3 * sum(r[0].shape[0] / r[0].shape[1] + 0.06 for r in rows), len(rows), 3
-    )
+    heights = [min(3.0, r[0].shape[0] / r[0].shape[1]) + 0.06 for r in rows]
+    figure, axes = _figure(11, 0.6 + 11 / 3 * sum(heights), len(rows), 3)
     present: set[int] = set()
     for line, (pixels, true, predicted) in zip(axes, rows):
         height, width = true.shape
@@ -321,10 +392,13 @@ def segmentations(
             axis.imshow(picture)
             axis.set_title(title, fontsize=9)
             axis.axis("off")
-    colours = palette(len(classes)) / 255
-    patches = [Patch(color=colours[k], label=classes[k]) for k in sorted(present)][:40]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(8, max(1, len(patches))), fontsize=8)
-    figure.savefig(path, dpi=110)
+    colours, listed = legend_colours(len(classes)) / 255, sorted(present)[:40]
+    patches = [Patch(color=colours[k]) for k in listed]
+    longest = max((len(classes[k]) for k in listed), default=1)
+    columns = max(1, min(8, len(listed), 120 // min(NAME, longest + 6)))
+    place = dict(loc="outside lower center", ncols=columns, fontsize=8)
+    _legend(figure, patches, [classes[k] for k in listed], **place)
+    _save(figure, path)
 
 
 def class_bars(classes: Sequence[str], values: NDArray[np.float64], name: str, path: Path) -> None:
@@ -336,12 +410,18 @@ def class_bars(classes: Sequence[str], values: NDArray[np.float64], name: str, p
         name: of the values.
         path: the PNG to write.
     """
+    with written(classes):
+        _class_bars([shortened(c, NAME) for c in classes], values, name, path)
+
+
+def _class_bars(classes: Sequence[str], values: NDArray[np.float64], name: str, path: Path) -> None:
     order = [
         int(k) for k in np.argsort(-np.nan_to_num(values, nan=-1), kind="stable") if not np.isnan(values[k])
     ]
     figure, axes = _figure(7, 1.2 + 0.22 * len(order))
     axis = axes[0][0]
-    axis.barh([classes[k] for k in order], values[order], color=palette(len(classes))[order] / 255)
+    axis.barh(range(len(order)), values[order], color=palette(len(classes))[order] / 255)
+    axis.set_yticks(range(len(order)), [classes[k] for k in order])
     for place, k in enumerate(order):
         axis.text(values[k] + 0.01, place, f"{values[k]:.2f}", va="center", fontsize=7)
     if order:
@@ -350,4 +430,4 @@ def class_bars(classes: Sequence[str], values: NDArray[np.float64], name: str, p
         axis.set_title(f"mean {name} {mean:.4f}")
     axis.set(xlabel=name, xlim=(0, 1.08))
     axis.invert_yaxis()
-    figure.savefig(path, dpi=110)
+    _save(figure, path)

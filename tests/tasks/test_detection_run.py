@@ -61,14 +61,14 @@ def test_a_run_leaves_its_folder(detector, kinds, tmp_path, capsys):
         with Image.open(folder / name) as picture:
             assert len(picture.convert("L").resize((50, 50)).getcolors()) > 5  # not blank
     results = json.loads((folder / "results.json").read_text())
-    assert results["detector"] == detector and results["model"] == "crossformer_nano"
+    assert results["detector"] == detector and results["model"] == "crossformer_nano.cifar10"
     for kind in kinds:
         assert 0 <= results[f"val_{kind}_ap"] <= results[f"val_{kind}_ap50"] <= 1
     assert ("val_mask_ap" in results) == ("mask" in kinds)
     with open(folder / "classes.csv") as file:
         assert [row["class"] for row in csv.DictReader(file)] == ["a", "b"]
     assert main(["validate", str(folder)]) == 0
-    assert f"val_{kinds[-1]}_ap {results[f'val_{kinds[-1]}_ap']:.4f}" in capsys.readouterr().out
+    assert f"{kinds[-1]} AP {results[f'val_{kinds[-1]}_ap']:.4f}" in capsys.readouterr().out
 
     # what it left starts another run, whose classes are others, and is not taken for one of the same
     other = [
@@ -85,7 +85,7 @@ def test_a_run_leaves_its_folder(detector, kinds, tmp_path, capsys):
         main(["validate", *TINY, "--model.detector", detector, "--checkpoint", str(folder / "best.ckpt")])
         == 1
     )
-    assert "is for other classes" in capsys.readouterr().err
+    assert "the digits are other classes than the run's" in capsys.readouterr().err
 
 
 def test_killed_and_resumed_is_as_left_alone(tmp_path):

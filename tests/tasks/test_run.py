@@ -63,7 +63,7 @@ def test_a_run_leaves_its_folder(tmp_path, capsys):
 
     # what it left is enough to validate, to start from, and not to be overwritten by mistake
     assert main(["validate", str(folder)]) == 0
-    assert f"val_accuracy {results['val_accuracy']:.4f}" in capsys.readouterr().out
+    assert f"accuracy {results['val_accuracy']:.4f}" in capsys.readouterr().out
     assert main(["train", *TINY, "--run.folder", str(folder)]) == 1
     assert "there is a run in it" in capsys.readouterr().err
     other = [*TINY, "--trainer.max_epochs", "1", "--run.folder", str(tmp_path / "other")]
@@ -157,7 +157,7 @@ def test_a_run_of_version_0_1_is_built_as_it_was_trained(tmp_path, capsys, caplo
     losses = []
     for folder in (new, old):
         assert main(["validate", str(folder), "--run.folder", str(tmp_path / "out")]) == 0
-        losses.append(re.search(r"val_loss ([\d.]+)", capsys.readouterr().out)[1])
+        losses.append(re.search(r"loss ([\d.]+)", capsys.readouterr().out)[1])
     assert losses[0] != losses[1]
     assert main(["train", "--resume", str(old), "--trainer.max_epochs", "2"]) == 0
     assert read_checkpoint(old / "last.ckpt")["lda_span"] == "region"
@@ -263,7 +263,7 @@ def test_the_last_weights_can_be_validated(tmp_path, capsys):
     capsys.readouterr()
     last = rows(tmp_path)[-1]
     assert main(["validate", str(tmp_path), "--checkpoint", str(tmp_path / "last.ckpt")]) == 0
-    assert f"val_loss {float(last['val_loss']):.4f}" in capsys.readouterr().out
+    assert f"loss {float(last['val_loss']):.4f}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("decay_on", ["weights", "all_but_norms", "all"])

@@ -40,7 +40,7 @@ def test_a_run_leaves_its_folder(segmenter, tmp_path, capsys):
     options += "--run.ema 0.9 --model.dice 0.5 --model.grad_checkpointing true".split()
     assert main(["train", *TINY, *options]) == 0
     printed = capsys.readouterr().out
-    assert f"training {segmenter} on crossformer_nano" in printed and "miou" in printed
+    assert f"training {segmenter} on crossformer_nano" in printed and "mIoU" in printed
     for name in ("curves.png", "predictions.png", "class_iou.png"):
         with Image.open(folder / name) as picture:
             assert len(picture.convert("L").resize((50, 50)).getcolors()) > 5  # not blank
@@ -53,17 +53,17 @@ def test_a_run_leaves_its_folder(segmenter, tmp_path, capsys):
     mean = np.mean([float(row["iou"]) for row in table])
     assert mean == pytest.approx(results["val_miou"], abs=1e-4)
     assert main(["validate", str(folder)]) == 0
-    assert f"val_miou {results['val_miou']:.4f}" in capsys.readouterr().out
+    assert f"mIoU {results['val_miou']:.4f}" in capsys.readouterr().out
     tested = "--model.test_scales [1.0,1.5] --model.test_flip true --model.window 40".split()
     assert main(["validate", str(folder), *tested, "--run.folder", str(tmp_path / "tested")]) == 0
-    assert f"val_loss {results['val_loss']:.4f}" not in capsys.readouterr().out
+    assert f"loss {results['val_loss']:.4f}" not in capsys.readouterr().out
     assert (tmp_path / "tested/predictions.png").exists()
 
     other = [*TINY, "--model.segmenter", segmenter, "--run.folder", str(tmp_path / "other")]
     start = ["--model.checkpoint", str(folder / "best.ckpt")]
     assert main(["train", *other, "--trainer.max_epochs", "1", *start]) == 0
     assert main(["validate", *TINY, "--model.segmenter", segmenter, "--checkpoint", start[1]]) == 1
-    assert "is for other classes" in capsys.readouterr().err
+    assert "is not of the run's ['a', 'b', 'c']" in capsys.readouterr().err
     if segmenter == "upernet":
         alone = [*TINY, "--model.segmenter", segmenter, "--data.batch_size", "1"]
         assert main(["train", *alone, "--run.folder", str(tmp_path / "alone")]) == 1

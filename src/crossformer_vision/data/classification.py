@@ -1,11 +1,14 @@
 """Image classification: images and classes on disk, or the digits that come with the library -> batches."""
 
 import logging
+import zlib
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 from PIL import Image
 from timm.data import create_transform, str_to_interp_mode
 from timm.data.dataset_factory import create_dataset
@@ -15,8 +18,15 @@ from torchvision import transforms
 
 from crossformer_vision.data import digits
 from crossformer_vision.data.images import EXTENSIONS, files_below, is_hidden, upright
-from crossformer_vision.data.loading import ReadImages, ResumableData, SeededLoader, Source
-from crossformer_vision.errors import UserError
+from crossformer_vision.data.loading import (
+    SYNONYMS,
+    ReadImages,
+    ResumableData,
+    SeededLoader,
+    Source,
+    mix_seed,
+)
+from crossformer_vision.errors import NoSuchSplit, UserError
 from crossformer_vision.models import find_model
 
 log = logging.getLogger("crossformer_vision")
@@ -35,6 +45,7 @@ class FolderImages:
     """
 
     def __init__(self, folder: Path, classes: list[str]) -> None:
+        self.folder = folder
         below = [p for p in files_below(folder) if len(p.relative_to(folder).parts) > 1]
         files = [p for p in below if p.suffix.lower() in EXTENSIONS]
         if not files:
@@ -62,6 +73,16 @@ class FolderImages:
 
     def name(self, index: int) -> str:
         return self.samples[index][0]
+
+    def below(self, index: int) -> str:
+        """The name of an image below the folder."""
+        return Path(self.name(index)).relative_to(self.folder).as_posix()
+
+    def some(self, names: set[str]) -> "FolderImages":
+        """Those of these names below the folder."""
+        part = copy(self)
+        part.samples = [s for n, s in enumerate(self.samples) if self.below(n) in names]
+        return part
 
 
 class TarImages:
@@ -135,6 +156,19 @@ class DigitImages:
         return f"digit {index}"
 
 
+def hold_out(images: FolderImages, share: float, seed: int) -> list[str]:
+    """The same share of each class's images at random, at least one of two, for validation; names, sorted."""
+    of_class: dict[int, list[str]] = {}
+    for n, (_, label) in enumerate(images.samples):
+        of_class.setdefault(label, []).append(images.below(n))
+    chosen: list[str] = []
+    for label, names in of_class.items():
+        rng = np.random.default_rng(mix_seed(seed, zlib.crc32(images.classes[label].encode())))
+        count = min(len(names) - 1, max(1, round(share * len(names))))
+        chosen += rng.permutation(names)[:count].tolist()
+    return sorted(chosen)
+
+
 def _number(path: Path, found: list[str], classes: list[str]) -> dict[str, int]:
     """Class name -> index: those of the training split, or else the ones found."""
     unknown = sorted(set(found) - set(classes or found))
@@ -158,6 +192,11 @@ class ClassificationData(ResumableData):
             of class folders; null for the multi-scale digits that come with the library.
         dataset: a dataset by name instead of a folder: `torch/cifar10`, `hfds/ylecun/mnist`, … as timm calls
             them.
+        val_share: share of the images that are held out for validation, of each class, where `root` has none
+            for it, but class folders, or `train/` alone; which ones is written to the run's `val_list.txt`.
+        val_list: file with the names of the images to hold out, one below the folder of classes a line.
+        classes: names of the classes in their order; null for the training images' own. The command takes
+            those of a run that it validates or goes on with.
         download: let a torchvision dataset download itself into `root`.
         train_split: folder, tar file or split to train on.
         val_split: folder, tar file or split to validate on.
@@ -165,12 +204,14 @@ class ClassificationData(ResumableData):
         batch_size: images a step, of each process.
         num_workers: processes that read images; null for one less than there are cores, at most 8.
         crop: `resized` crops a random area of 8 to 100 % (ImageNet's way), `padded` pads by an eighth and
-            crops at random (CIFAR's way), `none` only resizes.
+            crops at random (CIFAR's way), `none` takes whole images, stretched to the square, in validation
+            and prediction, too.
         hflip: probability of a horizontal flip.
         auto_augment: timm's policy, such as `rand-m9-mstd0.5-inc1`.
         color_jitter: strength; unused beside `auto_augment`.
         erasing: probability of random erasing.
-        crop_pct: share of the image that validation crops from the centre; null for the model's own.
+        crop_pct: share of the image that validation crops from the centre, unless `crop` is `none`; null for
+            the model's own.
         interpolation: `bicubic` or `bilinear`; null for the model's own.
         train_images: digits only: images an epoch.
         val_images: digits only: images to validate on.
@@ -199,34 +240,34 @@ class ClassificationData(ResumableData):
         train_images: int = 4000,
         val_images: int = 1000,
         skip_corrupt: bool = False,
+        val_share: float = 0.2,
+        val_list: str | None = None,
+        classes: list[str] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(root, train_split, val_split, batch_size, num_workers, skip_corrupt, seed)
+        super().__init__(root, train_split, val_split, batch_size, num_workers, skip_corrupt, seed, classes)
+        self.val_share, self.val_list = val_share, val_list
+        self.held_out: list[str] = []  # of one folder, for validation
         self.model_cfg = find_model(model)
         self.dataset, self.download = dataset, download
         self.image_size, self.crop_pct, self.interpolation = image_size, crop_pct, interpolation
         self.crop, self.hflip, self.auto_augment = crop, hflip, auto_augment
         self.color_jitter, self.erasing = color_jitter, erasing
         self.lengths = {"train": train_images, "val": val_images}
-        self.classes: list[str] = []
 
-    @property
-    def num_classes(self) -> int:
-        """How many classes there are; looks for the images if that has not been done.
-
-        Raises:
-            UserError: a folder is missing or has no images, or a class stands in validation alone.
-        """
-        if not self.images:
-            for stage in ("train", "val"):  # the training classes number the validation ones
-                source = self._source(stage)
-                self.classes = self.classes or source.classes
-                transform = partial(_with_label, self._transform(stage))
-                self.images[stage] = ReadImages(source, transform, self.skip_corrupt, stage == "train")
+    def _read(self, stage: str) -> ReadImages:
+        source = self._source(stage)
+        self.classes = self.classes or source.classes
+        if not isinstance(source, (FolderImages, TarImages)) and source.classes != self.classes:
+            name = self.dataset or "the digits"
+            raise UserError(f"{name}: other classes than the run's: {', '.join(self.classes[:5])}, …")
         if len(self.classes) < 2:
             only = f"{self.root or self.dataset}: has one class, '{self.classes[0]}'"
             raise UserError(f"{only}; a classifier needs two or more")
-        return len(self.classes)
+        if stage == "train" and (lacking := sorted(set(self.classes) - set(source.classes))):
+            raise UserError(f"{self.root or self.dataset}: has no class '{lacking[0]}', which the run has")
+        transform = partial(_with_label, self._transform(stage))
+        return ReadImages(source, transform, self.skip_corrupt, stage == "train")
 
     def _find(self, stage: str) -> Path:
         """The folder or tar file of a split under `root`."""
@@ -239,9 +280,56 @@ class ClassificationData(ResumableData):
             for path in (root / name, root / f"{name}.tar"):
                 if path.exists():
                     return path
-        raise UserError(
+        raise NoSuchSplit(
             f"{root / split}: no such folder or tar file; name the split with --data.{stage}_split"
         )
+
+    def _unsplit(self) -> Path | None:
+        """The class folders of which some images are held out, where no folder has the validation's."""
+        root, found = Path(str(self.root)), {}
+        for stage in ("train", "val"):
+            try:
+                found[stage] = self._find(stage)
+            except NoSuchSplit:
+                continue
+        if "val" in found or not self.val_share or self.splits["val"] not in SYNONYMS["val"]:
+            return None
+        if "train" in found:
+            return found["train"] if found["train"].is_dir() else None
+        own = self.splits["train"] in SYNONYMS["train"] and any(p.is_dir() for p in root.iterdir())
+        return root if own else None
+
+    def _part(self, folder: Path, stage: str) -> FolderImages:
+        """The images of a folder without splits that are held out, or those that are not."""
+        whole = FolderImages(folder, self.classes)
+        names = {whole.below(n) for n in range(len(whole))}
+        if not self.held_out:
+            if self.val_list:
+                self.held_out = self._listed(Path(self.val_list), names)
+            else:
+                self.held_out = hold_out(whole, self.val_share, self.seed)
+                log.warning(
+                    "%s: no folder for validation: %d of %d images are held out, %.0f %% of each class",
+                    folder,
+                    len(self.held_out),
+                    len(whole),
+                    100 * self.val_share,
+                )
+            if not self.held_out:
+                raise UserError(f"{folder}: too few images to hold some out for validation")
+        held_out = set(self.held_out)
+        return whole.some(held_out if stage == "val" else names - held_out)
+
+    @staticmethod
+    def _listed(path: Path, names: set[str]) -> list[str]:
+        try:
+            listed = path.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot read this list of images ({error})") from None
+        found = [line for line in listed if line in names]
+        if not found:
+            raise UserError(f"{path}: none of its {len(listed)} lines names an image of --data.root")
+        return found
 
     def _source(self, stage: str) -> LabelledSource:
         if self.dataset:
@@ -249,6 +337,8 @@ class ClassificationData(ResumableData):
             return NamedImages(self.dataset, self.root, split, self.download)
         if not self.root:
             return DigitImages(stage, self.lengths[stage], self._size(), self.seed)
+        if folder := self._unsplit():
+            return self._part(folder, stage)
         path = self._find(stage)
         return TarImages(path, self.classes) if path.suffix == ".tar" else FolderImages(path, self.classes)
 
@@ -265,8 +355,10 @@ class ClassificationData(ResumableData):
         )
 
     def describe(self) -> dict[str, Any]:
-        crop_pct = self.crop_pct or self.model_cfg.crop_pct
-        return {"classes": self.classes, "image": {**self._image(), "crop_pct": crop_pct}}
+        crop: dict[str, Any] = {"crop_pct": self.crop_pct or self.model_cfg.crop_pct}
+        if self.crop == "none":
+            crop = {"crop_pct": 1.0, "crop_mode": "squash"}
+        return {"classes": self.classes, "image": {**self._image(), **crop}}
 
     def _transform(self, stage: str) -> Callable[[Image.Image], Tensor]:
         if stage == "val":
@@ -290,12 +382,8 @@ class ClassificationData(ResumableData):
             crop_and_flip.transforms.append(transforms.RandomHorizontalFlip(self.hflip))
         return transforms.Compose([crop_and_flip, recolour, finish])
 
-    def _loader(self, stage: str) -> SeededLoader:
-        assert self.num_classes  # the images are found
-        return self.loader(stage)
-
     def train_dataloader(self) -> SeededLoader:
-        return self._loader("train")
+        return self.loader("train")
 
     def val_dataloader(self) -> SeededLoader:
-        return self._loader("val")
+        return self.loader("val")

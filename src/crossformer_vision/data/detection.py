@@ -20,7 +20,7 @@ from crossformer_vision.data import digits
 from crossformer_vision.data.augmentation import PhotometricDistortion
 from crossformer_vision.data.images import upright
 from crossformer_vision.data.loading import ReadImages, ResumableData, SeededLoader
-from crossformer_vision.errors import UserError
+from crossformer_vision.errors import NoSuchSplit, UserError
 
 log = logging.getLogger("crossformer_vision")
 
@@ -184,7 +184,7 @@ class CocoImages:
         area = annotation.get("area")
         try:
             area = w * h if area is None else float(area)
-            crowd = int(annotation.get("iscrowd") or 0)
+            crowd = int(int(annotation.get("iscrowd") or 0) != 0)
         except (TypeError, ValueError, OverflowError):
             raise UserError(
                 f"{name}: its area or iscrowd is no number ({area!r}, {annotation.get('iscrowd')!r})"
@@ -206,7 +206,7 @@ class CocoImages:
         width, height = self.sizes[n]
         if isinstance(shape, dict):
             counts = shape.get("counts")
-            if list(shape.get("size") or ()) != [height, width] or not counts:
+            if shape.get("size") not in ([height, width], (height, width)) or not counts:
                 raise UserError(
                     f"{name}: its mask is of size {shape.get('size')}, the image of [{height}, {width}]"
                 )
@@ -359,6 +359,8 @@ class DetectionData(ResumableData):
         train_images: digits only: images an epoch.
         val_images: digits only: images to validate on.
         skip_corrupt: leave unreadable images out and count them, instead of stopping at the first.
+        classes: names of the classes in the order of their labels; null for those of the training file, in
+            the order of their ids. The command takes those of a run that it validates or goes on with.
         seed: of the order, the augmentation and the digits.
     """
 
@@ -381,9 +383,10 @@ class DetectionData(ResumableData):
         train_images: int = 1000,
         val_images: int = 200,
         skip_corrupt: bool = False,
+        classes: list[str] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(root, train_split, val_split, batch_size, num_workers, skip_corrupt, seed)
+        super().__init__(root, train_split, val_split, batch_size, num_workers, skip_corrupt, seed, classes)
         self.masks = detector == "mask_rcnn"
         self.min_sizes = [min_size] if isinstance(min_size, int) else list(min_size)
         self.max_size = max_size
@@ -391,30 +394,24 @@ class DetectionData(ResumableData):
         self.scale_jitter, self.photometric, self.skip_empty = scale_jitter, photometric, skip_empty
         self.image_size = image_size
         self.lengths = {"train": train_images, "val": val_images}
-        self.categories: dict[Any, str] = {}
+        self.category_ids: list[Any] = []  # of the classes, as the file that names them has them
 
-    @property
-    def classes(self) -> list[str]:
-        """Names of the classes; that of label 1 comes first."""
-        return list(self.categories.values())
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes there are; reads the annotations if that has not been done.
-
-        Raises:
-            UserError: for what is wrong with a file (see `CocoImages`), and for a split without one.
-        """
-        if not self.images:
-            for stage in ("train", "val"):  # the training file numbers the classes
-                source = self._source(stage)
-                self.categories = self.categories or source.categories
-                transform = ToTensors(self._transform(stage), train=stage == "train")
-                self.images[stage] = ReadImages(source, transform, self.skip_corrupt, stage == "train")
-        return len(self.categories)
+    def _read(self, stage: str) -> ReadImages:
+        """See `CocoImages` for what may be wrong with a file."""
+        source = self._source(stage)
+        self.classes = self.classes or list(source.categories.values())
+        ids = {name: category for category, name in source.categories.items()}
+        if isinstance(source, DigitObjects) and set(ids) != set(self.classes):
+            raise UserError(f"the digits are other classes than the run's: {', '.join(self.classes[:5])}")
+        if stage == "train" and (lacking := [name for name in self.classes if name not in ids]):
+            raise UserError(f"{source.annotations}: has no category '{lacking[0]}', which the run has")
+        if not self.category_ids and set(self.classes) <= set(ids):
+            self.category_ids = [ids[name] for name in self.classes]
+        transform = ToTensors(self._transform(stage), train=stage == "train")
+        return ReadImages(source, transform, self.skip_corrupt, stage == "train")
 
     def describe(self) -> dict[str, Any]:
-        return {"classes": self.classes}
+        return {"classes": self.classes, "category_ids": self.category_ids}
 
     def _source(self, stage: str) -> Any:
         if self.root is None:
@@ -438,7 +435,7 @@ class DetectionData(ResumableData):
                         if folder.is_dir():
                             return annotations, folder
                     raise UserError(f"{folders[0]}: no such folder, for the images of {annotations}")
-        raise UserError(
+        raise NoSuchSplit(
             f"{root / 'annotations' / f'instances_{split}.json'}: no such annotation file; "
             f"name the split with --data.{stage}_split"
         )
@@ -464,11 +461,9 @@ class DetectionData(ResumableData):
         return v2.Compose(steps)
 
     def train_dataloader(self) -> SeededLoader:
-        assert self.num_classes
-        source: Any = self.images["train"].source
+        source: Any = self.open("train").source
         tall = [int(height > width) for width, height in source.sizes]
         return self.loader("train", collate=lists, kinds=tall)
 
     def val_dataloader(self) -> SeededLoader:
-        assert self.num_classes
         return self.loader("val", batch_size=1, collate=lists)

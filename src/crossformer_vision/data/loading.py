@@ -5,6 +5,7 @@ So a run does not depend on the number of workers, two processes see what one wo
 goes on from its checkpoint as if nothing had happened.
 """
 
+import logging
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -18,7 +19,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from crossformer_vision.data.images import reason, to_rgb
-from crossformer_vision.errors import UserError
+from crossformer_vision.errors import NoSuchSplit, UserError
+
+log = logging.getLogger("crossformer_vision")
 
 
 def mix_seed(*parts: int) -> int:
@@ -133,6 +136,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         rank, world: this process, and how many there are.
         kinds: of the samples, in training: a batch holds one kind, apart from the last ones, which hold what
             is left over.
+        same_order: in all epochs, for Lightning's `overfit_batches`.
     """
 
     def __init__(
@@ -144,9 +148,10 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world: int = 1,
         kinds: list[int] | None = None,
+        same_order: bool = False,
     ) -> None:
         self.length, self.batch_size, self.seed, self.train = length, batch_size, seed, train
-        self.rank, self.world, self.kinds = rank, world, kinds
+        self.rank, self.world, self.kinds, self.same_order = rank, world, kinds, same_order
         self.sampler = self  # where Lightning looks for `set_epoch`
         self.epoch = 0
         self.start = 0  # batch that the next iteration begins with
@@ -161,7 +166,8 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = torch.arange(self.length)
         if self.train:
-            generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+            epoch = 0 if self.same_order else self.epoch
+            generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
             order = torch.randperm(self.length, generator=generator)
             if self.kinds:
                 order = self._by_kind(order)
@@ -238,12 +244,11 @@ SYNONYMS = {
 class ResumableData(L.LightningDataModule):
     """Base of the data modules: what all know of their images; training goes on in the middle of an epoch.
 
+    A subclass writes `_read`, which opens a split, and `describe`.
+
     Lightning restores a stateful loader too, but not once anything has asked for the number of steps, as a
     schedule must.
     """
-
-    _training: SeededLoader | None = None
-    _start = 0
 
     def __init__(
         self,
@@ -254,12 +259,48 @@ class ResumableData(L.LightningDataModule):
         num_workers: int | None,
         skip_corrupt: bool,
         seed: int,
+        classes: list[str] | None,
     ) -> None:
         super().__init__()
         self.root, self.splits = root, {"train": train_split, "val": val_split}
         self.batch_size, self.skip_corrupt, self.seed = batch_size, skip_corrupt, seed
         self.num_workers = min(8, max(0, (os.cpu_count() or 1) - 1)) if num_workers is None else num_workers
-        self.images: dict[str, ReadImages] = {}  # "train" and "val"
+        self.classes = list(classes or ())
+        self.images: dict[str, ReadImages] = {}  # "train" and "val", once opened
+        self.global_batch = batch_size  # of all processes, once training images are loaded
+        self._training: SeededLoader | None = None
+        self._resumed: dict[str, int] = {}
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are: as given, or as the images have them, which are then looked for.
+
+        Raises:
+            UserError: a folder is missing or has no images, or their classes are wrong.
+        """
+        if not self.classes:
+            missing: list[NoSuchSplit] = []
+            for stage in ("train", "val"):  # where there is only validation, it has the classes
+                try:
+                    self.open(stage)
+                except NoSuchSplit as error:
+                    missing.append(error)
+            if missing and "val" not in self.images:
+                raise missing[0]
+        return len(self.classes)
+
+    def open(self, stage: str) -> ReadImages:
+        """The images of `"train"` or `"val"`; the first that are opened name the classes, if nobody did.
+
+        Raises:
+            UserError: see `num_classes`.
+        """
+        if stage not in self.images:
+            self.images[stage] = self._read(stage)
+        return self.images[stage]
+
+    def _read(self, stage: str) -> ReadImages:
+        raise NotImplementedError
 
     def split_names(self, stage: str) -> tuple[str, ...]:
         """Where a split is looked for: under its name, and if that is a usual one, under the others."""
@@ -282,25 +323,43 @@ class ResumableData(L.LightningDataModule):
         collate: Callable[[list[Any]], Any] = default_collate,
         kinds: list[int] | None = None,
     ) -> SeededLoader:
-        """The loader of this process; `batch_size` is its own. For `kinds` see `EpochBatches`."""
-        dataset, train, batch_size = self.images[stage], stage == "train", batch_size or self.batch_size
+        """The loader of this process; `batch_size` is its own. For `kinds` see `EpochBatches`.
+
+        Fewer training images than a batch has make smaller batches, with a notice.
+        """
+        dataset, train, batch_size = self.open(stage), stage == "train", batch_size or self.batch_size
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if train and len(dataset) < batch_size * world:
-            raise UserError(
-                f"{len(dataset)} training images do not fill a batch of {batch_size * world}; "
-                "lower --data.batch_size"
+            batch_size, wanted = len(dataset) // world, batch_size
+            if not batch_size:
+                raise UserError(f"{len(dataset)} training images are too few for {world} processes")
+            log.warning(
+                "%d training images do not fill a batch of %d: batches of %d",
+                len(dataset),
+                wanted * world,
+                batch_size * world,
             )
-        batches = EpochBatches(len(dataset), batch_size, self.seed, train, rank, world, kinds)
+        overfit = bool(self.trainer and getattr(self.trainer, "overfit_batches", 0))
+        batches = EpochBatches(len(dataset), batch_size, self.seed, train, rank, world, kinds, overfit)
         loader = SeededLoader(dataset, batches, self.seed, self.num_workers, collate)
         if train:
-            batches.start, self._start = self._start, 0
+            self.global_batch = batch_size * world
+            done = self._resumed.get("taken", 0) * self._resumed.get("batch", self.global_batch)
+            batches.start = min(-(-done // self.global_batch), len(batches) - 1)
+            self._resumed = {}
             self._training = loader
         return loader
+
+    @property
+    def start(self) -> int:
+        """The batch with which training goes on in its epoch."""
+        return self._training.batches.start if self._training else 0
 
     def state_dict(self) -> dict[str, int]:
         if self._training is None or self.trainer is None:
             return {}
-        return {"taken": self._training.taken % int(self.trainer.num_training_batches)}
+        taken = self._training.taken % int(self.trainer.num_training_batches)
+        return {"taken": taken, "batch": self.global_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._start = state.get("taken", 0)
+        self._resumed = dict(state)

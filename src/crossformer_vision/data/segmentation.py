@@ -19,9 +19,9 @@ from torchvision.transforms.v2 import functional as VF
 
 from crossformer_vision.data import digits
 from crossformer_vision.data.augmentation import PhotometricDistortion
-from crossformer_vision.data.images import EXTENSIONS, files_below, upright
+from crossformer_vision.data.images import EXTENSIONS, files_below, reason, upright
 from crossformer_vision.data.loading import ReadImages, ResumableData, SeededLoader
-from crossformer_vision.errors import UserError
+from crossformer_vision.errors import NoSuchSplit, UserError
 from crossformer_vision.models import find_model
 
 log = logging.getLogger("crossformer_vision")
@@ -61,6 +61,14 @@ class MappedImages:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def number(self, classes: list[str]) -> list[int]:
+        """Give the classes the order of these names; returns the value that each has in the files."""
+        known = self.table < len(self.classes)
+        order = np.array([classes.index(name) for name in self.classes], np.uint8)
+        self.table[known] = order[self.table[known]]
+        self.classes = classes
+        return [int(np.flatnonzero(self.table == k)[-1]) for k in range(len(classes))]
+
     def name(self, index: int) -> str:
         return str(self.pairs[index][0])
 
@@ -70,9 +78,8 @@ class MappedImages:
         try:
             drawn = Image.open(label)
             values = np.asarray(drawn)
-        except (OSError, SyntaxError) as error:
-            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
-            raise UserError(f"{label}: cannot read this class map ({reason})") from None
+        except Exception as error:  # of any decoder
+            raise UserError(f"{label}: cannot read this class map ({reason(error)})") from None
         if values.ndim != 2:
             raise UserError(
                 f"{label}: a class map has one class index a pixel (greyscale or palette), not {drawn.mode}"
@@ -126,7 +133,11 @@ def read_classes(root: Path) -> tuple[list[str], NDArray[np.uint8]]:
     """
     info, listed = root / "objectInfo150.txt", root / "classes.json"
     if info.is_file() and not listed.is_file():
-        rows = [line.split("\t") for line in info.read_text().splitlines()[1:] if line.strip()]
+        rows = [
+            line.split("\t")
+            for line in info.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+            if line.strip()
+        ]
         if len(rows) != 150:
             raise UserError(f"{info}: lists {len(rows)} classes; ADE20K's has 150, after a line of titles")
         return [row[-1].split(",")[0].strip() for row in rows], table(150, first=1, ignored=0)
@@ -139,10 +150,12 @@ def read_classes(root: Path) -> tuple[list[str], NDArray[np.uint8]]:
         raise UserError(
             f'{listed}: no such file; it lists the classes: {{"classes": ["sky", …], "ignore_index": 255}}'
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(
             f'{listed}: not a list of classes like {{"classes": ["sky", …], "ignore_index": 255}} ({error})'
         ) from error
+    if len(set(names)) < len(names) or not all(name.strip() for name in names):
+        raise UserError(f"{listed}: a class without a name, or two of one name: {names[:10]}")
     if not 2 <= len(names) <= UNKNOWN - first or first < 0 or not 0 <= ignored <= 255:
         raise UserError(
             f"{listed}: {len(names)} classes from index {first}, {ignored} ignored; a class map has room for "
@@ -343,6 +356,8 @@ class SegmentationData(ResumableData):
         train_images: digits only: images an epoch.
         val_images: digits only: images to validate on.
         skip_corrupt: leave unreadable images out and count them, instead of stopping at the first.
+        classes: names of the classes in their order; null for the data's own. The command takes those of a
+            run that it validates or goes on with.
         seed: of the order, the augmentation and the digits.
     """
 
@@ -366,36 +381,34 @@ class SegmentationData(ResumableData):
         train_images: int = 1000,
         val_images: int = 200,
         skip_corrupt: bool = False,
+        classes: list[str] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(root, train_split, val_split, batch_size, num_workers, skip_corrupt, seed)
+        super().__init__(root, train_split, val_split, batch_size, num_workers, skip_corrupt, seed, classes)
         cfg = find_model(model)
         self.to_input = ToInput(tuple(cfg.mean), tuple(cfg.std), short_side, long_side, size_divisor)
         self.test_scales = test_scales
         self.augmentation = Augmentation(self.to_input, crop_size, scales, max_share, hflip, photometric)
         self.lengths = {"train": train_images, "val": val_images}
-        self.classes: list[str] = []
         self.white_is_a_class = False
+        self.values: list[int] = []  # of the classes, in the files of class maps
 
-    @property
-    def num_classes(self) -> int:
-        """How many classes there are; looks for the images if that has not been done.
-
-        Raises:
-            UserError: a folder or list of classes is missing or wrong, or images and class maps do not pair.
-        """
-        if not self.images:
-            for stage, transform in (
-                ("train", self.augmentation),
-                ("val", Validation(self.to_input, self.test_scales)),
-            ):
-                source: Any = self._source(stage)
-                self.classes = source.classes
-                self.images[stage] = ReadImages(source, transform, self.skip_corrupt, stage == "train")
-        return len(self.classes)
+    def _read(self, stage: str) -> ReadImages:
+        source = self._source(stage)
+        self.classes = self.classes or list(source.classes)
+        if set(source.classes) != set(self.classes):
+            odd = sorted(set(source.classes) ^ set(self.classes))[0]
+            raise UserError(f"{self.root or 'the digits'}: class '{odd}' is not of the run's {self.classes}")
+        if isinstance(source, MappedImages):
+            self.values = source.number(self.classes)
+        transform: Any = (
+            self.augmentation if stage == "train" else Validation(self.to_input, self.test_scales)
+        )
+        return ReadImages(source, transform, self.skip_corrupt, stage == "train")
 
     def describe(self) -> dict[str, Any]:
-        return {"classes": self.classes, "image": dict(vars(self.to_input))}
+        image = dict(vars(self.to_input))
+        return {"classes": self.classes, "image": image, "values": self.values}
 
     def _source(self, stage: str) -> MappedImages | DigitMaps:
         if self.root is None:
@@ -418,7 +431,7 @@ class SegmentationData(ResumableData):
                 if not maps.is_dir():
                     raise UserError(f"{maps}: no such folder, for the class maps of {images}")
                 pairs, (names, values) = pair_files(images, maps), read_classes(root)
-                if stage == "train" and takes_255_for_a_class(root, pairs, names):
+                if not self.images and takes_255_for_a_class(root, pairs, names):
                     log.warning(
                         "%s: its values are 0 and 255 alone: 255 is taken for '%s'. If it is to be ignored, "
                         'say so in classes.json: "ignore_index": 255',
@@ -429,16 +442,14 @@ class SegmentationData(ResumableData):
                 if self.white_is_a_class:
                     values[IGNORED] = 1
                 return MappedImages(pairs, names, values)
-        raise UserError(
+        raise NoSuchSplit(
             f"{root / 'images' / split}: no such folder; name the split with --data.{stage}_split"
         )
 
     def train_dataloader(self) -> SeededLoader:
-        assert self.num_classes
         return self.loader("train")
 
     def val_dataloader(self) -> SeededLoader:
-        assert self.num_classes
         return self.loader("val", batch_size=1)
 
 

@@ -14,6 +14,14 @@ from torch.optim import Optimizer
 from crossformer_vision.data.loading import mix_seed, seed_all
 from crossformer_vision.models.backbones import DenseModel
 from crossformer_vision.models.crossformer import LongShortAttention
+from crossformer_vision.published import at_hand
+
+
+def starts_from_published(model: str, pretrained: bool | None, checkpoint: str | None) -> bool:
+    """Whether to build a model with its published weights; None takes them where they are at hand."""
+    if checkpoint:
+        return False
+    return at_hand(model) if pretrained is None else pretrained
 
 
 class Task(L.LightningModule):
@@ -41,6 +49,7 @@ class Task(L.LightningModule):
     name: str  # as the command and checkpoints have it
     monitor: str  # the validation metric that picks the best checkpoint
     monitor_mode: Literal["max", "min"] = "max"
+    in_line: tuple[str, ...] = ("val_loss",)  # metrics that stand beside it in an epoch's line
     net: Any
 
     def __init__(
@@ -61,6 +70,8 @@ class Task(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.images_seen = 0  # in training; of loaders that are not ours, the batches
+        self._resumed: dict[str, Any] = {}  # the checkpoint that training goes on from
         self.optimizer, self.lr = optimizer, lr
         self.weight_decay, self.decay_on = weight_decay, decay_on
         self.schedule, self.milestones, self.power = schedule, milestones, power
@@ -76,35 +87,103 @@ class Task(L.LightningModule):
             body.compile()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.images_seen += self._batch
         # Dropout, stochastic depth and mixup follow from the step alone, so a resumed run repeats none of the
         # past.
         seed_all(mix_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))
 
+    @property
+    def _batch(self) -> int:
+        """Images of a batch, of all processes together."""
+        return getattr(getattr(self.trainer, "datamodule", None), "global_batch", 1)
+
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer()
+        # As the options have it now: what a checkpoint says of these is of the run before.
+        self._options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         if self.trainer.train_dataloader is None:  # where only steps are given, Lightning has not looked yet
             self.trainer.fit_loop.setup_data()
-        steps = int(self.trainer.estimated_stepping_batches)
-        epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        warmup = round(self.warmup_epochs * epoch) if self.warmup_steps is None else self.warmup_steps
+        if self._resumed:
+            self._fit_loops()
+        epoch = self._images_of(epochs=1)
+        accumulated = self.trainer.accumulate_grad_batches * self._batch
+        total = self._images_of_the_run()
+        warmup = (
+            round(self.warmup_epochs * epoch)
+            if self.warmup_steps is None
+            else self.warmup_steps * accumulated
+        )
         common: dict[str, Any] = dict(
-            warmup_t=min(warmup, steps - 1),
+            warmup_t=min(warmup, total - accumulated),
             warmup_lr_init=min(self.warmup_lr, self.lr),
             warmup_prefix=False,
             t_in_epochs=False,
         )
         if self.schedule == "cosine":
             schedule: Scheduler = CosineLRScheduler(
-                optimizer, t_initial=steps, lr_min=min(self.min_lr, self.lr), **common
+                optimizer, t_initial=total, lr_min=min(self.min_lr, self.lr), **common
             )
         elif self.schedule == "poly":
             schedule = PolyLRScheduler(
-                optimizer, t_initial=steps, power=self.power, lr_min=min(self.min_lr, self.lr), **common
+                optimizer, t_initial=total, power=self.power, lr_min=min(self.min_lr, self.lr), **common
             )
-        else:  # timm's goes down one step before its milestones
+        else:  # timm's goes down one before its milestones
             down = [round(milestone * epoch) + 1 for milestone in self.milestones]
             schedule = MultiStepLRScheduler(optimizer, decay_t=down, decay_rate=0.1, **common)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _images_of(self, epochs: int = 0, batches: int = 0) -> int:
+        per_epoch = self.trainer.num_training_batches
+        return (epochs * (1 if per_epoch == float("inf") else int(per_epoch)) + batches) * self._batch
+
+    def _images_of_steps(self, steps: int) -> int:
+        accumulate, per_epoch = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+        if per_epoch == float("inf"):
+            return self._images_of(batches=steps * accumulate)
+        epochs, more = divmod(steps, -(-int(per_epoch) // accumulate))
+        return self._images_of(epochs, min(more * accumulate, int(per_epoch)))
+
+    def _images_of_the_run(self) -> int:
+        """Images until the last step; of a resumed run with other batches, those seen and those to come."""
+        trainer, resumed = self.trainer, self._resumed
+        steps = trainer.max_steps if trainer.max_steps > 0 else None
+        by_steps = self._images_of_steps(steps) if steps else None
+        by_epochs = self._images_of(epochs) if (epochs := trainer.max_epochs or -1) > 0 else None
+        total = min(n for n in (by_steps, by_epochs) if n is not None)
+        if resumed:
+            epochs = resumed["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"] - 1
+            by_epochs = self._images_of(epochs, self._batches_done())
+            here = self._images_of_steps(resumed["global_step"]) if total == by_steps else by_epochs
+            total += self.images_seen - here
+        return total
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
+        self.images_seen = checkpoint.get("images_seen", batches * self._batch)
+        checkpoint["lr_schedulers"] = []  # it follows from the images seen, and from the options of now
+        self._resumed = checkpoint
+
+    def _fit_loops(self) -> None:
+        """Lightning counts the batches of an epoch: where they are of another size now, count those."""
+        if self._resumed.get("batches_of_an_epoch") != self.trainer.num_training_batches:
+            progress = self._resumed["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            done, before = self._batches_done(), progress["current"]
+            # A count may be one behind, where the checkpoint is of a batch's end.
+            progress["current"] = {k: done - (before["ready"] - n) for k, n in before.items()}
+
+    def _batches_done(self) -> int:
+        """Of the epoch in which the resumed run was saved, counted in batches of now: all, at its end."""
+        start = getattr(getattr(self.trainer, "datamodule", None), "start", None)
+        if start is None:
+            progress = self._resumed["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            return int(progress["current"]["ready"])
+        return int(start or self.trainer.num_training_batches)
+
+    def on_train_start(self) -> None:
+        for group, options in zip(self.trainer.optimizers[0].param_groups, self._options, strict=True):
+            group.update(options)
+        self.lr_schedulers().step_update(self.images_seen)  # type: ignore[union-attr]
+        self._resumed = {}
 
     def _optimizer(self) -> Optimizer:
         options: dict[str, Any] = dict(opt=self.optimizer, lr=self.lr, weight_decay=self.weight_decay)
@@ -119,6 +198,8 @@ class Task(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["task"] = self.name
+        checkpoint["images_seen"] = self.images_seen
+        checkpoint["batches_of_an_epoch"] = self.trainer.num_training_batches
         spans = [m.lda_span for m in self.net.modules() if isinstance(m, LongShortAttention)]
         checkpoint["lda_span"] = spans[0] if spans else None
         checkpoint.update(self.trainer.datamodule.describe())  # type: ignore[attr-defined]
@@ -128,7 +209,7 @@ class Task(L.LightningModule):
         raise NotImplementedError
 
     def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:  # type: ignore[override]
-        scheduler.step_update(self.global_step)
+        scheduler.step_update(self.images_seen)
 
     def configure_gradient_clipping(
         self,

@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from crossformer_vision import visualize
 from crossformer_vision.checkpoints import load_checkpoint
 from crossformer_vision.models import find_model
-from crossformer_vision.tasks.base import Task
+from crossformer_vision.tasks.base import Task, starts_from_published
 
 SHOWN = 24  # validation images in the picture of predictions
 
@@ -24,7 +24,8 @@ class Classification(Task):
     Args:
         model: timm name, with a tag (`crossformer_small.in1k`) to choose weights.
         num_classes: classes; the command takes them from the data.
-        pretrained: start from the model's published weights.
+        pretrained: start from the model's published weights; null where they are here or can be
+            fetched, with a notice where not.
         checkpoint: start from these weights instead, published or own; a classifier of another class count is
             trained anew.
         model_args: further keywords of the model, such as `{embed_dim: 48}`.
@@ -43,7 +44,7 @@ class Classification(Task):
         self,
         model: str = "crossformer_nano",
         num_classes: int = 10,
-        pretrained: bool = False,
+        pretrained: bool | None = False,
         checkpoint: str | None = None,
         model_args: dict[str, Any] | None = None,
         drop_path_rate: float = 0.0,
@@ -58,7 +59,7 @@ class Classification(Task):
         find_model(model)
         self.net = timm.create_model(
             model,
-            pretrained=pretrained and not checkpoint,
+            pretrained=starts_from_published(model, pretrained, checkpoint),
             num_classes=num_classes,
             drop_path_rate=drop_path_rate,
             **(model_args or {}),
@@ -74,7 +75,9 @@ class Classification(Task):
         # Lightning's own mean is wrong where processes have unequal shares of images.
         self.loss = MeanMetric()
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.accuracy_top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
+        self.accuracy_top5 = (
+            MulticlassAccuracy(num_classes, average="micro", top_k=5) if num_classes > 5 else None
+        )
         self.confusion = MulticlassConfusionMatrix(num_classes)
         self.shown: list[
             tuple[Tensor, int, int, float]
@@ -104,12 +107,13 @@ class Classification(Task):
         logits = self(images).float()
         self.loss(F.cross_entropy(logits, labels), len(images))
         self.accuracy(logits, labels)
-        self.accuracy_top5(logits, labels)
         self.confusion(logits, labels)
         n = len(images)
         self.log("val_loss", self.loss, on_epoch=True, batch_size=n)
         self.log("val_accuracy", self.accuracy, on_epoch=True, batch_size=n)
-        self.log("val_accuracy_top5", self.accuracy_top5, on_epoch=True, batch_size=n)
+        if self.accuracy_top5 is not None:
+            self.accuracy_top5(logits, labels)
+            self.log("val_accuracy_top5", self.accuracy_top5, on_epoch=True, batch_size=n)
         # A few of every n-th batch, since batches may come class by class.
         batches = int(sum(self.trainer.num_val_batches))
         few = -(-SHOWN // batches) if batch_idx % max(1, batches // SHOWN) == 0 else 0

@@ -12,7 +12,7 @@ from crossformer_vision import visualize
 from crossformer_vision.checkpoints import load_checkpoint
 from crossformer_vision.data.detection import Batch
 from crossformer_vision.models.detectors import MaskRCNN, create_detector
-from crossformer_vision.tasks.base import Task
+from crossformer_vision.tasks.base import Task, starts_from_published
 from crossformer_vision.tasks.run import write_csv
 
 SHOWN = 8  # validation images in the picture of predictions
@@ -33,7 +33,8 @@ class Detection(Task):
         detector: `retinanet` for boxes, `mask_rcnn` for boxes and masks.
         model: timm name of the backbone, with a tag (`crossformer_small.in1k`) to choose weights.
         num_classes: classes of objects; the command takes them from the data.
-        pretrained: start from the backbone's published weights.
+        pretrained: start from the backbone's published weights; null where they are here or can be
+            fetched, with a notice where not.
         checkpoint: start from these weights instead, of a detector or of a backbone, published or own; layers
             of another class count are trained anew.
         model_args: further keywords of the backbone, such as `{group_size: [14, 14, 7, 7]}`.
@@ -55,7 +56,7 @@ class Detection(Task):
         detector: Literal["retinanet", "mask_rcnn"] = "retinanet",
         model: str = "crossformer_nano",
         num_classes: int = 10,
-        pretrained: bool = False,
+        pretrained: bool | None = False,
         checkpoint: str | None = None,
         model_args: dict[str, Any] | None = None,
         detector_args: dict[str, Any] | None = None,
@@ -73,7 +74,7 @@ class Detection(Task):
             detector,
             model,
             num_classes,
-            pretrained=pretrained and not checkpoint,
+            pretrained=starts_from_published(model, pretrained, checkpoint),
             width=width,
             anchor_scale=anchor_scale,
             max_detections=max_detections,
@@ -87,6 +88,7 @@ class Detection(Task):
             load_checkpoint(self.net, checkpoint)
         self.kinds = {"box": "bbox", "mask": "segm"} if isinstance(self.net, MaskRCNN) else {"box": "bbox"}
         self.monitor = f"val_{list(self.kinds)[-1]}_ap"
+        self.in_line = (f"{self.monitor}50", *(f"val_{kind}_ap" for kind in list(self.kinds)[:-1]))
         self.metric = MeanAveragePrecision(
             iou_type=tuple(self.kinds.values()),  # type: ignore[arg-type]
             # COCO's, in float64: torchmetrics' own are rounded to float32, on the other side of some IoUs.

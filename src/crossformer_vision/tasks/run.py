@@ -1,6 +1,6 @@
 """A run and its folder: the same for every task.
 
-config.yaml       the resolved configuration
+config.yaml       the resolved configuration; val_list.txt the validation images, where they were held out
 metrics.csv       one row an epoch; curves.png draws it
 tensorboard/      the same for TensorBoard
 best.ckpt         the epoch with the best validation, EMA weights if there are any; last.ckpt to resume from
@@ -9,10 +9,15 @@ results.json      what came out, and on what
 """
 
 import csv
+import itertools
 import json
 import os
 import platform
+import shlex
+import shutil
+import signal
 import sys
+import threading
 import time
 import warnings
 from dataclasses import dataclass
@@ -27,7 +32,6 @@ from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
     EMAWeightAveraging,
-    LearningRateMonitor,
     ModelCheckpoint,
     RichProgressBar,
 )
@@ -36,6 +40,21 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from crossformer_vision import visualize
 from crossformer_vision.errors import UserError
 from crossformer_vision.tasks.base import Task
+
+
+class Stopped(Exception):
+    """A run that a signal has ended, after what was trained is saved.
+
+    Attributes:
+        code: exit code of the command, 128 and the signal's number.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.code = 128 + number
+
+
+VAL_LIST = "val_list.txt"  # in a run's folder: the validation images that were held out of one folder
 
 
 @dataclass
@@ -55,48 +74,42 @@ class Run:
     patience: int = 0
     save_every: int = 0
 
-    def trainer_parts(self, task: Task, config: str, resumed: bool) -> dict[str, Any]:
-        """Callbacks, plugins and loggers for Lightning's Trainer."""
-        folder = Path(str(self.folder))
+    def callbacks(self, task: Task, config: str, resumed: bool, tensorboard: bool = True) -> list[Callback]:
+        """What Lightning's Trainer needs for a run; `RunFolder` chooses the folder of the others."""
         callbacks: list[Callback] = [EMAWeightAveraging(decay=self.ema)] if self.ema else []
         callbacks += [
-            RunFolder(folder, config, resumed),
-            LearningRateMonitor("epoch"),
+            RunFolder(self, config, resumed, tensorboard),
             BestCheckpoint(  # before `last`, which keeps what the best one is
-                folder,
+                None,
                 "best",
                 monitor=task.monitor,
                 mode=task.monitor_mode,
                 enable_version_counter=False,
                 save_on_train_epoch_end=False,
             ),
-            ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=False),
+            ModelCheckpoint(None, "last", enable_version_counter=False, save_on_train_epoch_end=False),
         ]
         if self.save_every:
             callbacks.append(
                 ModelCheckpoint(
-                    folder, "last", enable_version_counter=False, every_n_train_steps=self.save_every
+                    None, "last", enable_version_counter=False, every_n_train_steps=self.save_every
                 )
             )
         if self.patience:
             callbacks.append(EarlyStopping(task.monitor, mode=task.monitor_mode, patience=self.patience))
-        if sys.stdout.isatty():
-            callbacks.append(Progress())
-        return {
-            "callbacks": callbacks,
-            "plugins": [AtomicCheckpoints()],
-            "logger": TensorBoardLogger(folder, name=None, version="tensorboard"),
-        }
+        return callbacks
 
 
-def new_folder(name: str) -> Path:
-    """`runs/<name>`, or `runs/<name>-2`, … if there is one."""
-    base = Path("runs") / name
-    folder, n = base, 1
-    while folder.exists():
-        n += 1
-        folder = base.with_name(f"{base.name}-{n}")
-    return folder
+def new_folder(base: Path) -> Path:
+    """Makes a folder of this name, or with `-2`, … behind it: no two processes make the same."""
+    for n in itertools.count(1):
+        folder = base if n == 1 else base.with_name(f"{base.name}-{n}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -174,16 +187,104 @@ class Progress(RichProgressBar):
     """A bar for the epoch, with images a second and the time left to the end of the run."""
 
     def get_metrics(self, trainer: Any, pl_module: L.LightningModule) -> dict[str, Any]:
-        folder = next(c for c in trainer.callbacks if isinstance(c, RunFolder))
+        folder = next((c for c in trainer.callbacks if isinstance(c, RunFolder)), None)
+        if folder is None or not folder.batches:
+            return {}
         return {"images/s": f"{folder.images_per_second():.0f}", "left": folder.time_left(trainer)}
+
+    def _get_train_description(self, current_epoch: int) -> str:  # Lightning counts from 0
+        return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"
 
 
 class RunFolder(Callback):
-    """Writes the folder as the run goes, and a line an epoch."""
+    """Chooses the folder and writes it as the run goes, and a line an epoch; ends a run that is interrupted.
 
-    def __init__(self, folder: Path, config: str, resumed: bool) -> None:
-        self.folder, self.config, self.resumed = folder, config, resumed
+    Ctrl-C and SIGTERM end it after the step or the validation that it is at, which is saved; a second Ctrl-C
+    ends it at once.
+    """
+
+    def __init__(self, run: Run, config: str, resumed: bool, tensorboard: bool = True) -> None:
+        self.run, self.config, self.resumed, self.tensorboard = run, config, resumed, tensorboard
+        self.folder = Path()
         self.rows: list[dict[str, Any]] = []
+        self.images, self.batches, self.seconds = 0, 0, 1e-9
+        self.before = 0.0  # seconds that the run took before it was resumed
+        self.began: float | None = None
+        self.made = False
+        self.signal = 0
+        self.validating = False
+        self.saved_step = -1
+        self.handlers: dict[int, Any] = {}
+
+    # The folder
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        assert isinstance(pl_module, Task)
+        taken: Any = None
+        if trainer.is_global_zero:
+            try:
+                taken = self._take(pl_module)
+            except UserError as error:
+                taken = error
+        taken = trainer.strategy.broadcast(taken)
+        if isinstance(taken, UserError):
+            raise taken
+        self.folder = Path(taken)
+        self.run.folder = str(self.folder)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(self.folder)
+        if self.tensorboard and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            ours = TensorBoardLogger(self.folder, name=None, version="tensorboard")
+            trainer.loggers = [ours, *trainer.loggers]
+
+    def _take(self, task: Task) -> str:
+        """Make the folder, and put the configuration into it: nobody else can take it then."""
+        if self.run.folder is None:
+            folder, self.made = new_folder(Path("runs") / f"{task.name}-{task.hparams['model']}"), True
+        else:
+            folder = Path(self.run.folder)
+            self.made = not folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with (folder / "config.yaml").open("w" if self.resumed else "x", encoding="utf-8") as file:
+                file.write(self.config)
+        except FileExistsError:
+            raise UserError(
+                f"{folder}: there is a run in it; --resume it, or choose another --run.folder"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+        return str(folder)
+
+    def remove_unused(self) -> None:
+        """A run that made no step leaves nothing."""
+        if self.resumed or self.batches or (self.folder / "last.ckpt").exists():
+            return
+        if self.made:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        elif self.folder != Path():
+            (self.folder / "config.yaml").unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        print(f"run folder: {self.folder}", flush=True)
+        data: Any = getattr(trainer, "datamodule", None)
+        if held_out := getattr(data, "held_out", None):
+            (self.folder / VAL_LIST).write_text("".join(f"{name}\n" for name in held_out), encoding="utf-8")
+        metrics = self.folder / "metrics.csv"
+        if self.resumed and metrics.exists():
+            with metrics.open(encoding="utf-8") as file:
+                self.rows = [
+                    {k: int(v) if v.isdigit() else float(v) for k, v in row.items() if v}
+                    for row in csv.DictReader(file)
+                ]
+
+    # Time
 
     def images_per_second(self) -> float:
         return self.images / self.seconds
@@ -193,30 +294,38 @@ class RunFolder(Callback):
         per_batch = self.seconds / max(1, self.batches)
         return str(timedelta(seconds=round(max(0.0, steps * per_batch))))
 
+    def minutes(self) -> float:
+        """Of training, with those before a resume."""
+        return (self.before + (time.time() - self.began if self.began else 0)) / 60
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"minutes": self.minutes()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.before = 60 * state_dict["minutes"]
+
     @staticmethod
     def _batches(trainer: L.Trainer) -> int:
         return trainer.fit_loop.epoch_loop.total_batch_idx + 1
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(self.config)
-        metrics = self.folder / "metrics.csv"
-        if self.resumed and metrics.exists():
-            with metrics.open() as file:
-                self.rows = [
-                    {k: int(v) if v.isdigit() else float(v) for k, v in row.items() if v}
-                    for row in csv.DictReader(file)
-                ]
+    # Training
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.began = time.time()
+        self._catch_signals()
+        if self.resumed and trainer.is_global_zero:
+            images = f", {pl_module.images_seen} images seen" if isinstance(pl_module, Task) else ""
+            print(f"goes on after step {trainer.global_step}{images}", flush=True)
+        self.saved_step = trainer.global_step
         self.on_train_epoch_start(trainer, pl_module)  # not called where a run goes on inside an epoch
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.images, self.seconds, self.batches = 0, 1e-9, 0
         self.validated, self.validated_step = False, -1
-        self.began = time.perf_counter()
+        self.epoch_began = time.perf_counter()
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        for logger in trainer.loggers:
+            logger.log_metrics({"lr": lr}, step=trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -224,7 +333,10 @@ class RunFolder(Callback):
         self._stop_at_nan(trainer, outputs, batch_idx)
         self.batches += 1
         self.images += len(batch[0]) * trainer.world_size
-        self.seconds = time.perf_counter() - self.began
+        self.seconds = time.perf_counter() - self.epoch_began
+        if self._stops(trainer, batch_idx):
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+            self._stop(trainer)
 
     @staticmethod
     def _stop_at_nan(trainer: L.Trainer, outputs: Any, batch_idx: int) -> None:
@@ -239,7 +351,47 @@ class RunFolder(Callback):
                     "--trainer.gradient_clip_val 1, or --trainer.precision 32"
                 )
 
+    # Interruptions
+
+    def _catch_signals(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self._caught)
+
+    def _caught(self, number: int, frame: Any) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        if self.validating:
+            print("stops after this validation; Ctrl-C again stops at once, without it", flush=True)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.validating = True
+
+    def _stops(self, trainer: L.Trainer, batch_idx: int) -> bool:
+        """Whether to stop here: at an optimizer's step, and several processes all at once."""
+        if trainer.fit_loop._should_accumulate():
+            return False
+        if trainer.world_size == 1:
+            return bool(self.signal)
+        return batch_idx % 10 == 0 and trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False)
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        said = f"stopped after step {trainer.global_step}; {self.how_to_go_on()}"
+        raise Stopped(said, self.signal or signal.SIGINT)
+
+    def how_to_go_on(self) -> str:
+        return f"go on with: {command()} train --resume {shlex.quote(str(self.folder))}"
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+
+    # Epochs
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.validating = False
         self.validated, self.validated_step = True, trainer.global_step
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -260,26 +412,32 @@ class RunFolder(Callback):
         row |= values
         self.rows = [*(r for r in self.rows if r["epoch"] < epoch), row]
         write_csv(self.folder / "metrics.csv", self.rows)
-        visualize.curves(self.rows, self.folder / "curves.png")
-        shown = "  ".join(f"{k} {value:.4f}" for k, value in values.items())
-        if trainer.max_steps > 0:
-            done = f"step {trainer.global_step}/{trainer.max_steps}"
-        else:
-            done = f"epoch {epoch + 1}/{trainer.max_epochs}"
-        print(
-            f"{done}  {shown}  {row['images_per_second']:.0f} images/s  {self.time_left(trainer)} left",
-            flush=True,
-        )
+        assert isinstance(pl_module, Task)
+        visualize.curves(self.rows, self.folder / "curves.png", pl_module.monitor)
+        print(self._line(trainer, pl_module, values), flush=True)
         skipped = getattr(getattr(trainer, "datamodule", None), "skipped", 0)
         if skipped:
             print(f"{skipped} unreadable images left out so far", flush=True)
+        if self.signal and trainer.world_size == 1:
+            self._stop(trainer)
+
+    def _line(self, trainer: L.Trainer, task: Task, values: dict[str, float]) -> str:
+        """What counts first, then the losses; all else is in metrics.csv. Two lines of 80 columns at most."""
+        if trainer.max_steps > 0:
+            done = f"step {trainer.global_step}/{trainer.max_steps}"
+        else:
+            done = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        shown = [k for k in (task.monitor, *task.in_line, "train_loss") if k in values]
+        parts = [f"{visualize.called(k)} {values[k]:.{3 if 'loss' in k else 4}f}" for k in shown]
+        parts += [f"{self.images_per_second():.0f} images/s", f"{self.time_left(trainer)} left"]
+        return "  ".join((done, *parts))
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write all rows, whole or not at all."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     part = path.with_name(path.name + ".part")
-    with part.open("w", newline="") as file:
+    with part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
@@ -292,6 +450,8 @@ def quiet() -> None:
 
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # What a person has asked for still speaks.
+    logging.getLogger("lightning.pytorch.callbacks.model_summary").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message="Grad strides do not match")  # of depth-wise convolutions
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
@@ -304,19 +464,27 @@ def parts(task: Task) -> dict[str, str]:
 
 def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | None) -> dict[str, Any]:
     """Train, then validate the best checkpoint and write what it shows; returns what `results.json` holds."""
-    folder = Path(str(run.folder))
     params = sum(p.numel() for p in task.net.parameters())
+    train, val = (len(data.open(stage)) for stage in ("train", "val"))
+    writer: Any = next(c for c in trainer.callbacks if isinstance(c, RunFolder))  # type: ignore[attr-defined]
     if trainer.is_global_zero:
         name = " on ".join(parts(task).values())
         print(
-            f"training {name} ({params / 1e6:.1f} M parameters) on "
-            f"{len(data.images['train'])} images of {len(data.classes)} classes, "
-            f"validating on {len(data.images['val'])}; run folder: {folder}",
+            f"training {name} ({params / 1e6:.1f} M parameters) on {train} images of "
+            f"{len(data.classes)} classes, validating on {val}",
             flush=True,
         )
-    began = time.time()
-    trainer.fit(task, data, ckpt_path=str(folder / "last.ckpt") if resume else None, weights_only=True)
-    seconds = time.time() - began
+    last = Path(resume) / "last.ckpt" if resume else None
+    try:
+        trainer.fit(task, data, ckpt_path=str(last) if last and last.exists() else None, weights_only=True)
+    except SystemExit as stop:  # Lightning's, of a second Ctrl-C, or of one before the first step
+        if not writer.batches and not (writer.folder / "last.ckpt").exists():
+            raise KeyboardInterrupt from stop
+        raise Stopped(f"stopped; {writer.how_to_go_on()}", signal.SIGINT) from None
+    finally:
+        if trainer.is_global_zero:
+            writer.remove_unused()
+    folder = writer.folder
     # Without a validation there is no best one, and `fast_dev_run` saves nothing.
     saved = [path for path in (folder / "best.ckpt", folder / "last.ckpt") if path.exists()]
     # It would validate the last epoch's average in place of the best weights.
@@ -328,16 +496,31 @@ def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | Non
         "parameters": params,
         **metrics,
         "epochs": trainer.current_epoch,
-        "minutes": round(seconds / 60, 2),
+        "images_seen": task.images_seen,
+        "minutes": round(writer.minutes(), 2),
         "checkpoint": str(saved[0]) if saved else None,
+        **about(),
+    }
+    if trainer.is_global_zero:
+        write_json(folder / "results.json", results)
+    return results
+
+
+def about() -> dict[str, Any]:
+    """What figures came from."""
+    return {
         "command": " ".join(["crossformer", *sys.argv[1:]]),
         "hardware": hardware(),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
-    if trainer.is_global_zero:
-        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    return results
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write it whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def validate(
@@ -350,10 +533,57 @@ def validate(
         load_checkpoint(task.net, checkpoint, adapt_classifier=False)
     found = trainer.validate(task, data, verbose=False)
     metrics = dict(found[0]) if found else {}  # no validation was wanted
+    metrics = {**{k: v for k, v in metrics.items() if k == task.monitor}, **metrics}
     if metrics and folder is not None and trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         task.pictures(folder, data.classes)
     return metrics
+
+
+def evaluate(
+    trainer: L.Trainer, task: Task, data: Any, checkpoint: Path | None, folder: Path
+) -> tuple[dict[str, Any], Path]:
+    """Validate into a folder of its own, of this name or numbered; returns what its `results.json` holds."""
+    if len(data.open("val")) and trainer.is_global_zero:
+        folder = new_folder(folder)
+    try:
+        metrics = validate(trainer, task, data, checkpoint, folder)
+    finally:
+        if trainer.is_global_zero and not any(folder.iterdir()):
+            folder.rmdir()
+    weights = None if checkpoint is None else str(checkpoint)
+    results = {**parts(task), **metrics, "checkpoint": weights, **about()}
+    if trainer.is_global_zero:
+        write_json(folder / "results.json", results)
+    return results, folder
+
+
+def is_finished(folder: Path, trainer: L.Trainer) -> bool:
+    """Whether a run has its figures, and no step to go."""
+    if not all((folder / name).exists() for name in ("results.json", "last.ckpt")):
+        return False
+    from crossformer_vision.checkpoints import read_checkpoint
+
+    content = read_checkpoint(folder / "last.ckpt")
+    if 0 < trainer.max_steps <= content["global_step"]:
+        return True
+    taken = any(v.get("taken") for k, v in content.items() if k.endswith("Data") and isinstance(v, dict))
+    epochs = content["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"] - bool(taken)
+    return 0 < (trainer.max_epochs or -1) <= epochs
+
+
+def command() -> str:
+    """How this command is called where it runs: `crossformer`, where the shell finds that."""
+    called = Path(sys.argv[0])
+    if called.name not in ("crossformer", "crossformer.exe"):
+        return f"{shlex.quote(sys.executable)} -m crossformer_vision"
+    found = shutil.which("crossformer")
+    if found and Path(found).resolve() == called.resolve():
+        return "crossformer"
+    try:
+        return shlex.quote(str(called.relative_to(Path.cwd())))
+    except ValueError:
+        return shlex.quote(str(called))
 
 
 def hardware() -> str:

@@ -16,7 +16,7 @@ from crossformer_vision.data.segmentation import IGNORED
 from crossformer_vision.errors import UserError
 from crossformer_vision.models import find_model
 from crossformer_vision.models.segmenters import UPerNet, create_segmenter, segment
-from crossformer_vision.tasks.base import Task
+from crossformer_vision.tasks.base import Task, starts_from_published
 from crossformer_vision.tasks.run import write_csv
 
 SHOWN = 6  # validation images in the picture of predictions
@@ -29,7 +29,8 @@ class Segmentation(Task):
         segmenter: `semantic_fpn` or `upernet`.
         model: timm name of the backbone, with a tag (`crossformer_small.in1k`) to choose weights.
         num_classes: classes of pixels; the command takes them from the data.
-        pretrained: start from the backbone's published weights.
+        pretrained: start from the backbone's published weights; null where they are here or can be
+            fetched, with a notice where not.
         checkpoint: start from these weights instead, of a segmenter or of a backbone, published or own;
             layers of another class count are trained anew.
         model_args: further keywords of the backbone, such as `{group_size: [14, 14, 7, 7]}`.
@@ -50,13 +51,14 @@ class Segmentation(Task):
 
     name = "segmentation"
     monitor = "val_miou"
+    in_line = ("val_pixel_accuracy", "val_loss")
 
     def __init__(
         self,
         segmenter: Literal["semantic_fpn", "upernet"] = "semantic_fpn",
         model: str = "crossformer_nano",
         num_classes: int = 11,
-        pretrained: bool = False,
+        pretrained: bool | None = False,
         checkpoint: str | None = None,
         model_args: dict[str, Any] | None = None,
         drop_path_rate: float = 0.0,
@@ -77,7 +79,7 @@ class Segmentation(Task):
             segmenter,
             model,
             num_classes,
-            pretrained=pretrained and not checkpoint,
+            pretrained=starts_from_published(model, pretrained, checkpoint),
             width=width,
             dropout=dropout,
             backbone_args=dict(drop_path_rate=drop_path_rate or None, **(model_args or {})),

@@ -1,0 +1,435 @@
+"""The options of `crossformer train` and `validate`: defaults that hold, help in order, errors in words.
+
+Lightning's parser on our task, data and trainer: every option is where its argument is documented.
+"""
+
+import difflib
+import glob
+import logging
+import re
+import sys
+from argparse import SUPPRESS, ArgumentError
+from collections.abc import Sequence
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+import lightning as L
+import yaml
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from crossformer_vision import published
+from crossformer_vision.errors import UserError
+from crossformer_vision.tasks.run import AtomicCheckpoints, Progress, Run, command, quiet
+
+
+class TaskParts(NamedTuple):
+    """Where a task's classes are, its quickstart, what its data take from its model."""
+
+    module: str  # in `tasks` and in `data`
+    task: str
+    data: str
+    quickstart: str
+    links: tuple[str, ...]  # options of the model that the data have, too
+    sign: str | None  # an option that no other task has
+
+
+TASKS = {
+    "classification": TaskParts(
+        "classification", "Classification", "ClassificationData", "classification", ("model",), None
+    ),
+    "detection": TaskParts(
+        "detection",
+        "Detection",
+        "DetectionData",
+        "detection",
+        ("detector", "min_size", "max_size"),
+        "detector",
+    ),
+    "segmentation": TaskParts(
+        "segmentation",
+        "Segmentation",
+        "SegmentationData",
+        "semantic_segmentation",
+        ("model", "test_scales"),
+        "segmenter",
+    ),
+}
+
+# Options of Lightning's Trainer that mean nothing here, or what a run does itself: neither shown nor taken.
+NOT_OURS = {
+    "enable_checkpointing": "a run keeps its checkpoints; --trainer.fast_dev_run true tries one batch",
+    "barebones": "use --trainer.profiler, or `crossformer info`",
+    "default_root_dir": "use --run.folder",
+    "limit_test_batches": "there is no test; use --trainer.limit_val_batches",
+    "limit_predict_batches": "use --trainer.limit_val_batches",
+    "log_every_n_steps": "a run logs once an epoch",
+    "use_distributed_sampler": "the data share the images among processes themselves",
+    "reload_dataloaders_every_n_epochs": "the data load anew by themselves",
+    "model_registry": "a run keeps its checkpoints in its folder",
+}
+# What a resumed run cannot change: its weights, and the optimizer's state, would not fit.
+FIXED = (
+    "task",
+    "model.model",
+    "model.model_args",
+    "model.detector",
+    "model.segmenter",
+    "model.width",
+    "model.anchor_scale",
+    "model.optimizer",
+    "model.decay_on",
+)
+
+
+def find_config(name: str) -> str:
+    """A configuration file: a path, or a name among those that come with the library."""
+    if Path(name).is_file():
+        return name
+    here = Path(__file__).parent
+    below = name.split("configs/", 1)[-1]
+    known: list[str] = []
+    for folder in (here / "configs", here.parents[1] / "configs"):  # installed, or a checkout
+        if below and (folder / below).is_file():
+            return str(folder / below)
+        known += [path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml")]
+    raise UserError(f"{name}: no such configuration file{_suggest(name, known)}")
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1, 0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def take(args: list[str], option: str) -> str | None:
+    """Remove `option VALUE` or `option=VALUE` from `args` and return the value."""
+    for i, arg in enumerate(args):
+        if arg == option:
+            if i + 1 == len(args):
+                raise ArgumentError(None, f"{option} needs a value")
+            del args[i]
+            return args.pop(i)
+        if arg.startswith(option + "="):
+            return args.pop(i).split("=", 1)[1]
+    return None
+
+
+def has(args: Sequence[str], *options: str) -> bool:
+    """Whether one of the options is given."""
+    return any(arg.split("=", 1)[0] in options for arg in args)
+
+
+def task_of(args: list[str], configs: Sequence[str]) -> str:
+    """The task of a command line: `--task`, or a configuration's, or that whose options it has."""
+    name = take(list(args), "--task")
+    contents = [_content(config) for config in configs]
+    for content in contents:
+        name = name or content.get("task")
+    for task, parts in TASKS.items():
+        options = [content.get("model") for content in contents]
+        there = any(isinstance(model, dict) and parts.sign in model for model in options)
+        if name is None and parts.sign and (there or has(args, f"--model.{parts.sign}")):
+            name = task
+    name = name or "classification"
+    if name not in TASKS:
+        raise UserError(f"no task '{name}'; there are: {', '.join(TASKS)}{_suggest(str(name), list(TASKS))}")
+    return name
+
+
+def _content(config: str) -> dict[str, Any]:
+    """Of a configuration; empty where it cannot be read, which the parser will say."""
+    try:
+        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def recipe(task: str, args: Sequence[str]) -> tuple[str, str]:
+    """Where a command line without `--config` starts, and a line that says so.
+
+    Without data it is the quickstart; with data of one's own the default recipe of the task, that for a GPU
+    or that for a CPU. That for a GPU starts from ImageNet weights; where they cannot be fetched, that for a
+    CPU holds, whose weights come with the library.
+    """
+    if not has(args, "--data.root", "--data.dataset"):
+        return f"quickstart/{TASKS[task].quickstart}.yaml", ""
+    import torch
+
+    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    gpu = gpu and take(list(args), "--trainer.accelerator") != "cpu"
+    why = "for a GPU" if gpu else "for a CPU"
+    if gpu and not has(args, "--model.model", "--model.checkpoint"):
+        if not published.at_hand("crossformer_small"):
+            gpu, why = False, "whose weights come with the library"
+    name = f"default/{task}.yaml" if gpu else f"default/{task}_cpu.yaml"
+    return name, f"options start from {name}, {why}; --config takes another, --help shows all"
+
+
+def parse(
+    args: Sequence[str],
+    verb: str,
+    fixed: dict[str, Any] | None = None,
+    resume: str | None = None,
+    upgraded: dict[str, Any] | None = None,
+    silent: bool = False,
+) -> Any:
+    """Lightning's command line on our task, data and trainer; returns them, built.
+
+    Args:
+        args: of the command, without what this parser does not know.
+        verb: `train` or `validate`.
+        fixed: options that the caller knows better, and that no configuration should keep.
+        resume: folder of the run that goes on.
+        upgraded: keywords of the model that its checkpoint, of an earlier version, goes without.
+        silent: do not say which recipe holds.
+    """
+    quiet()
+    args = [part for a in args for part in (a.split("=", 1) if a.startswith("--config=") else (a,))]
+    args = ["--config" if a == "-c" else a for a in args]
+    args = [find_config(a) if i and args[i - 1] == "--config" else a for i, a in enumerate(args)]
+    configs = [a for i, a in enumerate(args) if i and args[i - 1] == "--config"]
+    task = task_of(args, configs)
+    defaults = configs if has(args, "--help", "-h") else []
+    if not configs:
+        name, line = recipe(task, args)
+        defaults = [find_config(name)]
+        if line and not silent and not has(args, "--help", "-h", "--print_config"):
+            print(line, flush=True)
+    built = _cli(task, verb, fixed or {}, resume, upgraded or {})
+    try:
+        return built(
+            *(_class(task, package) for package in ("tasks", "data")),
+            args=args,
+            run=False,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            parser_kwargs={
+                "prog": f"crossformer {verb}",
+                "usage": USAGE[verb],
+                "description": DESCRIPTION[verb],
+                "exit_on_error": False,
+                "default_config_files": [glob.escape(path) for path in defaults],
+            },
+        )
+    except ArgumentError as error:
+        raise ArgumentError(
+            None, explain(str(error), built.parsers[-1], args, configs or defaults)
+        ) from error
+
+
+USAGE = {
+    "train": "crossformer train [--config FILE] [--data.root FOLDER] [--OPTION VALUE …]\n"
+    "       crossformer train --resume RUN [--OPTION VALUE …]",
+    "validate": "crossformer validate RUN [--checkpoint FILE] [--OPTION VALUE …]\n"
+    "       crossformer validate --config FILE --checkpoint FILE --data.root FOLDER",
+}
+DESCRIPTION = {
+    "train": "Train a model. RUN is the folder of a run, as runs/classification-crossformer_nano; --resume "
+    "goes on with it, with other options where they are given. --debug shows the traceback of an error.",
+    "validate": "Evaluate a checkpoint, and draw what it gets right and wrong. RUN is the folder of a run; "
+    "its best.ckpt is taken unless --checkpoint names another. --debug shows the traceback of an error.",
+}
+
+
+def _class(task: str, package: str) -> Any:
+    parts = TASKS[task]
+    module = import_module(f"crossformer_vision.{package}.{parts.module}")
+    return getattr(module, parts.task if package == "tasks" else parts.data)
+
+
+def _listed(value: Any) -> list[Any]:
+    return (
+        []
+        if value is None or isinstance(value, bool)
+        else list(value)
+        if isinstance(value, list)
+        else [value]
+    )
+
+
+def _cli(task: str, verb: str, fixed: dict[str, Any], resume: str | None, upgraded: dict[str, Any]) -> Any:
+    class Cli(LightningCLI):
+        parsers: list[Any] = []
+
+        def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+            self.parsers.append(super().init_parser(**kwargs))
+            return self.parsers[-1]
+
+        def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.add_argument("--task", default=task, help=f"one of {', '.join(TASKS)}")
+            parser.add_lightning_class_args(_class(task, "data"), "data")
+            parser.add_lightning_class_args(_class(task, "tasks"), "model")
+            parser.add_class_arguments(Run, "run")
+            parser.add_lightning_class_args(L.Trainer, "trainer")
+            parser.set_defaults(
+                {
+                    "trainer.max_epochs": 10,
+                    "trainer.enable_model_summary": False,
+                    "trainer.use_distributed_sampler": False,
+                    "trainer.num_sanity_val_steps": 0,
+                    "trainer.gradient_clip_val": 5.0,
+                }
+            )
+            for action in parser._actions:
+                if action.dest.removeprefix("trainer.") in NOT_OURS:
+                    action.help = SUPPRESS
+
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.link_arguments("seed_everything", "data.seed")
+            parser.link_arguments("seed_everything", "model.seed")
+            for option in TASKS[task].links:
+                parser.link_arguments(f"model.{option}", f"data.{option}")
+            parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+
+        def before_instantiate_classes(self) -> None:
+            defaults = signature(L.Trainer).parameters
+            for name, instead in NOT_OURS.items():
+                if name != "use_distributed_sampler" and self.config.trainer[name] != defaults[name].default:
+                    raise UserError(f"--trainer.{name} is not an option of this command: {instead}")
+            # What follows from where and how the command is called is not kept.
+            kept = self.config.clone()
+            kept.run.folder = None
+            self.text = self.parser.dump(kept, skip_link_targets=True, skip_none=False)
+            if resume:
+                self._say_what_changed(Path(resume))
+            for key, value in fixed.items():
+                self.config[key] = value
+
+        def _say_what_changed(self, folder: Path) -> None:
+            before = _flat(_content(str(folder / "config.yaml")))
+            if upgraded:
+                before["model.model_args"] = {**(before.get("model.model_args") or {}), **upgraded}
+            now = _flat(yaml.safe_load(self.text))
+            changed = {k: (before[k], v) for k, v in now.items() if k in before and before[k] != v}
+            changed.pop("run.folder", None)
+            for key, (old, new) in changed.items():
+                if key in FIXED:
+                    raise UserError(
+                        f"--resume goes on with the run's own {key}, {old}, not with {new}; a new run can "
+                        f"start from its weights: {command()} train --model.checkpoint {folder}/best.ckpt"
+                    )
+            if changed:
+                print("changed: " + ", ".join(f"{k} {old} -> {new}" for k, (old, new) in changed.items()))
+
+        def instantiate_trainer(self, **kwargs: Any) -> Any:
+            self.run = self.config_init.run
+            given = self.config_init.trainer
+            theirs = _listed(given.callbacks)
+            callbacks = [*theirs]
+            if verb == "train":
+                callbacks += self.run.callbacks(
+                    self.model, self.text, resume is not None, given.logger is not False
+                )
+            bar = sys.stdout.isatty() if given.enable_progress_bar is None else given.enable_progress_bar
+            if bar and not any(isinstance(c, ProgressBar) for c in theirs):
+                callbacks.append(Progress())
+            plugins = _listed(given.plugins)
+            if not any(isinstance(p, CheckpointIO) for p in plugins):
+                plugins.append(AtomicCheckpoints())
+            if given.profiler:  # it speaks through what `quiet` silences
+                logging.getLogger("lightning.fabric.utilities.rank_zero").setLevel(logging.INFO)
+            summary = given.enable_model_summary or any(isinstance(c, ModelSummary) for c in theirs)
+            return super().instantiate_trainer(
+                callbacks=callbacks,
+                plugins=plugins,
+                logger=_listed(given.logger) or False,
+                enable_progress_bar=bar or any(isinstance(c, ProgressBar) for c in theirs),
+                enable_model_summary=summary,
+                **kwargs,
+            )
+
+    return Cli
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"model": {"lr": 1}}` -> `{"model.lr": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        flat.update(_flat(value, f"{name}.") if isinstance(value, dict) and prefix == "" else {name: value})
+    return flat
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Errors in words
+# ------------------------------------------------------------------------------------------------------------
+
+
+def explain(message: str, parser: Any, args: Sequence[str], configs: Sequence[str]) -> str:
+    """The parser's message as a person would put it: the option, the file, what was meant or is wanted."""
+    message = " ".join(message.split())
+    types = {action.dest: getattr(action, "_typehint", None) or action.type for action in parser._actions}
+    shown = [action.dest for action in parser._actions if action.help != SUPPRESS]
+    if found := re.search(r"unrecognized arguments: (\S+)", message):
+        word = found[1]
+        name = word.removeprefix("--").split("=")[0]
+        if not word.startswith("-"):
+            return f"'{word}' is not understood; options are given as --data.root FOLDER"
+        return f"no option --{name}{_suggest_option(name, shown, '--')}"
+    if found := re.search(r"Group '(\S+)' does not accept option '(\S+)'", message):
+        return _unknown(f"{found[1]}.{found[2]}", shown, configs)
+    if found := re.search(r"Option '(\S+)' is not accepted", message):
+        return _unknown(found[1], shown, configs)
+    if found := re.search(r'Parser key "([^"]+)":.*?(?:Got|Given) value: (.*)$', message):
+        name, value = found[1], found[2].strip()
+        wanted = _in_words(types.get(name))
+        place = f"--{name}" if has(args, f"--{name}") else f"{_file_of(name, configs)}: {name}"
+        return (
+            f"{place}: '{value}' is not {wanted}" if wanted else f"{place}: '{value}' is not a value for it"
+        )
+    if "Problem" in message and "pars" in message and configs:
+        return f"{configs[-1]}: not a configuration ({message})"
+    return message
+
+
+def _unknown(name: str, shown: Sequence[str], configs: Sequence[str]) -> str:
+    return f"{_file_of(name, configs)}: no option {name}{_suggest_option(name, shown, '')}"
+
+
+def _suggest_option(name: str, shown: Sequence[str], dashes: str) -> str:
+    close = difflib.get_close_matches(name, shown, 1, 0.75)
+    last = name.rsplit(".", 1)[-1]
+    close = close or [option for option in shown if option.rsplit(".", 1)[-1] == last]
+    close = close or difflib.get_close_matches(name, shown, 1, 0.6)
+    return f"; did you mean {dashes}{close[0]}?" if close else "; --help shows all"
+
+
+def _file_of(name: str, configs: Sequence[str]) -> str:
+    """The configuration that has a key."""
+    for config in configs:
+        content: Any = _content(config)
+        for part in name.split("."):
+            content = content.get(part, SUPPRESS) if isinstance(content, dict) else SUPPRESS
+        if content is not SUPPRESS:
+            return config
+    return configs[-1] if configs else "the options"
+
+
+def _in_words(kind: Any) -> str:
+    """What a type wants: `int | None` is an integer or null."""
+    plain = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        NoneType: "null",
+        dict: "a mapping such as {name: value}",
+    }
+    if kind in plain:
+        return plain[kind]
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(filter(None, map(_in_words, inner))))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if origin in (list, tuple):
+        return "a list such as [1, 2]"
+    if origin is dict:
+        return plain[dict]
+    return ""
