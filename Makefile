@@ -1,11 +1,12 @@
 # make quickstart   install into .venv, then train crossformer_nano on the digits that come with the library
 # make test         install into .venv, then lint, type-check and run the tests (under 12 minutes on two cores)
 # make test-all     also the slow tests
+# make fuzz         read 20,000 damaged files (some minutes)
 # make docs         build the documentation into site/
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-all docs clean
+.PHONY: setup quickstart test test-all fuzz docs clean
 
 setup: .venv/installed
 
@@ -25,6 +26,9 @@ test: setup
 
 test-all: test
 	$(BIN)/pytest -n 2 -m slow
+
+fuzz: setup
+	$(BIN)/python tests/fuzz.py
 
 docs: setup
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'

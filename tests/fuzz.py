@@ -38,7 +38,10 @@ from crossformer_vision.data.loading import ReadImages
 from crossformer_vision.data.segmentation import MappedImages, read_classes, table
 from crossformer_vision.errors import UserError
 
-SECONDS, MEMORY = 20, 6 << 30
+SECONDS, MEMORY = 20, 2048  # for one file; MiB of memory in use beyond what the process had
+ADDRESSES = (
+    8 << 30
+)  # more than this a file cannot take; much of it is asked for in vain by readers of short files
 FORMATS = {
     "jpg": dict(format="JPEG"), "png": dict(format="PNG"), "gif": dict(format="GIF"), "bmp": dict(format="BMP"),
     "tif": dict(format="TIFF", compression="tiff_lzw"), "webp": dict(format="WEBP"), "ppm": dict(format="PPM"),
@@ -218,7 +221,7 @@ class Fuzzer:
     def run(self, n: int) -> tuple[str, str | None]:
         """Kind of the n-th file, and what is wrong with how it was read."""
         kind, read = self.file(n)
-        before = sorted(self.folder.rglob("*"))
+        before, memory = sorted(self.folder.rglob("*")), peak()
         signal.alarm(SECONDS)
         wrong = None
         try:
@@ -235,7 +238,14 @@ class Fuzzer:
             signal.alarm(0)
         if sorted(self.folder.rglob("*")) != before:
             wrong = "it left a file behind"
+        if peak() > memory + MEMORY:
+            wrong = f"it took {peak() - memory} MiB"
         return kind, wrong
+
+
+def peak() -> int:
+    """Most memory that the process ever had in use, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
 def hang(*_: Any) -> None:
@@ -250,6 +260,9 @@ def fuzz(count: int, seed: int, only: int | None = None, show: bool = False) -> 
     found: list[str] = []
     kinds: Counter[str] = Counter()
     here = Path.cwd()
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ADDRESSES, limit[1]))
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # where a path that escapes would show
         try:
@@ -263,6 +276,7 @@ def fuzz(count: int, seed: int, only: int | None = None, show: bool = False) -> 
                     print(f"\r{n + 1} files, {len(found)} wrong", end="", flush=True)
         finally:
             os.chdir(here)
+            resource.setrlimit(resource.RLIMIT_AS, limit)
     if show:
         print(f"\n{', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))}")
     return found
@@ -274,7 +288,6 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="of all of them (0)")
     parser.add_argument("--only", type=int, help="number of one file, to repeat it")
     options = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     wrong = fuzz(options.count, options.seed, options.only, show=True)
     print("\n".join(wrong[:40]) or "nothing wrong")
     sys.exit(bool(wrong))
