@@ -3,7 +3,10 @@
 # make test-all     also the slow tests
 # make fuzz         read 20,000 damaged files (some minutes)
 # make docs         build the documentation into site/
+#
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch for CPUs alone, a tenth of the size
 PYTHON ?= python3
+TORCH_INDEX ?=
 BIN := .venv/bin
 
 .PHONY: setup quickstart test test-all fuzz docs clean
@@ -12,7 +15,9 @@ setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	@echo "installing into .venv: some minutes, with CUDA 6 GB (README says how to do without it)"
+	$(if $(TORCH_INDEX),$(BIN)/pip install --disable-pip-version-check -c constraints.txt --index-url $(TORCH_INDEX) torch torchvision)
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 quickstart: setup

@@ -16,7 +16,7 @@ from crossformer_vision import UserError, load_predictor
 from crossformer_vision.cli import main
 from crossformer_vision.info import PUBLISHED, build, describe, figures, paper_operations
 from crossformer_vision.models.variants import FOURTEENS, SEVENS
-from crossformer_vision.predict import Detected, Segmented
+from crossformer_vision.predict import Detected, Segmented, squares
 
 
 @pytest.fixture(scope="module")
@@ -256,3 +256,97 @@ def test_info_stands_beside_the_published_figures(capsys):
     assert "paper_gflops" not in json.loads(capsys.readouterr().out)
     assert main(["info", "crossformer_smal"]) == 1
     assert "did you mean crossformer_small" in capsys.readouterr().err
+
+
+def test_predictions_have_the_ids_of_the_data(tmp_path):
+    """Categories as the training file numbers them, images as the file beside them does."""
+    for split, first in (("train", 1000), ("val", 7000)):
+        images = tmp_path / "coco/images" / split
+        images.mkdir(parents=True)
+        (tmp_path / "coco/annotations").mkdir(exist_ok=True)
+        for n in range(4):
+            Image.new("RGB", (40, 40), (9, 9, 9)).save(images / f"{n}.png")
+        content = dict(
+            images=[dict(id=first + n, file_name=f"{n}.png", width=40, height=40) for n in range(4)],
+            annotations=[
+                dict(id=n, image_id=first + n, category_id=(0, 5)[n % 2], bbox=[5, 5, 20, 20])
+                for n in range(4)
+            ],
+            categories=[dict(id=0, name="cat"), dict(id=5, name="dog")],
+        )
+        (tmp_path / f"coco/annotations/instances_{split}.json").write_text(json.dumps(content))
+    run, options = tmp_path / "run", [*DETECTION, "--data.root", str(tmp_path / "coco")]
+    assert main(["train", *options, "--trainer.max_epochs", "1", "--run.folder", str(run)]) == 0
+    Image.new("RGB", (30, 30)).save(tmp_path / "other.png")
+    photos = [str(tmp_path / "coco/images/val"), str(tmp_path / "other.png")]
+    out = tmp_path / "out"
+    assert main(["predict", str(run), *photos, "--out", str(out), "--score", "0"]) == 0
+    written = json.loads((out / "predictions.json").read_text())
+    named = [(image["id"], image["file_name"]) for image in written["images"]]
+    assert named == [*((7000 + n, f"{n}.png") for n in range(4)), (7004, "other.png")]
+    assert written["categories"] == [{"id": 0, "name": "cat"}, {"id": 5, "name": "dog"}]
+    assert {a["category_id"] for a in written["annotations"]} <= {0, 5}
+    assert {a["image_id"] for a in written["annotations"]} <= {i for i, _ in named}
+    (result,) = [load_predictor(run, score=0.0)(tmp_path / "other.png")]
+    assert {a["category_id"] for a in result.to_coco()} <= {0, 5}
+
+
+def test_predicted_class_maps_have_the_values_of_the_data(tmp_path):
+    root, run = tmp_path / "maps", tmp_path / "run"
+    for split, count in (("training", 4), ("validation", 2)):
+        for n in range(count):
+            for kind in ("images", "annotations"):
+                (root / kind / split).mkdir(parents=True, exist_ok=True)
+            values = np.full((40, 50), 3, np.uint8)
+            values[:20] = 4
+            Image.fromarray(values).save(root / "annotations" / split / f"{n}.png")
+            Image.fromarray(np.repeat((values == 4)[..., None] * np.uint8(250), 3, 2)).save(
+                root / "images" / split / f"{n}.png"
+            )
+    (root / "classes.json").write_text(json.dumps({"classes": ["low", "high"], "first_index": 3}))
+    options = [*SEGMENTATION, "--data.root", str(root), "--trainer.max_epochs", "2", "--run.folder", str(run)]
+    assert main(["train", *options]) == 0
+    assert main(["predict", str(run), str(root / "images/validation"), "--out", str(tmp_path / "out")]) == 0
+    drawn = np.asarray(Image.open(tmp_path / "out/class_maps/0.png"))
+    assert set(np.unique(drawn)) <= {3, 4}
+    result = load_predictor(run)(root / "images/validation/0.png")
+    assert (drawn == result.class_map + 3).all()
+    # classes that another file lists in another order are the same classes
+    (root / "classes.json").write_text(json.dumps({"classes": ["high", "low"], "first_index": 0}))
+    for split in ("training", "validation"):
+        for path in (root / "annotations" / split).iterdir():
+            Image.fromarray(np.uint8(1) - (np.asarray(Image.open(path)) - np.uint8(3))).save(path)
+    before = json.loads((run / "results.json").read_text())["val_miou"]
+    assert main(["validate", str(run)]) == 0
+    assert json.loads((run / "validate/results.json").read_text())["val_miou"] == pytest.approx(before)
+
+
+def test_a_panorama_is_seen_in_several_crops(runs, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 300, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    parts = squares(image)
+    assert [p.size for p in parts] == [(64, 64)] * 5
+    assert (np.asarray(parts[0]) == pixels[:, :64]).all() and (np.asarray(parts[-1]) == pixels[:, -64:]).all()
+    assert [p.size for p in squares(image.rotate(90, expand=True))] == [(64, 64)] * 5
+    assert len(squares(image.crop((0, 0, 100, 64)))) == 1 and len(squares(Image.new("RGB", (1, 3000)))) == 8
+    predictor = load_predictor(runs / "classifier")
+    predictor.whole = False
+    mean = np.mean([predictor(part).probabilities for part in parts], axis=0)
+    assert np.allclose(predictor(image).probabilities, mean, atol=1e-5)
+    predictor.whole = True  # trained on whole images, stretched
+    assert not np.allclose(predictor(image).probabilities, mean, atol=1e-5)
+
+
+def test_a_photo_is_drawn_as_a_photo(runs, tmp_path):
+    """Of twelve megapixels, in its own format and no larger than a screen."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (300, 400, 3), dtype=np.uint8)).resize((4000, 3000))
+    noise.save(tmp_path / "photo.jpg")
+    assert (
+        main(
+            ["predict", str(runs / "classifier"), str(tmp_path / "photo.jpg"), "--out", str(tmp_path / "out")]
+        )
+        == 0
+    )
+    drawn = tmp_path / "out/photo.jpg"
+    assert max(Image.open(drawn).size) == 2048 and drawn.stat().st_size < 2_000_000

@@ -1,5 +1,6 @@
 """The command: parses, imports late, calls one function."""
 
+import os
 import sys
 import traceback
 from argparse import ArgumentError
@@ -42,6 +43,9 @@ validation, and classes.json.
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 for an error, 2 for wrong usage."""
+    # OpenMP's threads wait for each other in a loop: where another program takes a core, all wait for the one
+    # that shares it. So they give up early (of torch's libgomp; read when torch is imported).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 from PIL import ImageFont
 
@@ -73,7 +74,8 @@ def written(texts: Iterable[str]) -> Iterator[None]:
 
     found = _find(_beyond_latin(texts)) if _beyond_latin(texts) else None
     families = ["DejaVu Sans", *((found[0],) if found else ())]
-    with matplotlib.rc_context({"font.family": families, "text.parse_math": False}):
+    with matplotlib.rc_context({"font.family": families, "text.parse_math": False}), catch_warnings():
+        filterwarnings("ignore", message="Glyph .* missing")  # it is said once, in `_find`
         yield
 
 

@@ -214,3 +214,20 @@ def test_unknown_dataset_and_too_large_a_batch(tmp_path, caplog):
     module = ClassificationData(train_images=4, val_images=4, batch_size=8)
     assert [len(labels) for _, labels in module.train_dataloader()] == [4]
     assert "4 training images do not fill a batch of 8: batches of 4" in caplog.text
+
+
+def test_without_a_crop_training_and_validation_see_the_same(tmp_path):
+    """Whole images, stretched: not the centre in one of them."""
+    wide = np.zeros((40, 120, 3), np.uint8)
+    wide[:, :40], wide[:, 80:] = (255, 0, 0), (0, 0, 255)
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(wide).save(tmp_path / split / name / "x.png")
+    module = data(tmp_path, crop="none", hflip=0.0, image_size=64)
+    assert module.num_classes == 2
+    trained, validated = (module.images[stage][0][0] for stage in ("train", "val"))
+    assert torch.equal(trained, validated)
+    assert module.describe()["image"]["crop_mode"] == "squash"
+    red, blue = validated[0].mean(0), validated[2].mean(0)
+    assert red[:15].min() > red[30] and blue[-15:].min() > blue[30]

@@ -230,7 +230,8 @@ class CocoImages:
         if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
             raise UserError(f"{name}: its segmentation has a value that is no number")
         if max(map(abs, values)) > 10 * max(width, height) + 10_000:  # drawing it takes memory by its length
-            raise UserError(f"{name}: its segmentation lies far outside the image: {max(values, key=abs):.3g}")
+            farthest = max(values, key=abs)
+            raise UserError(f"{name}: its segmentation reaches to {farthest:.3g}, far outside the image")
         return any(
             max(p[0::2]) > 0 and min(p[0::2]) < width and max(p[1::2]) > 0 and min(p[1::2]) < height
             for p in shape

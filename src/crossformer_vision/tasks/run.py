@@ -184,13 +184,13 @@ def _reason(error: BaseException) -> str:
 
 
 class Progress(RichProgressBar):
-    """A bar for the epoch, with images a second and the time left to the end of the run."""
+    """A bar for the epoch, with the time left to the end of the run."""
 
     def get_metrics(self, trainer: Any, pl_module: L.LightningModule) -> dict[str, Any]:
         folder = next((c for c in trainer.callbacks if isinstance(c, RunFolder)), None)
         if folder is None or not folder.batches:
             return {}
-        return {"images/s": f"{folder.images_per_second():.0f}", "left": folder.time_left(trainer)}
+        return {"left": folder.time_left(trainer)}
 
     def _get_train_description(self, current_epoch: int) -> str:  # Lightning counts from 0
         return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"

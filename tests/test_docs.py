@@ -1,0 +1,113 @@
+"""The docs: each Python snippet runs as pasted, page by page; each command line is understood, by zsh too."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_checkpoints import state_dict_of_2021
+
+from crossformer_vision import published
+from crossformer_vision.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    "README.md",
+    *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md")),
+]
+
+
+def blocks(page, language):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def commands(page):
+    lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("crossformer ") and "…" not in line.split("#")[0]]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """What a reader has at hand: photos, a run of each task, a published file."""
+    folder = tmp_path_factory.mktemp("docs")
+    tasks = {
+        "classification": [],
+        "detection": "--config quickstart/detection.yaml --model.width 16".split(),
+        "segmentation": "--config quickstart/semantic_segmentation.yaml --model.width 16 --data.crop_size 32".split(),
+    }
+    small = "--trainer.max_epochs 1 --data.train_images 8 --data.val_images 2 --data.batch_size 4 --data.num_workers 0"
+    for task, options in tasks.items():
+        run = folder / f"runs/{task}-crossformer_nano"
+        assert main(["train", *options, *small.split(), "--run.folder", str(run)]) == 0
+    noise = np.random.default_rng(0).integers(0, 255, (120, 160, 3), dtype=np.uint8)
+    (folder / "folder").mkdir()
+    for name in ("photo.jpg", "folder/one.png"):
+        Image.fromarray(noise).save(folder / name)
+    torch.save({"model": state_dict_of_2021("crossformer_small")}, folder / "crossformer-s.pth")
+    hub = folder / "hub"
+    (hub / "checkpoints").mkdir(parents=True)
+    shutil.copy(
+        folder / "crossformer-s.pth", hub / "checkpoints" / published.PUBLISHED["crossformer_small"].filename
+    )
+    return folder
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_snippets_run_as_pasted(page, desk, monkeypatch):
+    monkeypatch.chdir(desk)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(desk / "hub"))
+    task = {"docs/detection.md": "detection", "docs/segmentation.md": "segmentation"}.get(
+        page, "classification"
+    )
+    shutil.rmtree(desk / "runs/x", ignore_errors=True)
+    shutil.copytree(desk / f"runs/{task}-crossformer_nano", desk / "runs/x")
+    names: dict = {}
+    for block in blocks(page, "python"):
+        if "torch.export" not in block:  # minutes; test_timm.py exports with dynamic sizes
+            exec(compile(block, page, "exec"), names)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_commands_are_understood(page, desk, monkeypatch, capsys):
+    monkeypatch.chdir(desk)
+    for line in commands(page):
+        assert not re.search(r"(?<!['\"\w])\[", line.split(" #")[0]), (
+            f"zsh takes a bracket for a pattern: {line}"
+        )
+        args = shlex.split(line, comments=True)[1:]
+        if args[0] == "train" and "--resume" not in args and "--help" not in args:
+            args.append("--print_config")
+        elif args[0] == "train" and "--resume" in args:
+            args += ["--trainer.max_epochs", "1"]  # it is finished
+        if args[0] != "download":  # test_checkpoints.py downloads, from a local server
+            assert main(args) == 0, line
+    capsys.readouterr()
+
+
+def test_both_readmes_give_the_same_commands():
+    def code(page):
+        lines = [
+            line for kind in ("bash", "python") for block in blocks(page, kind) for line in block.splitlines()
+        ]
+        return [re.sub(r"\s*(#.*)?$", "", line) for line in lines]
+
+    assert code("README.md") == code("README.zh-CN.md")
+
+
+def test_nano_has_the_parameters_that_the_table_says():
+    for page in ("README.md", "README.zh-CN.md"):
+        rows = re.findall(
+            r"\| `(crossformer_\w+)` \| ([\d.]+) M \|", (ROOT / page).read_text(encoding="utf-8")
+        )
+        assert len(rows) == 9
+        import timm
+
+        for name, millions in rows:
+            with torch.device("meta"):
+                model = timm.create_model(name, num_classes=1000)
+            assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}" == millions, name
