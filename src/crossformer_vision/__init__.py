@@ -3,7 +3,7 @@
 import importlib
 import sys
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 __all__ = [
@@ -29,10 +29,20 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+if TYPE_CHECKING:
+    from crossformer_vision.checkpoints import LoadReport, load_checkpoint
+    from crossformer_vision.errors import UserError
+    from crossformer_vision.models.crossformer import CrossFormer
+    from crossformer_vision.models.detectors import create_detector
+    from crossformer_vision.models.grouping import freeze_position_bias
+    from crossformer_vision.models.segmenters import create_segmenter
+    from crossformer_vision.predict import load_predictor
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

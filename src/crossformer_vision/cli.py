@@ -126,6 +126,8 @@ def train(args: list[str]) -> None:
         print(f"  pictures    {', '.join(sorted(p.name for p in Path(folder).glob('*.png')))} in {folder}")
         print(f"  numbers     results.json, metrics.csv; tensorboard --logdir {folder}")
         print(f"next: {call} predict {folder} photo.jpg\n      {call} --help, for images of your own")
+        for line in cli.datamodule.notices():
+            print(f"note: {line}")
 
 
 def validate(args: list[str]) -> None:

@@ -52,13 +52,13 @@ def _find(characters: frozenset[str]) -> tuple[str, str] | None:
     return chosen
 
 
-def _beyond_latin(texts: Iterable[str]) -> frozenset[str]:
-    return frozenset(c for text in texts for c in text if ord(c) > 0xFF and not c.isspace())
+def _beyond_ascii(texts: Iterable[str]) -> frozenset[str]:
+    return frozenset(c for text in texts for c in text if not c.isascii() and not c.isspace())
 
 
 def font(texts: Iterable[str], size: int) -> Any:
     """Pillow's font for these texts, `size` pixels high."""
-    characters = _beyond_latin(texts)
+    characters = _beyond_ascii(texts)
     if not characters:
         return ImageFont.load_default(size)
     from matplotlib import font_manager
@@ -72,7 +72,7 @@ def written(texts: Iterable[str]) -> Iterator[None]:
     """Let matplotlib write these texts as they are, with glyphs for all; a dollar begins no formula."""
     import matplotlib
 
-    found = _find(_beyond_latin(texts)) if _beyond_latin(texts) else None
+    found = _find(_beyond_ascii(texts)) if _beyond_ascii(texts) else None
     families = ["DejaVu Sans", *((found[0],) if found else ())]
     with matplotlib.rc_context({"font.family": families, "text.parse_math": False}), catch_warnings():
         filterwarnings("ignore", message="Glyph .* missing")  # it is said once, in `_find`

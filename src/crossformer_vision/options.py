@@ -6,6 +6,7 @@ Lightning's parser on our task, data and trainer: every option is where its argu
 import difflib
 import glob
 import logging
+import math
 import re
 import sys
 from argparse import SUPPRESS, ArgumentError
@@ -18,6 +19,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import lightning as L
 import yaml
+from jsonargparse import get_loader
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -140,10 +142,23 @@ def task_of(args: list[str], configs: Sequence[str]) -> str:
     return name
 
 
+def _in_utf8(config: str) -> str:
+    """A configuration's path, or where it is not of ASCII alone its content, escaped, in a line.
+
+    The parser takes either, but reads files in the system's encoding, which need not be that of the file.
+    """
+    try:
+        text = Path(config).read_text(encoding="utf-8-sig")
+        content = {} if text.isascii() else get_loader("yaml")(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # the parser will say it
+        return config
+    return yaml.safe_dump(content, default_flow_style=True, width=math.inf) if content else config
+
+
 def _content(config: str) -> dict[str, Any]:
     """Of a configuration; empty where it cannot be read, which the parser will say."""
     try:
-        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        content = yaml.safe_load(Path(config).read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -194,6 +209,7 @@ def parse(
     args = [find_config(a) if i and args[i - 1] == "--config" else a for i, a in enumerate(args)]
     configs = [a for i, a in enumerate(args) if i and args[i - 1] == "--config"]
     task = task_of(args, configs)
+    args = [_in_utf8(a) if i and args[i - 1] == "--config" else a for i, a in enumerate(args)]
     defaults = configs if has(args, "--help", "-h") else []
     if not configs:
         name, line = recipe(task, args)

@@ -242,6 +242,9 @@ class Predictor:
             from crossformer_vision.tasks.detection import Detection
 
             net = Detection(**options).net
+            # The detector itself keeps nothing below a score of its own.
+            scored = getattr(net, "roi_heads", net)
+            scored.score_thresh = min(scored.score_thresh, score)
         load_checkpoint(net, checkpoint["state_dict"], adapt_classifier=False)
         self.net = net.to(device).eval()
 

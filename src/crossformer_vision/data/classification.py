@@ -96,7 +96,7 @@ class TarImages:
         if not len(self.reader):
             raise UserError(f"{path}: no images in class folders")
         self.path = path
-        number = _number(path, list(self.reader.class_name_to_idx), classes)
+        number = _number(path, sorted(self.reader.class_name_to_idx), classes)  # as a folder does
         self.classes = list(number)
         self.labels = {theirs: number[name] for name, theirs in self.reader.class_name_to_idx.items()}
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
 from crossformer_vision.data import digits
@@ -305,8 +306,10 @@ class DigitObjects:
 class ToTensors:
     """(image, target) in NumPy -> the same as torchvision's tensors, augmented; crowds are not trained on."""
 
-    def __init__(self, transform: Callable[..., Any], train: bool) -> None:
-        self.transform, self.train = transform, train
+    def __init__(
+        self, transform: Callable[..., Any], train: bool, crops: bool = True, longest: int = 1333
+    ) -> None:
+        self.transform, self.train, self.crops, self.longest = transform, train, train and crops, longest
 
     def __call__(self, image: Image.Image, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         canvas = (image.height, image.width)
@@ -325,8 +328,20 @@ class ToTensors:
             tensors["boxes"] = v2.functional.clamp_bounding_boxes(tensors["boxes"])
         if "masks" in tensors:
             tensors["masks"] = tv_tensors.Mask(tensors["masks"])
-        pixels, tensors = self.transform(v2.functional.pil_to_tensor(image), tensors)
+        least = -(-max(canvas) // self.longest)  # becomes one pixel, where the longer side becomes `longest`
+        missing = [0, 0, max(0, least - image.width), max(0, least - image.height)]
+        pixels = v2.functional.pil_to_tensor(image)
+        if any(missing) and self.train:
+            pixels = v2.functional.pad(pixels, missing)
+            tensors = {
+                k: v2.functional.pad(v, missing) if k in ("boxes", "masks") else v for k, v in tensors.items()
+            }
+        pixels, tensors = self.transform(pixels, tensors)
         plain = {k: v.as_subclass(Tensor) for k, v in tensors.items()}
+        if self.crops and "masks" in plain:  # a crop may leave a part of an object, or none of it
+            left = plain["masks"].flatten(1).any(1)
+            plain = {k: v[left] if len(v) == len(left) else v for k, v in plain.items()}
+            plain["boxes"] = masks_to_boxes(plain["masks"]) + torch.tensor([0.0, 0, 1, 1])
         return pixels.as_subclass(Tensor), {**plain, "image_id": torch.tensor(target["image_id"])}
 
 
@@ -410,8 +425,10 @@ class DetectionData(ResumableData):
             raise UserError(f"{source.annotations}: has no category '{lacking[0]}', which the run has")
         if not self.category_ids and set(self.classes) <= set(ids):
             self.category_ids = [ids[name] for name in self.classes]
-        transform = ToTensors(self._transform(stage), train=stage == "train")
-        return ReadImages(source, transform, self.skip_corrupt, stage == "train")
+        jitter = self.scale_jitter
+        longest = max(1, int(self.min_sizes[-1] * jitter[0])) if jitter else self.max_size
+        transform = ToTensors(self._transform(stage), stage == "train", jitter is not None, longest)
+        return ReadImages(source, transform, self.skip_corrupt, stage == "train", least=32)
 
     def describe(self) -> dict[str, Any]:
         return {"classes": self.classes, "category_ids": self.category_ids}

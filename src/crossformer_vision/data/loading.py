@@ -68,6 +68,7 @@ class ReadImages(Dataset[Any]):
         skip_corrupt: count an image that cannot be read, instead of stopping. In training the next one stands
             in for it, so that batches stay full; otherwise it is left out: the sample is None.
         train: whether this is training.
+        least: pixels of a side below which an image is counted as small: it will be padded up.
     """
 
     def __init__(
@@ -76,9 +77,11 @@ class ReadImages(Dataset[Any]):
         transform: Callable[[Image.Image, Any], Any],
         skip_corrupt: bool,
         train: bool = True,
+        least: int = 0,
     ) -> None:
         self.source, self.transform, self.skip_corrupt = source, transform, skip_corrupt
-        self.train = train
+        self.train, self.least = train, least
+        self.small = torch.full((1,), -1).share_memory_()  # the first that a worker has met
         self.skipped = torch.zeros(1, dtype=torch.int64).share_memory_()  # counted by all workers
 
     def __len__(self) -> int:
@@ -102,6 +105,8 @@ class ReadImages(Dataset[Any]):
                 if not self.train:
                     return None
                 continue
+            if min(image.size) < self.least and self.small < 0:
+                self.small.fill_(at)
             return self.transform(image, target)
         raise UserError(f"none of the {len(self)} images can be read")
 
@@ -315,6 +320,15 @@ class ResumableData(L.LightningDataModule):
     def skipped(self) -> int:
         """How often an unreadable image was left out so far, by this process and its workers."""
         return sum(int(images.skipped) for images in self.images.values())
+
+    def notices(self) -> list[str]:
+        """What a person should know of the images that were read, a line each."""
+        lines = [f"{self.skipped} times an unreadable image was left out"] if self.skipped else []
+        for images in self.images.values():
+            if (at := int(images.small)) >= 0:
+                what = f"images of less than {images.least} pixels are padded up, such as"
+                lines.append(f"{what} {images.source.name(at)}")
+        return lines
 
     def loader(
         self,

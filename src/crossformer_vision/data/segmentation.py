@@ -77,7 +77,7 @@ class MappedImages:
         image: Image.Image = Image.open(path)
         try:
             drawn = Image.open(label)
-            values = np.asarray(drawn)
+            values = stored_values(drawn)
         except Exception as error:  # of any decoder
             raise UserError(f"{label}: cannot read this class map ({reason(error)})") from None
         if values.ndim != 2:
@@ -90,12 +90,28 @@ class MappedImages:
                 f"{label}: is {_size(drawn)}, its image {path} is {_size(image)} (turned as its EXIF "
                 "orientation says)"
             )
-        wrong = (values < 0) | (values > 255)
+        wrong = ~((values >= 0) & (values <= 255) & (values == np.floor(values)))  # NaN is neither
         if wrong.any() or (wrong := (mapped := self.table[values.astype(np.uint8)]) == UNKNOWN).any():
             raise UserError(
                 f"{label}: has the value {values[wrong][0]}, which is none of the {len(self.classes)} classes"
             )
         return image, mapped
+
+
+def stored_values(drawn: Image.Image) -> NDArray[Any]:
+    """The numbers in a class map's file: PIL spreads greyscale of two or four bits over 0 to 255."""
+    tiles = getattr(drawn, "tile", None)  # of a file, not decoded yet
+    raw = tiles[0][3] if tiles else None
+    raw = raw[0] if isinstance(raw, tuple) else raw
+    values = np.asarray(drawn)
+    spread = {"L;2": 85, "L;4": 17}.get(str(raw))
+    return (
+        values // spread
+        if spread and drawn.mode == "L"
+        else values.astype(np.uint8)
+        if drawn.mode == "1"
+        else values
+    )
 
 
 def _size(image: Image.Image) -> str:
@@ -120,7 +136,7 @@ def takes_255_for_a_class(root: Path, pairs: list[tuple[Path, Path]], classes: l
     values: set[int] = set()
     for _, path in pairs[:10]:
         try:
-            values |= set(np.unique(np.asarray(Image.open(path))).tolist())
+            values |= set(np.unique(stored_values(Image.open(path))).tolist())
         except Exception:  # said when it is read
             return False
     return values == {0, 255}
@@ -404,7 +420,7 @@ class SegmentationData(ResumableData):
         transform: Any = (
             self.augmentation if stage == "train" else Validation(self.to_input, self.test_scales)
         )
-        return ReadImages(source, transform, self.skip_corrupt, stage == "train")
+        return ReadImages(source, transform, self.skip_corrupt, stage == "train", least=32)
 
     def describe(self) -> dict[str, Any]:
         image = dict(vars(self.to_input))

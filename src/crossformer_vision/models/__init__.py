@@ -1,9 +1,13 @@
 """Networks: tensors in, tensors out."""
 
 import difflib
+from typing import Any
 
 import timm
+import torch
 from timm.models import PretrainedCfg, get_pretrained_cfg
+
+from crossformer_vision.errors import UserError
 
 
 def find_model(name: str) -> PretrainedCfg:
@@ -21,3 +25,21 @@ def find_model(name: str) -> PretrainedCfg:
     if cfg is None:
         raise ValueError(f"model '{base}' has no weights called '{name.split('.')[-1]}'")
     return cfg
+
+
+def drop_path(model: str, rate: float) -> dict[str, Any]:
+    """The keyword of a timm model for stochastic depth; none for a rate of 0, as not every model takes it.
+
+    Raises:
+        UserError: a rate for a model without stochastic depth.
+    """
+    if not rate:
+        return {}
+    try:
+        with torch.device("meta"):
+            timm.create_model(model, drop_path_rate=rate)
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        raise UserError(f"model '{model}' has no stochastic depth; leave drop_path_rate at 0") from None
+    return {"drop_path_rate": rate}

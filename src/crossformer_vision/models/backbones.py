@@ -5,12 +5,15 @@ from collections import OrderedDict
 from typing import Any, ClassVar
 
 import timm
+import torch
 import torch.nn.functional as F
 from timm.layers import Format
+from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
+from crossformer_vision.errors import UserError
 from crossformer_vision.models import find_model, variants
 
 STRIDES = (4, 8, 16, 32)
@@ -25,7 +28,8 @@ def create_backbone(name: str, pretrained: bool = False, **backbone_args: Any) -
         **backbone_args: further keywords of the model, such as `drop_path_rate` or `group_size`.
 
     Raises:
-        ValueError: unknown model, or one without maps at strides 4, 8, 16 and 32.
+        ValueError: unknown model, or one that gives no maps at strides 4, 8, 16 and 32, nor one of which a
+            simple pyramid makes them.
     """
     find_model(name)
     model: Any = None
@@ -40,11 +44,62 @@ def create_backbone(name: str, pretrained: bool = False, **backbone_args: Any) -
         except TypeError as error:
             if "img_size" not in str(error):
                 raise
-    if not set(STRIDES) <= set(model.feature_info.reduction()):
-        raise ValueError(
-            f"model '{name}' has maps at strides {model.feature_info.reduction()}; 4, 8, 16 and 32 are needed"
-        )
-    return model
+        except (RuntimeError, AttributeError, NotImplementedError, AssertionError) as error:
+            if pretrained:  # of its weights, or of what follows
+                raise
+            # What timm says of a model without maps: of its wrapper, its stages or its patches.
+            raise UserError(f"model '{name}' gives no maps ({str(error).splitlines()[0]})") from None
+    strides = model.feature_info.reduction()
+    # A list of a model's stages forgets what the model keeps from weight decay.
+    if not hasattr(getattr(model, "model", model), "no_weight_decay"):
+        whole: Any
+        try:
+            with torch.device("meta"):
+                whole = timm.create_model(name, **any_size, **backbone_args)
+        except (RuntimeError, NotImplementedError):  # it computes with its weights when it is made
+            whole = timm.create_model(name, **any_size, **backbone_args)
+        named = whole.no_weight_decay() if hasattr(whole, "no_weight_decay") else set()
+        model.spared = {n for name in named for n in (name, name.replace(".", "_", 1))}
+    if set(STRIDES) <= set(strides):
+        return model
+    if len(set(strides)) == 1 and strides[-1] in STRIDES[1:]:
+        return SimplePyramid(model)
+    raise UserError(f"model '{name}' has maps at strides {strides}; 4, 8, 16 and 32 are needed")
+
+
+class SimplePyramid(nn.Module):
+    """Maps at strides 4, 8, 16 and 32 from the last one of a model of one scale, as ViTDet (arXiv 2203.16527).
+
+    Shape: (B, 3, H, W) -> 4 x (B, C / 2 ** k, h, w), each doubling of the size halving the channels.
+    """
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.body = body
+        channels, stride = body.feature_info.channels()[-1], body.feature_info.reduction()[-1]
+        scales: list[nn.Module] = []
+        info = []
+        for wanted in STRIDES:
+            layers: list[nn.Module] = []
+            width, at = channels, stride
+            while at > wanted:
+                if layers:
+                    layers += [nn.GroupNorm(1, width), nn.GELU()]
+                layers.append(nn.ConvTranspose2d(width, width // 2, 2, 2))
+                width, at = width // 2, at // 2
+            if at < wanted:
+                layers.append(nn.MaxPool2d(wanted // at, ceil_mode=True))
+            scales.append(nn.Sequential(*layers))
+            info.append(dict(num_chs=width, reduction=wanted, module=""))
+        self.scales = nn.ModuleList(scales)
+        self.feature_info = FeatureInfo(info, (0, 1, 2, 3))
+        self.output_fmt = Format.NCHW
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        last = self.body(images)[-1]
+        if getattr(self.body, "output_fmt", Format.NCHW) == Format.NHWC:
+            last = last.permute(0, 3, 1, 2)
+        return [scale(last) for scale in self.scales]
 
 
 def map_channels(model: Any) -> list[int]:
@@ -64,7 +119,7 @@ def feature_maps(model: Any, images: Tensor) -> list[Tensor]:
         images = F.pad(images, (0, padded_W - W, 0, padded_H - H))
     by_stride = dict(zip(model.feature_info.reduction(), model(images), strict=True))
     maps = [by_stride[stride] for stride in STRIDES]
-    if model.output_fmt == Format.NHWC:
+    if getattr(model, "output_fmt", Format.NCHW) == Format.NHWC:
         maps = [x.permute(0, 3, 1, 2) for x in maps]
     if min(H, W) < STRIDES[-1]:
         maps = [x[..., : -(-H // s), : -(-W // s)] for x, s in zip(maps, STRIDES, strict=True)]
@@ -119,6 +174,12 @@ class DenseModel(nn.Module):
         """The `features_only` model."""
         return self.get_submodule(self.body_name.removesuffix("model.").removesuffix("."))
 
+    def no_weight_decay(self) -> set[str]:
+        """What the timm model keeps from weight decay, as position tables, under this model's names."""
+        body = getattr(self.body, "model", self.body)
+        named = body.no_weight_decay() if hasattr(body, "no_weight_decay") else getattr(body, "spared", ())
+        return {self.body_name + name for name in named}
+
     def rename_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights of a published dense model, or of a backbone alone, under this model's names.
 
@@ -141,4 +202,6 @@ class DenseModel(nn.Module):
 
 def body_name(prefix: str, body: nn.Module) -> str:
     """Where the names of a timm model's weights begin, in a dense model that has it under `prefix`."""
+    if isinstance(body, SimplePyramid):
+        return body_name(f"{prefix}body.", body.body)
     return f"{prefix}model." if hasattr(body, "model") else prefix

@@ -86,7 +86,7 @@ def _in_float32(module: nn.Module, args: Any, output: Any) -> Any:
 class RetinaNet(DenseModel, detection.RetinaNet):
     """RetinaNet (arXiv 1708.02002) as published with CrossFormer; see `create_detector`."""
 
-    heads = ("backbone.fpn.", "head.")
+    heads = ("backbone.fpn.", "backbone.body.scales.", "head.")
     class_layers = ("head.classification_head.cls_logits.",)
     published_names = RETINANET
 
@@ -148,7 +148,7 @@ class RetinaNet(DenseModel, detection.RetinaNet):
 class MaskRCNN(DenseModel, detection.MaskRCNN):
     """Mask R-CNN (arXiv 1703.06870) as published with CrossFormer; see `create_detector`."""
 
-    heads = ("backbone.fpn.", "rpn.", "roi_heads.")
+    heads = ("backbone.fpn.", "backbone.body.scales.", "rpn.", "roi_heads.")
     class_layers = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
     published_names = MASK_RCNN
 

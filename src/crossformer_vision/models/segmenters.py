@@ -27,6 +27,15 @@ from crossformer_vision.models.backbones import (
 __all__ = ["SemanticFPN", "UPerNet", "create_segmenter", "segment"]
 
 
+def padded(images: Tensor) -> Tensor:
+    """Images (B, C, H, W) with zeros at the right and below, up to sides that the coarsest stride divides.
+
+    Otherwise a coarse map, whose last cells reach beyond the image, would be squeezed into it.
+    """
+    H, W = images.shape[2:]
+    return F.pad(images, (0, -W % STRIDES[-1], 0, -H % STRIDES[-1]))
+
+
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, with half-pixel centres: (B, C, h, w) -> (B, C, *size)."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
@@ -130,7 +139,7 @@ PUBLISHED_HEADS = [
 class SemanticFPN(DenseModel):
     """Semantic FPN as published with CrossFormer; see `create_segmenter`."""
 
-    heads = ("backbone.fpn.", "head.")
+    heads = ("backbone.fpn.", "backbone.body.scales.", "head.")
     class_layers = ("head.conv_seg.",)
     published_names = [*PUBLISHED_NECK, *PUBLISHED_HEADS]
 
@@ -141,13 +150,16 @@ class SemanticFPN(DenseModel):
         self.body_name = body_name("backbone.body.", body)
 
     def forward(self, images: Tensor) -> Tensor:
-        return resize(self.head(list(self.backbone(images).values())), images.shape[2:])
+        H, W = images.shape[2:]
+        images = padded(images)
+        logits = self.head(list(self.backbone(images).values()))
+        return resize(logits, images.shape[2:])[..., :H, :W]
 
 
 class UPerNet(DenseModel):
     """UPerNet as published with CrossFormer; see `create_segmenter`."""
 
-    heads = ("head.", "auxiliary_head.")
+    heads = ("backbone.scales.", "head.", "auxiliary_head.")
     class_layers = ("head.conv_seg.", "auxiliary_head.conv_seg.")
     published_names = PUBLISHED_HEADS
 
@@ -160,13 +172,18 @@ class UPerNet(DenseModel):
         self.body_name = body_name("backbone.", body)
 
     def forward(self, images: Tensor) -> Tensor:
-        return resize(self.head(feature_maps(self.backbone, images)), images.shape[2:])
+        H, W = images.shape[2:]
+        images = padded(images)
+        return resize(self.head(feature_maps(self.backbone, images)), images.shape[2:])[..., :H, :W]
 
     def forward_auxiliary(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """For training: the logits, and those of the auxiliary head on the map at stride 16, at full size."""
+        H, W = images.shape[2:]
+        images = padded(images)
         maps = feature_maps(self.backbone, images)
-        logits = self.head(maps), self.auxiliary_head(maps[2])
-        return resize(logits[0], images.shape[2:]), resize(logits[1], images.shape[2:])
+        logits, auxiliary = self.head(maps), self.auxiliary_head(maps[2])
+        whole = images.shape[2:]
+        return resize(logits, whole)[..., :H, :W], resize(auxiliary, whole)[..., :H, :W]
 
 
 SEGMENTERS: dict[str, Any] = {"semantic_fpn": SemanticFPN, "upernet": UPerNet}

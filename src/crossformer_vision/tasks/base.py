@@ -32,7 +32,7 @@ class Task(L.LightningModule):
         lr: peak learning rate, for the global batch as it is.
         weight_decay: of the weights that `decay_on` names.
         decay_on: `weights` spares norms and biases, and what a model names itself; `all_but_norms` spares
-            norms alone; `all` spares nothing, as in some published recipes.
+            norms and what a model names; `all` spares nothing, as in some published recipes.
         schedule: `cosine` falls from `lr` to `min_lr`, `poly` too, as (1 - progress) ** `power`; `step` falls
             to a tenth at each of `milestones`.
         milestones: epochs after which `step` goes down.
@@ -101,7 +101,9 @@ class Task(L.LightningModule):
         optimizer = self._optimizer()
         # As the options have it now: what a checkpoint says of these is of the run before.
         self._options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        if self.trainer.train_dataloader is None:  # where only steps are given, Lightning has not looked yet
+        if (
+            getattr(self.trainer, "train_dataloader", ()) is None
+        ):  # where only steps are given, Lightning has not looked yet
             self.trainer.fit_loop.setup_data()
         if self._resumed:
             self._fit_loops()
@@ -146,15 +148,14 @@ class Task(L.LightningModule):
     def _images_of_the_run(self) -> int:
         """Images until the last step; of a resumed run with other batches, those seen and those to come."""
         trainer, resumed = self.trainer, self._resumed
-        steps = trainer.max_steps if trainer.max_steps > 0 else None
-        by_steps = self._images_of_steps(steps) if steps else None
-        by_epochs = self._images_of(epochs) if (epochs := trainer.max_epochs or -1) > 0 else None
-        total = min(n for n in (by_steps, by_epochs) if n is not None)
+        steps = int(trainer.estimated_stepping_batches)
+        total = self._images_of_steps(steps)
         if resumed:
             epochs = resumed["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"] - 1
-            by_epochs = self._images_of(epochs, self._batches_done())
-            here = self._images_of_steps(resumed["global_step"]) if total == by_steps else by_epochs
-            total += self.images_seen - here
+            by_steps, by_epochs = resumed["global_step"], self._images_of(epochs, self._batches_done())
+            total += self.images_seen - (
+                self._images_of_steps(by_steps) if steps == trainer.max_steps else by_epochs
+            )
         return total
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -191,6 +192,8 @@ class Task(L.LightningModule):
             return create_optimizer_v2(self.net, filter_bias_and_bn=self.decay_on == "weights", **options)
         kinds = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
         spared = {id(p) for m in self.net.modules() if isinstance(m, kinds) for p in m.parameters()}
+        named = self.net.no_weight_decay() if hasattr(self.net, "no_weight_decay") else ()
+        spared |= {id(p) for name, p in self.net.named_parameters() if name in named}
         norms = [p for p in self.net.parameters() if id(p) in spared]
         others = [p for p in self.net.parameters() if id(p) not in spared]
         groups: Any = [{"params": others}, {"params": norms, "weight_decay": 0.0}]

@@ -4,15 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 import torch.nn.functional as F
 from timm.data import Mixup
+from timm.data.mixup import mixup_target
 from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from crossformer_vision import visualize
 from crossformer_vision.checkpoints import load_checkpoint
-from crossformer_vision.models import find_model
+from crossformer_vision.models import drop_path, find_model
 from crossformer_vision.tasks.base import Task, starts_from_published
 
 SHOWN = 24  # validation images in the picture of predictions
@@ -61,7 +63,7 @@ class Classification(Task):
             model,
             pretrained=starts_from_published(model, pretrained, checkpoint),
             num_classes=num_classes,
-            drop_path_rate=drop_path_rate,
+            **drop_path(model, drop_path_rate),
             **(model_args or {}),
         )
         if checkpoint:
@@ -89,13 +91,28 @@ class Classification(Task):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        if self.mix and len(images) % 2 == 0:
-            images, labels = self.mix(images, labels)  # labels become (B, classes), smoothed
+        if self.mix:
+            images, labels = self.mixed(images, labels)
             loss = F.cross_entropy(self(images), labels)
         else:
             loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
         return loss
+
+    def mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixup and CutMix; labels (B,) become (B, classes), smoothed.
+
+        Images are mixed in pairs: of an odd batch the last one stays as it is.
+        """
+        assert self.mix is not None
+        pairs, n = len(images) // 2 * 2, len(images)
+        plain = mixup_target(labels[pairs:], self.mix.num_classes, smoothing=self.label_smoothing)
+        if not pairs:
+            return images, plain
+        mixed, targets = self.mix(images[:pairs].clone(), labels[:pairs])
+        if pairs == n:
+            return mixed, targets
+        return torch.cat([mixed, images[pairs:]]), torch.cat([targets, plain])
 
     def on_validation_epoch_start(self) -> None:
         self.shown = []

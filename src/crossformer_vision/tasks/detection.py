@@ -11,6 +11,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from crossformer_vision import visualize
 from crossformer_vision.checkpoints import load_checkpoint
 from crossformer_vision.data.detection import Batch
+from crossformer_vision.models import drop_path
 from crossformer_vision.models.detectors import MaskRCNN, create_detector
 from crossformer_vision.tasks.base import Task, starts_from_published
 from crossformer_vision.tasks.run import write_csv
@@ -80,7 +81,7 @@ class Detection(Task):
             max_detections=max_detections,
             min_size=min_size,
             max_size=max_size,
-            backbone_args=dict(drop_path_rate=drop_path_rate or None, **(model_args or {})),
+            backbone_args={**drop_path(model, drop_path_rate), **(model_args or {})},
             _skip_resize=True,  # in training: the data does it
             **(detector_args or {}),
         )

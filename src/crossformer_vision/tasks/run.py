@@ -96,7 +96,7 @@ class Run:
                 )
             )
         if self.patience:
-            callbacks.append(EarlyStopping(task.monitor, mode=task.monitor_mode, patience=self.patience))
+            callbacks.append(Patience(self.patience, task))
         return callbacks
 
 
@@ -110,6 +110,20 @@ def new_folder(base: Path) -> Path:
             continue
         return folder
     raise AssertionError
+
+
+class Patience(EarlyStopping):
+    """Stops after so many epochs without a better validation, however many validations those have."""
+
+    def __init__(self, epochs: int, task: Task) -> None:
+        super().__init__(task.monitor, mode=task.monitor_mode, patience=epochs)
+        self.epochs = epochs
+
+    def count(self, trainer: L.Trainer) -> None:
+        """Set how many validations that is."""
+        per_epoch = trainer.num_training_batches / trainer.val_check_batch  # type: ignore[operator]
+        per_epoch /= trainer.check_val_every_n_epoch or 1  # several in an epoch, or one in several
+        self.patience = max(1, round(self.epochs * per_epoch))
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -213,7 +227,6 @@ class RunFolder(Callback):
         self.made = False
         self.signal = 0
         self.validating = False
-        self.saved_step = -1
         self.handlers: dict[int, Any] = {}
 
     # The folder
@@ -316,7 +329,9 @@ class RunFolder(Callback):
         if self.resumed and trainer.is_global_zero:
             images = f", {pl_module.images_seen} images seen" if isinstance(pl_module, Task) else ""
             print(f"goes on after step {trainer.global_step}{images}", flush=True)
-        self.saved_step = trainer.global_step
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Patience):
+                callback.count(trainer)
         self.on_train_epoch_start(trainer, pl_module)  # not called where a run goes on inside an epoch
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -592,7 +607,7 @@ def hardware() -> str:
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     model = platform.processor() or platform.machine()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass

@@ -14,7 +14,7 @@ from crossformer_vision import visualize
 from crossformer_vision.checkpoints import load_checkpoint
 from crossformer_vision.data.segmentation import IGNORED
 from crossformer_vision.errors import UserError
-from crossformer_vision.models import find_model
+from crossformer_vision.models import drop_path, find_model
 from crossformer_vision.models.segmenters import UPerNet, create_segmenter, segment
 from crossformer_vision.tasks.base import Task, starts_from_published
 from crossformer_vision.tasks.run import write_csv
@@ -82,7 +82,7 @@ class Segmentation(Task):
             pretrained=starts_from_published(model, pretrained, checkpoint),
             width=width,
             dropout=dropout,
-            backbone_args=dict(drop_path_rate=drop_path_rate or None, **(model_args or {})),
+            backbone_args={**drop_path(model, drop_path_rate), **(model_args or {})},
         )
         if checkpoint:
             load_checkpoint(self.net, checkpoint)
