@@ -252,4 +252,4 @@ def test_unknown_names():
     with pytest.raises(ValueError, match="unknown model 'crossformer_smal'; did you mean crossformer_small"):
         create_detector("retinanet", "crossformer_smal")
     with pytest.raises(ValueError, match="4, 8, 16 and 32 are needed"):
-        create_detector("retinanet", "vit_tiny_patch16_224")
+        create_detector("retinanet", "vit_small_patch14_dinov2")

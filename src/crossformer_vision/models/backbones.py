@@ -68,7 +68,7 @@ def create_backbone(name: str, pretrained: bool = False, **backbone_args: Any) -
 
 
 class SimplePyramid(nn.Module):
-    """Maps at strides 4, 8, 16 and 32 from the last one of a model of one scale, as ViTDet (arXiv 2203.16527).
+    """Maps at strides 4, 8, 16 and 32 from the last one of a model of one scale, as in ViTDet (2203.16527).
 
     Shape: (B, 3, H, W) -> 4 x (B, C / 2 ** k, h, w), each doubling of the size halving the channels.
     """
