@@ -1,6 +1,8 @@
 """The options of `train` and `validate`: defaults that hold, help in order, errors in words."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -154,3 +156,38 @@ def test_validation_needs_what_it_validates_and_the_same_classes(tmp_path, capsy
         (tmp_path / "tree" / stage / classes[0]).rename(tmp_path / "tree" / stage / "zebra")
     assert main(["train", "--resume", str(run), "--trainer.max_epochs", "2"]) == 1
     assert "class 'zebra' is not among the training classes" in capsys.readouterr().err
+
+
+def test_other_images_are_validated_whole(tmp_path, capsys):
+    """A plain folder of other images, some of the same names as those held out in training."""
+    root, other, run = tmp_path / "photos", tmp_path / "other", tmp_path / "run"
+    for n in range(6):
+        for name in ("ant", "bee"):
+            image(root / name / f"{n}.jpg")
+            image(other / name / f"{n + 3}.jpg")
+    assert main(["train", "--data.root", str(root), *TINY, "--run.folder", str(run)]) == 0
+    capsys.readouterr()
+    assert main(["validate", str(run), "--data.root", str(other)]) == 0
+    assert "12 images; pictures and results.json" in capsys.readouterr().out
+    assert json.loads((run / "validate/results.json").read_text())["data"] == str(other)
+
+
+def test_a_run_that_is_trained_by_another_is_left_alone(tmp_path, capsys):
+    import fcntl
+
+    options = ["--data.train_images", "16", "--data.val_images", "4", *TINY]
+    assert main(["train", *options, "--run.folder", str(tmp_path / "run")]) == 0
+    with (tmp_path / "run/config.yaml").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        before = (tmp_path / "run/config.yaml").read_text()
+        assert main(["train", "--resume", str(tmp_path / "run"), "--trainer.max_epochs", "2"]) == 1
+        assert "another process is training in it" in capsys.readouterr().err
+        assert (tmp_path / "run/config.yaml").read_text() == before
+    assert main(["train", "--resume", str(tmp_path / "run"), "--trainer.max_epochs", "2"]) == 0
+
+
+def test_nobody_listens(tmp_path):
+    """`crossformer … | head`: no traceback."""
+    command = f"{sys.executable} -m crossformer_vision train --help | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout.startswith("usage: ") and "Traceback" not in done.stderr

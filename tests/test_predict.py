@@ -193,7 +193,7 @@ def test_one_that_cannot_be_read_stops_no_other(runs, images, tmp_path, capsys):
     (images / "a.png").write_bytes(b"rubbish")
     assert main(["predict", str(runs / "classifier"), str(images), "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
-    assert "a.png: cannot read this image" in error and "1 of 3 images were left out" in error
+    assert "a.png: cannot read this image" in error and "1 of 3 images was left out" in error
     assert len(json.loads((tmp_path / "out/predictions.json").read_text())) == 2
 
 

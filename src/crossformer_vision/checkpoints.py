@@ -138,7 +138,7 @@ PREFIXES = (
 )  # DataParallel, torch.compile, our tasks, the tasks of others, dense models
 
 
-@dataclass
+@dataclass(repr=False)
 class LoadReport:
     """What `load_checkpoint` did, as names of the model's or the file's weights."""
 
@@ -147,6 +147,9 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)  # kept as they were in the model
     unused: list[str] = field(default_factory=list)  # only in the file
     buffers: list[str] = field(default_factory=list)  # indices in the published files, no weights
+
+    def __repr__(self) -> str:
+        return f"<LoadReport {self}>"
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} weights loaded"]

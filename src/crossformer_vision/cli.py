@@ -73,6 +73,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         verbs[args[0]](args[1:])
+    except BrokenPipeError:  # nobody reads what is printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("crossformer: stopped", file=sys.stderr)
         return 130
@@ -125,7 +128,9 @@ def train(args: list[str]) -> None:
         print(f"  checkpoint  {results['checkpoint']}")
         print(f"  pictures    {', '.join(sorted(p.name for p in Path(folder).glob('*.png')))} in {folder}")
         print(f"  numbers     results.json, metrics.csv; tensorboard --logdir {folder}")
-        print(f"next: {call} predict {folder} photo.jpg\n      {call} --help, for images of your own")
+        print(f"next: {call} predict {folder} photo.jpg")
+        if not cli.datamodule.root:
+            print(f"      {call} --help, for images of your own")
         for line in cli.datamodule.notices():
             print(f"note: {line}")
 
@@ -144,6 +149,10 @@ def validate(args: list[str]) -> None:
             folder, checkpoint = str(Path(folder).parent), checkpoint or folder
         checkpoint = checkpoint or f"{folder}/best.ckpt"
         given, fixed, _ = _from_run(folder, checkpoint)
+        if options.has(args, "--data.root"):  # other images: all of them, where they are not split
+            fixed.pop("data.val_list", None)
+            if not options.has(args, "--data.val_share"):
+                fixed["data.val_share"] = 1.0
         args = [*given, *args]
     elif checkpoint:
         fixed = _known_of(checkpoint)
@@ -165,7 +174,7 @@ def validate(args: list[str]) -> None:
         figures = [f"{visualize.called(k)} {v:.4f}" for k, v in results.items() if k.startswith("val_")]
         lines = textwrap.wrap("  ".join(f.replace(" ", "\0") for f in figures), 79)  # a figure in one line
         print("\n".join(lines).replace("\0", " "))
-        print(f"pictures and results.json in {out}")
+        print(f"{results['images']} images; pictures and results.json in {out}")
 
 
 def predict(args: list[str]) -> None:
@@ -177,7 +186,11 @@ def predict(args: list[str]) -> None:
     )
     parser.add_argument("run", help="run folder, whose best.ckpt is taken, or a checkpoint file of a run")
     parser.add_argument("images", nargs="+", help="image files, or folders of them")
-    parser.add_argument("--out", default="predictions", help="folder for pictures and JSON (predictions)")
+    parser.add_argument(
+        "--out",
+        default="predictions",
+        help="folder for pictures and JSON, which replace those of an earlier call (predictions)",
+    )
     parser.add_argument("--score", type=float, default=0.5, help="least score of an object (0.5)")
     parser.add_argument("--device", help="cpu, cuda, …; the best there is, if not given")
     options = parser.parse_args(args)

@@ -1,5 +1,10 @@
 """The one error that a person, not a programmer, can put right."""
 
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Any
+
 
 class UserError(ValueError):
     """Bad input: one line that names the file or value and says what to do.
@@ -11,6 +16,21 @@ class UserError(ValueError):
     def __init__(self, message: str) -> None:
         own = message.rsplit("UserError: ", 1)[-1].strip()
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in own))  # of a file, say
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises a UserError with what may be meant, unless the value is one of the choices."""
+    if value not in choices:
+        close = difflib.get_close_matches(str(value), choices, 1)
+        meant = f"; did you mean '{close[0]}'?" if close else ""
+        raise UserError(f"{name}={value!r}: it is one of {', '.join(map(repr, choices))}{meant}")
+
+
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raises a UserError unless the value is a number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        upper = "" if high == math.inf else f" to {high}"
+        raise UserError(f"{name}={value!r}: it is a number from {low}{upper}")
 
 
 class NoSuchSplit(UserError):

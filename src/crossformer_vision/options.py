@@ -7,6 +7,7 @@ import difflib
 import glob
 import logging
 import math
+import os
 import re
 import sys
 from argparse import SUPPRESS, ArgumentError
@@ -214,7 +215,8 @@ def parse(
     if not configs:
         name, line = recipe(task, args)
         defaults = [find_config(name)]
-        if line and not silent and not has(args, "--help", "-h", "--print_config"):
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if line and first and not silent and not has(args, "--help", "-h", "--print_config"):
             print(line, flush=True)
     built = _cli(task, verb, fixed or {}, resume, upgraded or {})
     try:
@@ -326,9 +328,10 @@ def _cli(task: str, verb: str, fixed: dict[str, Any], resume: str | None, upgrad
             changed.pop("run.folder", None)
             for key, (old, new) in changed.items():
                 if key in FIXED:
+                    best = "best" if (folder / "best.ckpt").exists() else "last"
                     raise UserError(
                         f"--resume goes on with the run's own {key}, {old}, not with {new}; a new run can "
-                        f"start from its weights: {command()} train --model.checkpoint {folder}/best.ckpt"
+                        f"start from its weights: {command()} train --model.checkpoint {folder}/{best}.ckpt"
                     )
             if changed:
                 print("changed: " + ", ".join(f"{k} {old} -> {new}" for k, (old, new) in changed.items()))
@@ -399,7 +402,9 @@ def explain(message: str, parser: Any, args: Sequence[str], configs: Sequence[st
         return (
             f"{place}: '{value}' is not {wanted}" if wanted else f"{place}: '{value}' is not a value for it"
         )
-    if "Problem" in message and "pars" in message and configs:
+    if "Unexpected config" in message and configs:
+        return f"{configs[-1]}: not a configuration, which has options such as 'data: {{root: images}}'"
+    if (("Problem" in message and "pars" in message) or "can't decode" in message) and configs:
         return f"{configs[-1]}: not a configuration ({message})"
     return message
 

@@ -1,12 +1,14 @@
 """A trained checkpoint and an image -> a result that prints, draws and serialises itself."""
 
+import io
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, overload
 
 import numpy as np
 import torch
@@ -18,12 +20,30 @@ from torch import Tensor
 from crossformer_vision import visualize
 from crossformer_vision.checkpoints import load_checkpoint, read_checkpoint, span_of_a_run
 from crossformer_vision.data import images
-from crossformer_vision.errors import UserError
+from crossformer_vision.errors import UserError, check_range
+from crossformer_vision.fonts import shortened
 from crossformer_vision.models.segmenters import segment
 
 
-@dataclass
-class Classified:
+class Shown:
+    """What all results do: print themselves in a line, and draw themselves in a notebook."""
+
+    def plot(self) -> Image.Image:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {shortened(str(self), 200)}>"
+
+    def _repr_png_(self) -> bytes:
+        page = io.BytesIO()
+        drawn = self.plot()
+        drawn.thumbnail((1024, 1024))
+        drawn.save(page, "PNG")
+        return page.getvalue()
+
+
+@dataclass(repr=False, eq=False)
+class Classified(Shown):
     """The classes of an image.
 
     Attributes:
@@ -54,8 +74,8 @@ class Classified:
         return {"image": self.name, "classes": [{"class": c, "probability": p} for c, p in self.top()]}
 
 
-@dataclass
-class Detected:
+@dataclass(repr=False, eq=False)
+class Detected(Shown):
     """The objects in an image.
 
     Attributes:
@@ -121,8 +141,8 @@ class Detected:
         return {"image": self.name, **size, "objects": self.to_coco()}
 
 
-@dataclass
-class Segmented:
+@dataclass(repr=False, eq=False)
+class Segmented(Shown):
     """The class of each pixel of an image.
 
     Attributes:
@@ -248,17 +268,26 @@ class Predictor:
         load_checkpoint(net, checkpoint["state_dict"], adapt_classifier=False)
         self.net = net.to(device).eval()
 
+    def __repr__(self) -> str:
+        return f"<Predictor of {self.task}: {len(self.classes)} classes, on {self.device}>"
+
+    @overload
+    def __call__(self, image: Picture) -> Result: ...
+    @overload
+    def __call__(self, image: list[Any]) -> list[Result]: ...
     @torch.inference_mode()
-    def __call__(self, image: Picture) -> Result:
-        """What is in an image.
+    def __call__(self, image: Picture | list[Any]) -> Result | list[Result]:
+        """What is in an image, or in each of a list of them.
 
         Args:
             image: a path, an image that PIL has opened, an array (H, W, 3) or (H, W), or a tensor (3, H, W);
-                bytes, or floats in 0..1.
+                bytes, or floats in 0..1; or a list of these.
 
         Raises:
             UserError: a file that is missing or no image, an array of another shape.
         """
+        if isinstance(image, list):
+            return [self(one) for one in image]
         name = str(image) if isinstance(image, (str, os.PathLike)) else "image"
         if isinstance(image, (np.ndarray, Tensor)):
             image = _from_array(image)
@@ -295,8 +324,9 @@ def load_predictor(
         score: least score of an object, for detectors.
 
     Raises:
-        UserError: a file that is no checkpoint of a run.
+        UserError: a file that is no checkpoint of a run, a device that is not there, a score beyond 0 to 1.
     """
+    check_range("score", score, 0, 1)
     path = Path(checkpoint)
     path = path / "best.ckpt" if path.is_dir() else path
     content = read_checkpoint(path)
@@ -304,6 +334,10 @@ def load_predictor(
         device = (
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         )
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{device}': {images.reason(error)}; there is always cpu") from None
     return Predictor(content, str(path), torch.device(device), score)
 
 
@@ -346,6 +380,18 @@ def find_images(paths: Iterable[str]) -> Iterator[tuple[Path, Path]]:
             yield path, Path(path.name)
         else:
             raise UserError(f"{path}: no such file or folder")
+
+
+def say(text: str) -> None:
+    """Print a line; where nobody listens any more, as after `| head`, the work goes on."""
+    try:
+        print(text.encode("utf-8", "replace").decode("utf-8"), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def were(count: int) -> str:
+    return "was" if count == 1 else "were"
 
 
 class CocoIds:
@@ -393,10 +439,15 @@ class OutFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in _written(folder):
-            if path.is_file():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            earlier = [path for path in _written(folder) if path.is_file()]
+            for path in earlier:
                 path.unlink()
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be a folder of predictions ({error.strerror})") from None
+        if len(earlier) > 1:  # the mark itself is no file of the person's
+            say(f"replaces the {len(earlier)} files of an earlier call in {folder}; --out names another")
         self.mark = (folder / OURS).open("w", encoding="utf-8", errors="surrogateescape")
 
     def claim(self, name: str | Path) -> Path:
@@ -438,6 +489,7 @@ def predict_files(predictor: Predictor, paths: Sequence[str], out: Path) -> None
                     error if isinstance(error, UserError) else UserError(f"{file}: {images.reason(error)}")
                 )
                 failed.append(named)
+                print(f"left out: {named}", file=sys.stderr, flush=True)
                 continue
             done += 1
             jpeg = file.suffix.lower() in (".jpg", ".jpeg")
@@ -453,15 +505,15 @@ def predict_files(predictor: Predictor, paths: Sequence[str], out: Path) -> None
                 content |= ids.of(file, name)
             stream.write(json.dumps(content, ensure_ascii=False) + "\n")
             stream.flush()
-            print(str(result).encode("utf-8", "replace").decode("utf-8"), flush=True)
+            say(str(result))
     if done:
         target = folder.claim("predictions.json")
         with target.open("w", encoding="utf-8") as whole:
             write_results(lines, whole, predictor.classes, predictor.category_ids)
-        print(f"{done} pictures and {target.name} in {out}")
+        say(f"{done} picture{'s' * (done != 1)} and {target.name} in {out}")
     lines.unlink()
     if failed:
-        raise UserError(f"{failed[0]}; {len(failed)} of {len(files)} images were left out")
+        raise UserError(f"{failed[0]}; {len(failed)} of {len(files)} images {were(len(failed))} left out")
 
 
 def write_results(

@@ -97,6 +97,7 @@ def curves(rows: Sequence[dict[str, float]], path: Path, monitor: str) -> None:
             axis.plot(*place, "k*", ms=11, label=f"best {called(monitor)}: {best[monitor]:.4f}")
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_xlim(0.5, max(row["epoch"] for row in rows) + 1.5)
         axis.grid(alpha=0.3)
         if group and group != ["lr"]:
             axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)

@@ -184,7 +184,7 @@ def test_corrupt_and_truncated_images_are_named_or_counted(tmp_path):
         (lambda root: None, "nowhere: no such folder"),
         (
             lambda root: root.mkdir(),
-            r"nowhere/train: no such folder or tar file; name the split with --data.train_split",
+            r"nowhere/train: no such folder or tar file, nor class folders in .*nowhere; name the split with --data.train",
         ),
         (lambda root: (root / "train").mkdir(parents=True), "nowhere/train: no images in class folders"),
         (

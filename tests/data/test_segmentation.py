@@ -1,6 +1,8 @@
 """Class maps: what is read from them, what is refused, and how images become crops."""
 
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from PIL import Image
 
 from crossformer_vision import UserError
-from crossformer_vision.data.segmentation import SegmentationData
+from crossformer_vision.data.segmentation import MappedImages, SegmentationData, table
 
 COLOURS = np.array([[200, 30, 30], [30, 200, 30], [30, 30, 200]], np.uint8)  # of the classes, in images
 
@@ -295,3 +297,36 @@ def test_missing_root():
         UserError, match=r"nowhere: no such folder; --data.root needs images/ and annotations/"
     ):
         assert data("nowhere").num_classes
+
+
+def test_class_maps_of_numbers_that_are_no_classes(tmp_path):
+    Image.new("RGB", (4, 2)).save(tmp_path / "x.png")
+    for values in ([[0, 1, 0.5, 1]], [[0, 1, np.nan, 1]], [[0, 1, -1, 1]]):
+        Image.fromarray(np.array(values * 2, np.float32)).save(tmp_path / "map.tif")
+        with pytest.raises(UserError, match=r"map.tif: has the value"):
+            MappedImages([(tmp_path / "x.png", tmp_path / "map.tif")], ["a", "b"], table(2)).read(0)
+    Image.fromarray(np.array([[0, 1, 1, 0]] * 2, np.float32)).save(tmp_path / "map.tif")
+    read = MappedImages([(tmp_path / "x.png", tmp_path / "map.tif")], ["a", "b"], table(2)).read(0)[1]
+    assert read.tolist() == [[0, 1, 1, 0]] * 2
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_greyscale_of_few_bits_holds_classes(tmp_path, bits):
+    """PIL spreads them over 0 to 255."""
+    values = np.arange(4, dtype=np.uint8)[None].repeat(2, 0) % 2**bits
+    rows = [0] + np.packbits(np.unpackbits(values[0][:, None], axis=1)[:, 8 - bits :].ravel()).tolist()
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 4, 2, bits, 0, 0, 0, 0)
+    png = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(rows * 2)))
+        + chunk(b"IEND", b"")
+    )
+    (tmp_path / "map.png").write_bytes(png)
+    Image.new("RGB", (4, 2)).save(tmp_path / "x.png")
+    source = MappedImages([(tmp_path / "x.png", tmp_path / "map.png")], list("abcd"), table(4))
+    assert source.read(0)[1].tolist() == values.tolist()

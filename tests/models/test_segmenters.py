@@ -1,6 +1,7 @@
 """The segmenters compute what the published ones computed, at any size, and average windows, scales, flips."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from parity.formula import formula_images, formula_state_dict
 
 from crossformer_vision import UserError, create_segmenter, load_checkpoint
 from crossformer_vision.models import segmenters
-from crossformer_vision.models.segmenters import segment, sliding_window
+from crossformer_vision.models.segmenters import SemanticFPN, segment, sliding_window
 
 KEYS = json.loads((PARITY / "dense_model_keys.json").read_text())
 RECORDS = {  # of the 2023 and the 2021 code
@@ -192,3 +193,32 @@ def test_an_image_that_is_too_large_goes_by_windows(monkeypatch):
     sides.clear()
     segment(net, [large], window=52)
     assert sides == [(40, 52)]
+
+
+class Ruler(torch.nn.Module):
+    """A backbone whose maps hold the column, in pixels of the image, of each cell's centre."""
+
+    def __init__(self):
+        super().__init__()
+        self.feature_info = SimpleNamespace(reduction=lambda: [4, 8, 16, 32], channels=lambda: [1] * 4)
+
+    def forward(self, images):
+        H, W = images.shape[2:]
+        columns = [(torch.arange(-(-W // s)) + 0.5) * s for s in (4, 8, 16, 32)]
+        return [c.expand(1, 1, -(-H // s), len(c)) for c, s in zip(columns, (4, 8, 16, 32))]
+
+
+@pytest.mark.parametrize("width", [256, 260, 288, 292])
+def test_maps_lie_over_the_image_at_any_size(width):
+    net = SemanticFPN(Ruler(), num_classes=1, width=2).eval()
+    for module in net.modules():  # every layer hands its first channel on as it is
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.zeros_(module.weight)
+            module.weight.data[0, 0, module.kernel_size[0] // 2, module.kernel_size[1] // 2] = 1
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+    with torch.no_grad():
+        seen = (
+            net(torch.zeros(1, 3, 64, width))[0, 0, 32] / 10
+        )  # the pyramid adds the levels 1, 2, 3 and 4 times
+    assert abs((seen - torch.arange(width) - 0.5)[width // 2 : width - 40].mean()) < 0.5

@@ -26,7 +26,7 @@ from crossformer_vision.data.loading import (
     Source,
     mix_seed,
 )
-from crossformer_vision.errors import NoSuchSplit, UserError
+from crossformer_vision.errors import NoSuchSplit, UserError, check_choice, check_range
 from crossformer_vision.models import find_model
 
 log = logging.getLogger("crossformer_vision")
@@ -164,7 +164,7 @@ def hold_out(images: FolderImages, share: float, seed: int) -> list[str]:
     chosen: list[str] = []
     for label, names in of_class.items():
         rng = np.random.default_rng(mix_seed(seed, zlib.crc32(images.classes[label].encode())))
-        count = min(len(names) - 1, max(1, round(share * len(names))))
+        count = min(len(names) - 1, max(1, round(share * len(names)))) if share < 1 else len(names)
         chosen += rng.permutation(names)[:count].tolist()
     return sorted(chosen)
 
@@ -188,12 +188,14 @@ class ClassificationData(ResumableData):
 
     Args:
         model: timm name of the model, whose image size, normalisation and crop hold where none is given.
-        root: folder with `train/<class>/…` and `val/<class>/…` (or `validation`, `test`), or with tar files
-            of class folders; null for the multi-scale digits that come with the library.
+        root: folder with `train/<class>/…` and `val/<class>/…` (or `validation`, `test`), with tar files of
+            class folders, or with class folders alone (see `val_share`); null for the multi-scale digits that
+            come with the library.
         dataset: a dataset by name instead of a folder: `torch/cifar10`, `hfds/ylecun/mnist`, … as timm calls
             them.
         val_share: share of the images that are held out for validation, of each class, where `root` has none
-            for it, but class folders, or `train/` alone; which ones is written to the run's `val_list.txt`.
+            for it, but class folders, or `train/` alone, and 1 for all; which ones is written to the run's
+            `val_list.txt`.
         val_list: file with the names of the images to hold out, one below the folder of classes a line.
         classes: names of the classes in their order; null for the training images' own. The command takes
             those of a run that it validates or goes on with.
@@ -246,6 +248,9 @@ class ClassificationData(ResumableData):
         seed: int = 0,
     ) -> None:
         super().__init__(root, train_split, val_split, batch_size, num_workers, skip_corrupt, seed, classes)
+        check_choice("crop", crop, ("resized", "padded", "none"))
+        for name, value in (("hflip", hflip), ("erasing", erasing), ("val_share", val_share)):
+            check_range(name, value, 0, 1)
         self.val_share, self.val_list = val_share, val_list
         self.held_out: list[str] = []  # of one folder, for validation
         self.model_cfg = find_model(model)
@@ -273,15 +278,18 @@ class ClassificationData(ResumableData):
         """The folder or tar file of a split under `root`."""
         root, split = Path(str(self.root)), self.splits[stage]
         if not root.is_dir():
+            here = "" if root.is_absolute() else f" in {Path.cwd()}"
             raise UserError(
-                f"{root}: no such folder; --data.root needs train/<class>/… and val/<class>/… in it"
+                f"{root}: no such folder{here}; --data.root needs train/<class>/… and val/<class>/… in it, "
+                "or <class>/…"
             )
         for name in self.split_names(stage):
             for path in (root / name, root / f"{name}.tar"):
                 if path.exists():
                     return path
         raise NoSuchSplit(
-            f"{root / split}: no such folder or tar file; name the split with --data.{stage}_split"
+            f"{root / split}: no such folder or tar file, nor class folders in {root}; name the split with "
+            f"--data.{stage}_split"
         )
 
     def _unsplit(self) -> Path | None:
@@ -326,7 +334,10 @@ class ClassificationData(ResumableData):
             listed = path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot read this list of images ({error})") from None
+        listed = [line for line in listed if line]
         found = [line for line in listed if line in names]
+        if found and len(found) < len(listed):
+            log.warning("%s: %d of its %d images are gone", path, len(listed) - len(found), len(listed))
         if not found:
             raise UserError(f"{path}: none of its {len(listed)} lines names an image of --data.root")
         return found

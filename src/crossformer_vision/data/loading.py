@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from crossformer_vision.data.images import reason, to_rgb
-from crossformer_vision.errors import NoSuchSplit, UserError
+from crossformer_vision.errors import NoSuchSplit, UserError, check_range
 
 log = logging.getLogger("crossformer_vision")
 
@@ -34,6 +34,20 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def generators() -> Any:
+    """The states of all generators, for `restore_generators`."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    return *states, torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+
+def restore_generators(states: Any) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    if states[3] is not None:
+        torch.cuda.set_rng_state(states[3])
 
 
 @contextmanager
@@ -267,6 +281,7 @@ class ResumableData(L.LightningDataModule):
         classes: list[str] | None,
     ) -> None:
         super().__init__()
+        check_range("batch_size", batch_size, 1)
         self.root, self.splits = root, {"train": train_split, "val": val_split}
         self.batch_size, self.skip_corrupt, self.seed = batch_size, skip_corrupt, seed
         self.num_workers = min(8, max(0, (os.cpu_count() or 1) - 1)) if num_workers is None else num_workers

@@ -1,17 +1,20 @@
 """What all tasks share: a timm optimizer and schedule, reproducible steps, loading weights to start from."""
 
+import difflib
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from timm.optim import create_optimizer_v2
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
-from crossformer_vision.data.loading import mix_seed, seed_all
+from crossformer_vision.data.loading import generators, mix_seed, restore_generators, seed_all
+from crossformer_vision.errors import UserError, check_choice, check_range
 from crossformer_vision.models.backbones import DenseModel
 from crossformer_vision.models.crossformer import LongShortAttention
 from crossformer_vision.published import at_hand
@@ -43,7 +46,8 @@ class Task(L.LightningModule):
         min_lr: learning rate at the end of `cosine` and `poly`.
         grad_checkpointing: recompute activations in the backward pass, for memory.
         compile: train and validate through `torch.compile`; of a dense model, the backbone.
-        seed: of everything random in a step.
+        seed: of everything random in a step; None takes the one that `seed_everything` was given.
+        classes: names of the classes, for checkpoints, where no data module of this library knows them.
     """
 
     name: str  # as the command and checkpoints have it
@@ -67,9 +71,21 @@ class Task(L.LightningModule):
         min_lr: float = 1e-5,
         grad_checkpointing: bool = False,
         compile: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
+        classes: list[str] | None = None,
     ) -> None:
         super().__init__()
+        check_choice("schedule", schedule, ("cosine", "poly", "step"))
+        check_choice("decay_on", decay_on, ("weights", "all_but_norms", "all"))
+        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("warmup_epochs", warmup_epochs)):
+            check_range(name, value, 0)
+        if optimizer not in list_optimizers():
+            close = difflib.get_close_matches(optimizer, list_optimizers(), 1)
+            raise UserError(
+                f"unknown optimizer '{optimizer}'{f'; did you mean {close[0]}?' if close else ''}"
+            )
+        self.class_names = classes
+        self._states: Any = None
         self.images_seen = 0  # in training; of loaders that are not ours, the batches
         self._resumed: dict[str, Any] = {}  # the checkpoint that training goes on from
         self.optimizer, self.lr = optimizer, lr
@@ -89,8 +105,12 @@ class Task(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.images_seen += self._batch
         # Dropout, stochastic depth and mixup follow from the step alone, so a resumed run repeats none of the
-        # past.
-        seed_all(mix_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))
+        # past; what others draw goes on after it as if nothing had been drawn.
+        self._states = generators()
+        seed_all(mix_seed(self.seed or 0, self.current_epoch, batch_idx, self.global_rank))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        restore_generators(self._states)
 
     @property
     def _batch(self) -> int:
@@ -160,6 +180,7 @@ class Task(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
+        self.seed = checkpoint.get("seed", self.seed)
         self.images_seen = checkpoint.get("images_seen", batches * self._batch)
         checkpoint["lr_schedulers"] = []  # it follows from the images seen, and from the options of now
         self._resumed = checkpoint
@@ -181,9 +202,12 @@ class Task(L.LightningModule):
         return int(start or self.trainer.num_training_batches)
 
     def on_train_start(self) -> None:
+        if self.seed is None:
+            self.seed = torch.initial_seed() % 2**31
         for group, options in zip(self.trainer.optimizers[0].param_groups, self._options, strict=True):
             group.update(options)
-        self.lr_schedulers().step_update(self.images_seen)  # type: ignore[union-attr]
+        if isinstance(schedule := self.lr_schedulers(), Scheduler):  # or else one of a callback's
+            schedule.step_update(self.images_seen)
         self._resumed = {}
 
     def _optimizer(self) -> Optimizer:
@@ -205,14 +229,24 @@ class Task(L.LightningModule):
         checkpoint["batches_of_an_epoch"] = self.trainer.num_training_batches
         spans = [m.lda_span for m in self.net.modules() if isinstance(m, LongShortAttention)]
         checkpoint["lda_span"] = spans[0] if spans else None
-        checkpoint.update(self.trainer.datamodule.describe())  # type: ignore[attr-defined]
+        checkpoint["seed"] = self.seed
+        data: Any = getattr(self.trainer, "datamodule", None)
+        checkpoint.update(data.describe() if hasattr(data, "describe") else self.describe())
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint says of its classes and images, where no data module of this library does."""
+        count = self.hparams["num_classes"]
+        return {"classes": self.class_names or [str(k) for k in range(count)]}
 
     def pictures(self, folder: Path, classes: list[str]) -> None:
         """Draw what the last validation saw."""
         raise NotImplementedError
 
-    def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:  # type: ignore[override]
-        scheduler.step_update(self.images_seen)
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if isinstance(scheduler, Scheduler):
+            scheduler.step_update(self.images_seen)
+        else:  # of a callback or a tuner
+            super().lr_scheduler_step(scheduler, metric)
 
     def configure_gradient_clipping(
         self,

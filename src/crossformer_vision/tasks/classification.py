@@ -6,7 +6,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
+from timm.data import Mixup, resolve_model_data_config
 from timm.data.mixup import mixup_target
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from crossformer_vision import visualize
 from crossformer_vision.checkpoints import load_checkpoint
+from crossformer_vision.errors import check_range
 from crossformer_vision.models import drop_path, find_model
 from crossformer_vision.tasks.base import Task, starts_from_published
 
@@ -68,6 +69,8 @@ class Classification(Task):
         )
         if checkpoint:
             load_checkpoint(self.net, checkpoint)
+        for name, value in (("label_smoothing", label_smoothing), ("mix_prob", mix_prob)):
+            check_range(name, value, 0, 1)
         self.label_smoothing = label_smoothing
         self.mix = None
         if mixup or cutmix:
@@ -96,7 +99,15 @@ class Classification(Task):
             loss = F.cross_entropy(self(images), labels)
         else:
             loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
+        self.log(
+            "train_loss",
+            loss,
+            on_step=False,
+            on_epoch=True,
+            batch_size=len(images),
+            sync_dist=True,
+            prog_bar=True,
+        )
         return loss
 
     def mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,6 +125,10 @@ class Classification(Task):
             return mixed, targets
         return torch.cat([mixed, images[pairs:]]), torch.cat([targets, plain])
 
+    def describe(self) -> dict[str, Any]:
+        image = resolve_model_data_config(self.net)
+        return {**super().describe(), "image": {k: v for k, v in image.items() if k != "crop_mode"}}
+
     def on_validation_epoch_start(self) -> None:
         self.shown = []
 
@@ -127,7 +142,7 @@ class Classification(Task):
         self.confusion(logits, labels)
         n = len(images)
         self.log("val_loss", self.loss, on_epoch=True, batch_size=n)
-        self.log("val_accuracy", self.accuracy, on_epoch=True, batch_size=n)
+        self.log("val_accuracy", self.accuracy, on_epoch=True, batch_size=n, prog_bar=True)
         if self.accuracy_top5 is not None:
             self.accuracy_top5(logits, labels)
             self.log("val_accuracy_top5", self.accuracy_top5, on_epoch=True, batch_size=n)

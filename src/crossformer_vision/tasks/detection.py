@@ -113,7 +113,7 @@ class Detection(Task):
         losses = self.net(images, targets)
         loss: Tensor = sum(losses.values())  # type: ignore[assignment]
         log: dict[str, Any] = dict(on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
-        self.log("train_loss", loss, **log)
+        self.log("train_loss", loss, prog_bar=True, **log)
         for name, value in losses.items():
             self.log(f"train_{name.removeprefix('loss_')}_loss", value, **log)
         return loss
@@ -145,7 +145,11 @@ class Detection(Task):
             for name, key in self.metrics.items():
                 value = self.summary[f"{theirs}_{key}" if len(self.kinds) > 1 else key]
                 if name == "ap" or value >= 0:  # -1: no such objects
-                    self.log(f"val_{kind}_{name}", value.to(self.device, torch.float32).clamp(min=0))
+                    self.log(
+                        f"val_{kind}_{name}",
+                        value.to(self.device, torch.float32).clamp(min=0),
+                        prog_bar=f"val_{kind}_{name}" == self.monitor,
+                    )
 
     def _gather(self) -> None:
         """Give the metric of each process what all processes have seen."""

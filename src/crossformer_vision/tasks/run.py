@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -53,6 +54,10 @@ class Stopped(Exception):
         super().__init__(message)
         self.code = 128 + number
 
+
+fcntl: Any = None
+with suppress(ImportError):  # not on Windows
+    import fcntl
 
 VAL_LIST = "val_list.txt"  # in a run's folder: the validation images that were held out of one folder
 
@@ -108,6 +113,10 @@ def new_folder(base: Path) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             continue
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be made ({error.strerror}); --run.folder names another"
+            ) from None
         return folder
     raise AssertionError
 
@@ -179,7 +188,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
             part.unlink(missing_ok=True)
             raise UserError(
                 f"{path}: cannot save the checkpoint ({_reason(error)}); the one before is untouched. "
-                f"Free some disk space and go on with --resume {path.parent}"
+                f"Make room for it, and go on with --resume {path.parent}"
             ) from error
 
     def load_checkpoint(
@@ -225,6 +234,7 @@ class RunFolder(Callback):
         self.before = 0.0  # seconds that the run took before it was resumed
         self.began: float | None = None
         self.made = False
+        self.lock: Any = None
         self.signal = 0
         self.validating = False
         self.handlers: dict[int, Any] = {}
@@ -262,12 +272,21 @@ class RunFolder(Callback):
             self.made = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
         try:
-            with (folder / "config.yaml").open("w" if self.resumed else "x", encoding="utf-8") as file:
-                file.write(self.config)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(13, "Permission denied")
+            # Held open and locked until the run ends: of two that resume it, one is told.
+            self.lock = (folder / "config.yaml").open("a" if self.resumed else "x", encoding="utf-8")
+            if fcntl is not None:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lock.truncate(0)
+            self.lock.write(self.config)
+            self.lock.flush()
         except FileExistsError:
             raise UserError(
                 f"{folder}: there is a run in it; --resume it, or choose another --run.folder"
             ) from None
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is training in it") from None
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
         return str(folder)
@@ -398,10 +417,13 @@ class RunFolder(Callback):
     def how_to_go_on(self) -> str:
         return f"go on with: {command()} train --resume {shlex.quote(str(self.folder))}"
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def close(self) -> None:
+        """Give signals back to whom they belonged, and the folder free."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers = {}
+        if self.lock is not None:
+            self.lock.close()
 
     # Epochs
 
@@ -497,6 +519,7 @@ def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | Non
             raise KeyboardInterrupt from stop
         raise Stopped(f"stopped; {writer.how_to_go_on()}", signal.SIGINT) from None
     finally:
+        writer.close()
         if trainer.is_global_zero:
             writer.remove_unused()
     folder = writer.folder
@@ -567,7 +590,8 @@ def evaluate(
         if trainer.is_global_zero and not any(folder.iterdir()):
             folder.rmdir()
     weights = None if checkpoint is None else str(checkpoint)
-    results = {**parts(task), **metrics, "checkpoint": weights, **about()}
+    images = {"data": data.root, "images": len(data.open("val"))}
+    results = {**parts(task), **metrics, **images, "checkpoint": weights, **about()}
     if trainer.is_global_zero:
         write_json(folder / "results.json", results)
     return results, folder

@@ -119,8 +119,13 @@ class Segmentation(Task):
             dice = dice_loss(logits, labels)
             self.log("train_dice_loss", dice, **log)
             loss = loss + self.dice * dice
-        self.log("train_loss", loss, **log)
+        self.log("train_loss", loss, prog_bar=True, **log)
         return loss
+
+    def describe(self) -> dict[str, Any]:
+        cfg = find_model(self.hparams["model"])
+        sizes = dict(short_side=None, long_side=None, size_divisor=1)
+        return {**super().describe(), "image": dict(mean=list(cfg.mean), std=list(cfg.std), **sizes)}
 
     def on_validation_epoch_start(self) -> None:
         self.shown = []
@@ -150,7 +155,8 @@ class Segmentation(Task):
             "mean_accuracy": accuracy.nanmean(),
         }
         for name, value in metrics.items():
-            self.log(f"val_{name}", value.to(self.device, torch.float32).nan_to_num(0))  # nothing is labelled
+            value = value.to(self.device, torch.float32).nan_to_num(0)  # nothing is labelled
+            self.log(f"val_{name}", value, prog_bar=f"val_{name}" == self.monitor)
         self.loss.reset()
         self.confusion.reset()
 
