@@ -1,40 +1,14 @@
-"""One small model of every timm family: a training step as a classifier, in both detectors and in both segmenters.
-
-`python tests/models/test_families.py` writes the table of docs/backbones.md.
-"""
-
-import sys
-import warnings
-from pathlib import Path
+"""Small models of several timm families: a step of training as a classifier, in both detectors and both segmenters."""
 
 import pytest
 import timm
 import torch
-from timm.models._registry import _model_to_module
 
 import crossformer_vision
 from crossformer_vision.tasks.classification import Classification
 
-PAGE = Path(__file__).parents[2] / "docs/backbones.md"
 TASKS = ("classification", "retinanet", "mask_rcnn", "semantic_fpn", "upernet")
 FAST = ("resnet18", "efficientnet_b0", "hrnet_w18_small", "vit_tiny_patch16_224", "vgg11", "pvt_v2_b0")
-
-
-def families():
-    """Family -> its model of fewest parameters that is not for tests alone."""
-    smallest: dict[str, tuple[int, str]] = {}
-    for name in timm.list_models():
-        family = _model_to_module[name]
-        if name.startswith(("test_", "crossformer")):
-            continue
-        try:
-            with torch.device("meta"):
-                model = timm.create_model(name)
-            size = sum(p.numel() for p in model.parameters())
-        except Exception:
-            size = 10**12  # computes when it is made: only if the family has no other
-        smallest[family] = min(smallest.get(family, (10**13, name)), (size, name))
-    return {family: name for family, (_, name) in sorted(smallest.items())}
 
 
 def step(name, task):
@@ -67,45 +41,7 @@ def step(name, task):
     assert body and all(g.isfinite().all() for g in body)
 
 
-def row(family, name):
-    cells = []
-    for task in TASKS:
-        try:
-            step(name, task)
-            cells.append("yes")
-        except crossformer_vision.UserError as refusal:
-            assert "\n" not in str(refusal) and name in str(refusal)
-            cells.append(str(refusal).removeprefix(f"model '{name}' "))
-        except Exception as error:
-            cells.append(
-                f"FAILS: {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
-            )
-    same = len(set(cells[1:])) == 1
-    return [family, f"`{name}`", cells[0], cells[1] if same else "; ".join(cells[1:])]
-
-
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("task", TASKS)
 def test_one_step(name, task):
     step(name, task)
-
-
-@pytest.mark.slow
-def test_the_table_of_the_docs():
-    text = PAGE.read_text(encoding="utf-8")
-    for family, name in families().items():
-        line = f"| {' | '.join(row(family, name))} |"
-        assert "FAILS" not in line and line in text
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    lines = []
-    for family, name in families().items():
-        lines.append(f"| {' | '.join(row(family, name))} |")
-        print(lines[-1], flush=True)
-    head = PAGE.read_text(encoding="utf-8").split("| family |")[0] if PAGE.exists() else "# Backbones\n\n"
-    table = "| family | smallest model | classifier | detectors and segmenters |\n| --- | --- | --- | --- |\n"
-    PAGE.write_text(head + table + "\n".join(lines) + "\n", encoding="utf-8")
-    sys.exit(any("FAILS" in line for line in lines))
