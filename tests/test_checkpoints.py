@@ -460,3 +460,16 @@ def test_names_of_other_models_are_not_taken_for_published_ones():
     report = load_checkpoint(model, {"state_dict": {f"net.{k}": v for k, v in source.state_dict().items()}})
     assert not report.missing and not report.unused
     assert all(torch.equal(v, source.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_weights_of_the_whole_network_into_its_first_stages(tmp_path):
+    whole = timm.create_model("crossformer_nano.cifar10", pretrained=True).eval()
+    torch.save(whole.state_dict(), tmp_path / "whole.pth")
+    first = timm.create_model("crossformer_nano", features_only=True, out_indices=(0, 1)).eval()
+    load_checkpoint(first, tmp_path / "whole.pth")
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = whole.forward_intermediates(images, intermediates_only=True)[1]
+        assert torch.allclose(first(images)[1], expected, atol=1e-5)
+    first.set_grad_checkpointing(True)
+    assert all(stage.grad_checkpointing for stage in first.model.stages)

@@ -234,6 +234,10 @@ def load_checkpoint(
         raise UserError(
             f"{source}: none of its weights fits this model ({_some(state) or 'it holds no tensors'})"
         )
+    if inner and not isinstance(model, DenseModel):  # the later stages may not be wanted
+        stages = {".".join(name.split(".")[:3]) for name in target}
+        later = [n for n in report.unused if ".stages." in n and ".".join(n.split(".")[:3]) not in stages]
+        report.unused = [name for name in report.unused if name not in later]
     partial = tuple(part for part in heads if any(name.startswith(part) for name in fitting))
     for names, what in ((report.missing, "lacks"), (report.unused, "has, and this model has not,")):
         wrong = [

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models import register_notrace_function
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
 
@@ -16,6 +16,14 @@ def check_size(x: Tensor) -> Tensor:
     if x.shape[2] < 32 or x.shape[3] < 32:  # the stride of the last stage
         raise ValueError(f"image of {x.shape[2]}x{x.shape[3]} pixels is too small: 32x32 or more are needed")
     return x
+
+
+class FeatureMaps(FeatureGetterNet):
+    """timm's `features_only` wrapper, which passes on what it leaves out."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        model: Any = self.model
+        model.set_grad_checkpointing(enable)
 
 
 class StagedClassifier(nn.Module):

@@ -10,6 +10,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from crossformer_vision.models.crossformer import CrossFormer
+from crossformer_vision.models.timm_interface import FeatureMaps
 
 # ------------------------------------------------------------------------------------------------------------
 # Published names
@@ -115,7 +116,7 @@ def _create_crossformer(variant: str, pretrained: bool = False, **kwargs: Any) -
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls=FeatureMaps),
         **kwargs,
     )
     if cfg is not None:  # the model is not to keep a second copy of its weights
