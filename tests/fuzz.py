@@ -254,18 +254,20 @@ def hang(*_: Any) -> None:
 
 def fuzz(count: int, seed: int, only: int | None = None, show: bool = False) -> list[str]:
     """What is wrong with how files are read, a text each."""
-    logging.getLogger("crossformer_vision").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    signal.signal(signal.SIGALRM, hang)
+    log = logging.getLogger("crossformer_vision")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    handler = signal.signal(signal.SIGALRM, hang)
     found: list[str] = []
     kinds: Counter[str] = Counter()
     here = Path.cwd()
     limit = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ADDRESSES, limit[1]))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         os.chdir(folder)  # where a path that escapes would show
         try:
+            warnings.simplefilter("ignore")
             fuzzer = Fuzzer(Path(folder), seed)
             for n in range(count) if only is None else [only]:
                 kind, wrong = fuzzer.run(n)
@@ -277,6 +279,8 @@ def fuzz(count: int, seed: int, only: int | None = None, show: bool = False) -> 
         finally:
             os.chdir(here)
             resource.setrlimit(resource.RLIMIT_AS, limit)
+            signal.signal(signal.SIGALRM, handler)
+            log.setLevel(level)
     if show:
         print(f"\n{', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))}")
     return found
