@@ -146,6 +146,7 @@ def test_no_picture_grows_without_bound(size):
     assert page.width * page.height <= 1.2 * max(size[0] * size[1], 320 * 3200)
 
 
+@pytest.mark.slow  # matplotlib draws 4,000 bars
 def test_thousands_of_classes_keep_below_the_largest_side(tmp_path):
     visualize.class_bars(
         [f"class {k}" for k in range(4000)], np.linspace(0, 1, 4000), "IoU", tmp_path / "x.png"

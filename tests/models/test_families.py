@@ -8,7 +8,7 @@ import crossformer_vision
 from crossformer_vision.tasks.classification import Classification
 
 TASKS = ("classification", "retinanet", "mask_rcnn", "semantic_fpn", "upernet")
-FAST = ("resnet18", "efficientnet_b0", "hrnet_w18_small", "vit_tiny_patch16_224", "vgg11", "pvt_v2_b0")
+FAST = ("efficientnet_b0", "hrnet_w18_small", "vit_tiny_patch16_224", "vgg11")
 
 
 def step(name, task):

@@ -185,6 +185,7 @@ wrongest = cv.no_such_name
 """
 
 
+@pytest.mark.slow  # mypy reads torch's types anew
 def test_type_checkers_see_the_package(tmp_path):
     (tmp_path / "client.py").write_text(CLIENT)
     root = Path(__file__).parents[2]
