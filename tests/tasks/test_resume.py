@@ -80,6 +80,18 @@ def test_stopped_before_the_first_step_leaves_nothing(tmp_path, capsys):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
+def test_a_folder_that_cannot_be_made_costs_nothing(tmp_path, monkeypatch, capsys):
+    """What lies where the command is called stays, whatever becomes of the run's folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("precious.txt").write_text("kept")
+    Path("a_file").write_text("not a folder")
+    for folder in ("a_file/run", "a_file", "/proc/run"):
+        assert main(["train", *TINY, "--run.folder", folder]) == 1
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert f"{folder}: " in line
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["a_file", "precious.txt"]
+
+
 def test_a_run_without_a_checkpoint_begins_anew(alone, tmp_path):
     (left, _), folder = alone, tmp_path / "run"
     folder.mkdir()

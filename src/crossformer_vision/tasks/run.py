@@ -269,9 +269,10 @@ class RunFolder(Callback):
             folder, self.made = new_folder(Path("runs") / f"{task.name}-{task.hparams['model']}"), True
         else:
             folder = Path(self.run.folder)
-            self.made = not folder.exists()
-            folder.mkdir(parents=True, exist_ok=True)
         try:
+            if not folder.exists():
+                folder.mkdir(parents=True)
+                self.made = True
             if not os.access(folder, os.W_OK):
                 raise PermissionError(13, "Permission denied")
             # Held open and locked until the run ends: of two that resume it, one is told.
@@ -292,12 +293,12 @@ class RunFolder(Callback):
         return str(folder)
 
     def remove_unused(self) -> None:
-        """A run that made no step leaves nothing."""
-        if self.resumed or self.batches or (self.folder / "last.ckpt").exists():
+        """A run that made no step leaves nothing; one that was given no folder touches none."""
+        if self.folder == Path() or self.resumed or self.batches or (self.folder / "last.ckpt").exists():
             return
         if self.made:
             shutil.rmtree(self.folder, ignore_errors=True)
-        elif self.folder != Path():
+        else:
             (self.folder / "config.yaml").unlink(missing_ok=True)
             shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
 
