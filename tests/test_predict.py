@@ -16,7 +16,8 @@ from crossformer_vision import UserError, load_predictor
 from crossformer_vision.cli import main
 from crossformer_vision.info import PUBLISHED, build, describe, figures, paper_operations
 from crossformer_vision.models.variants import FOURTEENS, SEVENS
-from crossformer_vision.predict import Detected, Segmented, squares
+from crossformer_vision.predict import squares
+from crossformer_vision.predict.results import Detected, Segmented
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +176,34 @@ def test_arrays_tensors_and_the_folder_of_a_run(runs, images):
     assert predictor(pixels[:1]).image.size == (90, 1) and predictor(tensor[:1]).image.size == (90, 70)
     with pytest.raises(UserError, match=r"an image of shape \(70, 90, 5\): arrays are \(H, W, 3\)"):
         predictor(np.zeros((70, 90, 5), np.uint8))
+
+
+def test_bytes_open_files_and_checkpoints_in_memory(runs, images):
+    path = runs / "classifier/best.ckpt"
+    wanted = load_predictor(path)(images / "a.png")
+    with path.open("rb") as checkpoint, (images / "a.png").open("rb") as photo:
+        assert load_predictor(checkpoint)(photo) == wanted  # named like the file
+    content = torch.load(path, weights_only=True)
+    for predictor in (load_predictor(path.read_bytes()), load_predictor(content)):
+        result = predictor((images / "a.png").read_bytes())
+        assert result.name == "image" and (result.probabilities == wanted.probabilities).all()
+        assert result != wanted and result != "image"  # of another name
+    with pytest.raises(UserError, match=r"image: cannot read this image"):
+        load_predictor(path)(b"no image")
+
+
+def test_other_types_and_devices(runs, images):
+    for run in ("classifier", "detector", "segmenter"):
+        predictor = load_predictor(runs / run, device="cpu", score=0.05)
+        wanted = predictor(images / "a.png")
+        assert predictor(images / "a.png") == wanted
+        half = predictor.to("cpu", torch.bfloat16)(images / "a.png")
+        assert half != wanted and type(half) is type(wanted)  # it computes otherwise
+        assert predictor.to(dtype=torch.float32)(images / "a.png") == wanted
+    with pytest.raises(UserError, match=r"dtype torch.float64: it is one of"):
+        predictor.to(dtype=torch.float64)
+    with pytest.raises(UserError, match="device 'cuda:77'"):
+        predictor.to("cuda:77")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (16, 16), (3, 900), (900, 1)])

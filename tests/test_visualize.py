@@ -100,6 +100,38 @@ def test_labels_stay_inside_the_picture():
     assert (drawn[:, -3:] < 60).all(2).sum() == 0 and letters.getlength(label) < 300  # not cut at the border
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 9])
+def test_images_of_any_channels_are_shown(channels):
+    image = np.random.default_rng(0).normal(size=(channels, 8, 9)).astype(np.float32)
+    shown = visualize.denormalised(image, (0.5,) * 3, (0.2,) * 3, (2, 1, 0))
+    assert shown.shape == (8, 9, 3) and shown.min() >= 0 and shown.max() <= 1
+    red = {1: 0, 2: 0, 3: 0, 9: 2}[channels]  # three are red, green and blue as they are
+    assert np.corrcoef(shown[..., 0].ravel(), image[red].ravel())[0, 1] > 0.8
+
+
+def test_no_box_crosses_a_label():
+    """The label of the first is whole, though the second's box runs through it."""
+    objects = {
+        "boxes": np.array([[10, 60, 90, 90], [5, 50, 150, 140]], np.float32),
+        "labels": np.array([1, 1]),
+    }
+    alone = {k: v[:1] for k, v in objects.items()}
+    image = Image.new("RGB", (200, 150))
+    names = ["first", "second"]
+    both, first = (np.asarray(visualize.draw_objects(image, o, names)) for o in (objects, alone))
+    objects["boxes"][1] = [100, 100, 150, 140]
+    apart = np.asarray(visualize.draw_objects(image, objects, names))
+    label = (first != 0).any(-1)
+    label[58:] = False  # without the box
+    assert label.sum() > 50
+    same = (both[label] == apart[label]).all(-1) | (both[label] == 0).all(-1)
+    second = visualize.COLOURS[0]
+    assert (
+        not ((both[label] != apart[label]).any(-1) & (both[label] == second).all(-1)).all()
+        and same.mean() > 0.5
+    )
+
+
 def test_overlays_have_the_colours_of_their_legend():
     classes = [f"class {k}" for k in range(12)]
     grey = Image.new("RGB", (400, 300), (128, 128, 128))

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.torch
@@ -50,20 +50,31 @@ PLAIN: list[Any] = [
 ]
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_checkpoint(source: str | os.PathLike[str] | BinaryIO) -> dict[str, Any]:
     """What a safetensors or a `torch.save` file holds, read without running any code in it.
 
     An index of shards (`….index.json`) stands for all of them.
+
+    Args:
+        source: a path, or an open binary file.
 
     Raises:
         UserError: no such file, truncated, not a checkpoint, or a pickle of anything but tensors and plain
             values.
     """
-    path = Path(path)
+    if not isinstance(source, (str, os.PathLike)):
+        return _read(source, Path(str(getattr(source, "name", "checkpoint"))))
+    path = Path(source)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
     with path.open("rb") as file:
-        start = file.read(64)
+        return _read(file, path)
+
+
+def _read(file: BinaryIO, path: Path) -> dict[str, Any]:
+    """`read_checkpoint` of an open file, whose name is `path`."""
+    start = file.read(64)
+    file.seek(0)
     for magic, what in NO_CHECKPOINTS.items():
         if start.lstrip().lower().startswith(magic):
             raise UserError(f"{path}: is {what}")
@@ -72,9 +83,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             return _read_shards(path)
         # Eight bytes of length, then JSON: under any name.
         if path.suffix == ".safetensors" or (start[8:9] == b"{" and start[4:8] == bytes(4)):
-            return safetensors.torch.load_file(path)
+            return (
+                safetensors.torch.load_file(path) if path.is_file() else safetensors.torch.load(file.read())
+            )
         with torch.serialization.safe_globals(PLAIN):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except pickle.UnpicklingError as error:

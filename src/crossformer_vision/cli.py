@@ -111,17 +111,18 @@ def train(args: list[str]) -> None:
             resume = None
     from crossformer_vision import visualize
     from crossformer_vision.tasks import run
+    from crossformer_vision.tasks.run.folder import command
 
     cli = options.parse(args, "train", fixed, resume, upgraded)
     if resume and run.is_finished(Path(resume), cli.trainer):
         print(
             f"{resume} is finished; more: --trainer.max_epochs N with --resume; "
-            f"its figures: {run.command()} validate {resume}"
+            f"its figures: {command()} validate {resume}"
         )
         return
     results = run.train(cli.trainer, cli.model, cli.datamodule, cli.run, resume)
     if cli.trainer.is_global_zero:
-        folder, call = cli.run.folder, run.command()
+        folder, call = cli.run.folder, command()
         metric = cli.model.monitor
         score = f"{visualize.called(metric)} {results[metric]:.2%}" if metric in results else "not validated,"
         print(f"\n{score} after {results['minutes']} minutes")
@@ -194,10 +195,11 @@ def predict(args: list[str]) -> None:
     parser.add_argument("--score", type=float, default=0.5, help="least score of an object (0.5)")
     parser.add_argument("--device", help="cpu, cuda, …; the best there is, if not given")
     options = parser.parse_args(args)
-    from crossformer_vision import predict
+    from crossformer_vision import load_predictor
+    from crossformer_vision.predict.files import predict_files
 
-    predictor = predict.load_predictor(options.run, options.device, options.score)
-    predict.predict_files(predictor, options.images, Path(options.out))
+    predictor = load_predictor(options.run, options.device, options.score)
+    predict_files(predictor, options.images, Path(options.out))
 
 
 def info(args: list[str]) -> None:
@@ -257,7 +259,7 @@ def _from_run(folder: str, checkpoint: str | None) -> tuple[list[str], dict[str,
     """
     from crossformer_vision.checkpoints import read_checkpoint, span_of_a_run
     from crossformer_vision.errors import UserError
-    from crossformer_vision.tasks.run import VAL_LIST
+    from crossformer_vision.tasks.run.folder import VAL_LIST
 
     resumed = checkpoint is None
     path = Path(checkpoint or f"{folder}/last.ckpt")

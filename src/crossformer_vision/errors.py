@@ -33,5 +33,12 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
         raise UserError(f"{name}={value!r}: it is a number from {low}{upper}")
 
 
+def check_names(source: Any, names: Sequence[str]) -> None:
+    """Raises a UserError if a class has no name, or two have the same."""
+    if len(set(names)) < len(names) or not all(str(name).strip() for name in names):
+        shown = ", ".join(map(repr, names[:5]))
+        raise UserError(f"{source}: a class without a name, or two of one name: {shown}")
+
+
 class NoSuchSplit(UserError):
     """The folder or file of a split is not there; without training images, validation may do by itself."""

@@ -27,7 +27,9 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 from crossformer_vision import published
 from crossformer_vision.errors import UserError
-from crossformer_vision.tasks.run import AtomicCheckpoints, Progress, Run, command, quiet
+from crossformer_vision.tasks.run import Run, quiet
+from crossformer_vision.tasks.run.files import AtomicCheckpoints
+from crossformer_vision.tasks.run.folder import Progress, command
 
 
 class TaskParts(NamedTuple):
@@ -303,6 +305,8 @@ def _cli(task: str, verb: str, fixed: dict[str, Any], resume: str | None, upgrad
             parser.link_arguments("seed_everything", "model.seed")
             for option in TASKS[task].links:
                 parser.link_arguments(f"model.{option}", f"data.{option}")
+            if task == "classification":
+                parser.link_arguments("data.image_size", "model.image_size")
             parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
 
         def before_instantiate_classes(self) -> None:

@@ -55,10 +55,23 @@ def _legend(owner: Any, handles: Sequence[Any], names: Sequence[str], **options:
 
 
 def denormalised(
-    image: NDArray[np.float32], mean: Sequence[float], std: Sequence[float]
+    image: NDArray[np.float32],
+    mean: Sequence[float],
+    std: Sequence[float],
+    channels: tuple[int, int, int] = (0, 1, 2),
 ) -> NDArray[np.float32]:
-    """A network's input (3, H, W) as a picture (H, W, 3) in 0..1."""
-    return (image.transpose(1, 2, 0) * np.array(std, np.float32) + np.array(mean, np.float32)).clip(0, 1)
+    """A network's input (C, H, W) as a picture (H, W, 3) in 0..1.
+
+    Args:
+        image: with other than three channels it is stretched from its least to its greatest value.
+        mean, std: by which three channels were normalised.
+        channels: that are shown of more than three; of fewer, the first is.
+    """
+    if len(image) == 3:
+        image = image * np.array(std, np.float32)[:, None, None] + np.array(mean, np.float32)[:, None, None]
+        return image.transpose(1, 2, 0).clip(0, 1)
+    image = image[list(channels if len(image) > 3 else (0, 0, 0))].transpose(1, 2, 0)
+    return (image - image.min()) / max(float(np.ptp(image)), 1e-6)
 
 
 def curves(rows: Sequence[dict[str, float]], path: Path, monitor: str) -> None:
@@ -218,9 +231,13 @@ def draw_objects(image: Image.Image, objects: dict[str, NDArray[Any]], classes: 
     canvas = ImageDraw.Draw(drawn)
     line = max(1, round(min(drawn.size) / 250))
     letters = font(classes, max(11, round(min(drawn.size) / 24)))
-    for n, (box, label) in enumerate(zip(objects["boxes"], objects["labels"])):
-        colour = COLOURS[(n if masks is not None else int(label) - 1) % len(COLOURS)]
+    colours = [
+        COLOURS[(n if masks is not None else int(label) - 1) % len(COLOURS)]
+        for n, label in enumerate(objects["labels"])
+    ]
+    for box, colour in zip(objects["boxes"], colours):
         canvas.rectangle([float(v) for v in box], outline=colour, width=line)
+    for n, (box, label) in enumerate(zip(objects["boxes"], objects["labels"])):
         words = [classes[int(label) - 1]] if len(classes) > 1 else []
         if "scores" in objects:
             words.append(f"{objects['scores'][n]:.2f}".replace("0.", ".", 1))
@@ -234,7 +251,7 @@ def draw_objects(image: Image.Image, objects: dict[str, NDArray[Any]], classes: 
         area = canvas.textbbox((left, top), text, font=letters, anchor="lb")
         if area[1] < 0:  # no room above the box
             area = canvas.textbbox((left, max(0.0, top)), text, font=letters, anchor="lt")
-        canvas.rectangle(area, fill=colour)
+        canvas.rectangle(area, fill=colours[n])
         canvas.text((area[0], area[1]), text, fill="black", font=letters, anchor="lt")
     return drawn
 

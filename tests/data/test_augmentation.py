@@ -1,11 +1,17 @@
-"""Photometric distortion, against what OpenMMLab's computes: in HSV, without blending or shuffled channels."""
+"""Photometric distortion, against what OpenMMLab's computes: in HSV, without blending or shuffled channels.
+
+And augmentation of users' own, in every task.
+"""
 
 import colorsys
 
 import pytest
 import torch
+from PIL import ImageOps
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
+from crossformer_vision import ClassificationData, DetectionData, SegmentationData
 from crossformer_vision.data.augmentation import PhotometricDistortion, saturate
 
 
@@ -62,3 +68,56 @@ def test_channels_keep_their_places_and_maps_are_left_alone():
         image, same = PhotometricDistortion()(red, classes)
         assert image[0].float().mean() >= image[1:].float().mean() and torch.equal(same, classes)
         assert image.dtype == torch.uint8
+
+
+def mirrored(image):
+    return ImageOps.mirror(image)
+
+
+def test_own_augmentation_of_classifiers():
+    """A callable or a list, giving images or tensors of any kind: the same as ours without augmentation."""
+    digits = dict(train_images=8, val_images=8, batch_size=8, num_workers=0, image_size=32)
+    plain, _ = next(iter(ClassificationData(**digits, crop="none", hflip=0.0).train_dataloader()))
+    for own in (
+        mirrored,
+        [mirrored, v2.ToImage()],
+        [ImageOps.flip, ImageOps.flip, mirrored, v2.PILToTensor(), lambda x: x.float() / 255],
+    ):
+        got, _ = next(iter(ClassificationData(**digits, augmentation=own).train_dataloader()))
+        torch.testing.assert_close(got.flip(3), plain, atol=1e-4, rtol=1e-4)
+    got, _ = next(iter(ClassificationData(**digits, augmentation=v2.RandomCrop(20)).train_dataloader()))
+    assert got.shape == (8, 3, 32, 32)
+    data = ClassificationData(**digits, augmentation=mirrored)
+    assert not torch.allclose(next(iter(data.val_dataloader()))[0].flip(3), plain)  # of training alone
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "mask_rcnn"])
+def test_own_augmentation_of_detectors(detector):
+    """Boxes and masks go with the image, and what a crop leaves of no object is no longer there."""
+    digits = dict(train_images=6, val_images=2, batch_size=6, num_workers=0, image_size=96, detector=detector)
+    ours = DetectionData(**digits, min_size=96, max_size=96, hflip=1.0)
+    own = DetectionData(**digits, augmentation=[v2.RandomHorizontalFlip(1.0)])
+    batches = [next(iter(data.train_dataloader())) for data in (ours, own)]
+    for image, target, other, others in zip(*batches[0], *batches[1], strict=True):
+        torch.testing.assert_close(image, other)
+        assert target["labels"].equal(others["labels"])
+        torch.testing.assert_close(target["boxes"], others["boxes"], atol=1.0, rtol=0)
+    cropped = DetectionData(**digits, augmentation=v2.RandomCrop(40))
+    images, targets = next(iter(cropped.train_dataloader()))
+    for image, target in zip(images, targets, strict=True):
+        assert image.shape == (3, 40, 40) and len(target["labels"]) == len(target["boxes"])
+        assert (target["boxes"][:, 2:] > target["boxes"][:, :2]).all()
+        if detector == "mask_rcnn":
+            assert target["masks"].flatten(1).any(1).all()
+
+
+def test_own_augmentation_of_segmenters():
+    digits = dict(train_images=4, val_images=2, batch_size=4, num_workers=0, crop_size=64)
+    ours = SegmentationData(**digits, scales=(1.0, 1.0), hflip=1.0, photometric=False)
+    own = SegmentationData(**digits, augmentation=v2.RandomHorizontalFlip(1.0))
+    for one, other in zip(*(next(iter(data.train_dataloader())) for data in (ours, own)), strict=True):
+        torch.testing.assert_close(one, other)
+    cropped = SegmentationData(**digits, augmentation=[v2.RandomCrop(50), v2.ColorJitter(0.3)])
+    images, labels = next(iter(cropped.train_dataloader()))
+    assert images.shape == (4, 3, 64, 64) and labels.shape == (4, 64, 64)
+    assert (labels[:, 50:] == 255).all() and (labels[:, :50, :50] != 255).all()

@@ -45,11 +45,11 @@ def test_groups_are_neighbours_or_strided():
     assert group(x, far)[1].flatten().tolist() == [1, 3, 5, 13, 15, 17, 25, 27, 29]
     assert far == across_map(6, 6, 2)  # the published classifiers: G * I is the side of the map
     for layout in (near, far):
-        assert torch.equal(ungroup(group(x, layout), layout, 6, 6), x)
+        assert torch.equal(ungroup(group(x, layout), layout, len(x), 6, 6), x)
     oblong = across_map(6, 10, 2)
     x = torch.arange(60).view(1, 6, 10, 1)
     assert group(x, oblong)[1].flatten().tolist() == [1, 3, 5, 7, 9, 21, 23, 25, 27, 29, 41, 43, 45, 47, 49]
-    assert torch.equal(ungroup(group(x, oblong), oblong, 6, 10), x)
+    assert torch.equal(ungroup(group(x, oblong), oblong, len(x), 6, 10), x)
 
 
 def test_the_example_in_the_docstring():

@@ -173,6 +173,16 @@ def test_groups_of_test_time_take_the_same_weights():
     assert a.shape == b.shape and not torch.allclose(a, b)
 
 
+@pytest.mark.parametrize(
+    "channels, normalised", [(1, {}), (5, {"image_mean": [0.5] * 5, "image_std": [0.25] * 5})]
+)
+def test_images_of_other_channels(channels, normalised):
+    args = dict(num_classes=2, width=16, min_size=64, max_size=64, backbone_args={"in_chans": channels})
+    net = create_detector("retinanet", "crossformer_nano", **args, **normalised).eval()
+    (found,) = net([torch.rand(channels, 64, 64)])
+    assert found["boxes"].shape[1] == 4 and len(net.transform.image_mean) == channels
+
+
 def test_anchors_are_unrounded_multiples_of_the_stride():
     detector = create_detector("retinanet", "crossformer_nano", **SMALL)
     maps = [torch.zeros(1, 16, -(-100 // s), -(-100 // s)) for s in (8, 16, 32, 64, 128)]

@@ -1,10 +1,19 @@
-"""Small models of several timm families: a step of training as a classifier, in both detectors and both segmenters."""
+"""A small model of every timm family: a step of training as a classifier, in both detectors and both segmenters.
+
+The slow test writes `docs/backbones.md`.
+"""
+
+import gc
+import logging
+import re
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 
 import crossformer_vision
+from crossformer_vision.models.backbones import SimplePyramid, create_backbone
 from crossformer_vision.tasks.classification import Classification
 
 TASKS = ("classification", "retinanet", "mask_rcnn", "semantic_fpn", "upernet")
@@ -12,10 +21,9 @@ FAST = ("efficientnet_b0", "hrnet_w18_small", "vit_tiny_patch16_224", "vgg11")
 
 
 def step(name, task):
-    """One step of training on two images, of the model's own size if that is fixed."""
+    """One step of training on two images."""
     torch.manual_seed(0)
-    cfg = timm.get_pretrained_cfg(name)
-    side = cfg.input_size[-1] if cfg is not None and cfg.fixed_input_size else 128
+    side = timm.get_pretrained_cfg(name).input_size[-1] if task == "classification" else 128
     images = torch.rand(2, 3, side, side)
     if task == "classification":
         net = Classification(name, num_classes=3).net.train()
@@ -45,3 +53,88 @@ def step(name, task):
 @pytest.mark.parametrize("task", TASKS)
 def test_one_step(name, task):
     step(name, task)
+
+
+# Words in the names of small models, the smallest first.
+SMALL = (
+    "_atto", "_femto", "_zepto", "_pico", "nano", "xxtiny", "_xxs", "xx_small", "extra_small", "xsmall", "_xs", "tiny",
+    "mini", "micro", "_t0", "_s0", "_m0", "_b0", "_a0", "_0", "small", "_005", "_010", "_lite", "_s1", "_18", "18", "_11",
+    "_s_", "_s", "_t", "_n", "_26", "_9",
+)  # fmt: skip
+
+
+def smallest(module):
+    """The smallest of a family's models, as far as names tell, by the parameters of a few candidates."""
+    names = [n for n in timm.list_models(module=module) if not n.startswith("test_")]
+    names.sort(key=lambda n: (next((k for k, word in enumerate(SMALL) if word in n), 99), len(n)))
+    counts = {}
+    for name in names[:4]:
+        try:
+            with torch.device("meta"):
+                counts[name] = sum(p.numel() for p in timm.create_model(name).parameters())
+        except (RuntimeError, NotImplementedError):
+            counts[name] = sum(p.numel() for p in timm.create_model(name).parameters())
+    return min(counts, key=counts.get)
+
+
+def outcome(name, task):
+    """`yes`, or the refusal of a model in words; any other error is a failure of this library."""
+    try:
+        step(name, task)
+    except ValueError as error:  # UserError is one
+        said = str(error)
+        assert name in said and "\n" not in said, said
+        return said
+    return "yes"
+
+
+INTRO = """# Backbones
+
+What each family of timm's models does here: a step of training of one small model of each, as a classifier, in both
+detectors (RetinaNet, Mask R-CNN) and both segmenters (Semantic FPN, UPerNet). Written by
+`pytest -m slow tests/models/test_families.py` with timm {version}. {summary}
+
+"pyramid" are maps at strides 4 to 32 of the model's own; "one map" becomes a simple pyramid, as in ViTDet (arXiv
+2203.16527). Models whose maps are neither, or that take one size of image alone, are refused when they are made, with
+what is said here.
+
+| family | model | classifier | detectors, segmenters |
+| --- | --- | --- | --- |
+"""
+
+
+@pytest.mark.slow
+def test_every_family_and_its_table():
+    """Every failure is a refusal in words, the same for all dense models."""
+    logging.disable(logging.WARNING)
+    rows, counts = [], {"classifier": 0, "dense": 0}
+    for module in timm.list_modules():
+        if module.startswith("crossformer") or not timm.list_models(module=module):
+            continue
+        name = smallest(module)
+        said = {task: outcome(name, task) for task in TASKS}
+        dense = {said[task] for task in TASKS[1:]}
+        assert len(dense) == 1, (name, said)
+        classifier, (dense,) = said["classification"], dense
+        counts["classifier"] += classifier == "yes"
+        counts["dense"] += dense == "yes"
+        if dense == "yes":
+            dense = kind(name)
+        rows.append(f"| {module} | {name} | {short(classifier, name)} | {short(dense, name)} |")
+        print(rows[-1], flush=True)
+        gc.collect()
+    summary = (
+        f"Of {len(rows)} families {counts['classifier']} serve as classifiers, and {counts['dense']} as backbones "
+        "of detectors and segmenters."
+    )
+    page = INTRO.format(version=timm.__version__, summary=summary) + "\n".join(rows) + "\n"
+    (Path(__file__).parents[2] / "docs" / "backbones.md").write_text(page, encoding="utf-8")
+
+
+def kind(name):
+    model = create_backbone(name)
+    return "one map" if isinstance(model, SimplePyramid) else "pyramid"
+
+
+def short(said, name):
+    return re.sub(f"^model '{name}' ", "", said).replace("|", "/")[:160]

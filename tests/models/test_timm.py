@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import set_scriptable
 from timm.models import create_feature_extractor
 
@@ -103,6 +104,51 @@ def test_torchscript(name):
         x = images(model, size)
         with torch.no_grad():
             torch.testing.assert_close(scripted(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("span", ["map", "region"])
+def test_scripted_and_traced_as_other_models_are(span):
+    """Modes, features, `optimize_for_inference`, other batches than the traced one."""
+    model = timm.create_model("crossformer_nano", lda_span=span).eval()
+    features = timm.create_model("crossformer_nano", lda_span=span, features_only=True).eval()
+    x = torch.randn(3, 3, 70, 90)
+    scripted = torch.jit.script(model)
+    scripted.train()
+    assert all(m.training for m in scripted.modules())
+    scripted.eval()
+    with torch.no_grad():
+        for fast in (
+            torch.jit.optimize_for_inference(scripted),
+            torch.jit.trace(model, torch.randn(8, 3, 70, 90)),
+        ):
+            torch.testing.assert_close(fast(x), model(x), atol=1e-5, rtol=1e-4)
+        for fast in (torch.jit.script(features), torch.jit.trace(features, torch.randn(8, 3, 70, 90))):
+            for got, wanted in zip(fast(x), features(x), strict=True):
+                torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_empty_batch(name):
+    model = timm.create_model(name, num_classes=7)
+    outputs = model(torch.zeros(0, 3, 64, 70))
+    assert outputs.shape == (0, 7)
+    outputs.sum().backward()
+    maps = timm.create_model(name, features_only=True)(torch.zeros(0, 3, 64, 70))
+    assert [len(x) for x in maps] == [0] * 4
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_images_of_many_channels(batch):
+    """Their memory is laid out otherwise; values and gradients are those of the definition."""
+    embed = timm.create_model("crossformer_nano", in_chans=9).stages[0].embed
+    x = torch.randn(batch, 9, 41, 53)
+    y = F.pad(x, (0, 3, 0, 3))
+    wanted = embed.norm(torch.cat([conv(y).permute(0, 2, 3, 1) for conv in embed.convs], dim=-1))
+    got = embed(x.permute(0, 2, 3, 1))
+    torch.testing.assert_close(got, wanted)
+    weight = embed.convs[-1].weight
+    (one,), (other,) = (torch.autograd.grad(out.square().sum(), weight) for out in (got, wanted))
+    torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)

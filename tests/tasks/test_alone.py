@@ -13,11 +13,19 @@ from lightning.pytorch.tuner import Tuner
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from crossformer_vision import UserError, load_checkpoint, load_predictor
-from crossformer_vision.data.classification import ClassificationData
-from crossformer_vision.predict import Classified
-from crossformer_vision.tasks.classification import Classification
-from crossformer_vision.tasks.run import Patience
+from crossformer_vision import (
+    Classification,
+    ClassificationData,
+    Classified,
+    Detection,
+    DetectionData,
+    Segmentation,
+    SegmentationData,
+    UserError,
+    load_checkpoint,
+    load_predictor,
+)
+from crossformer_vision.tasks.run.folder import Patience
 
 SMALL = {"depths": [1, 1, 1, 1]}
 
@@ -56,6 +64,98 @@ def test_own_data_train_and_predict(data, tmp_path):
     result = load_predictor(checkpoint, device="cpu")(Image.new("RGB", (50, 40)))
     assert {name for name, _ in result.top()} == {"cat", "dog"}
     assert "train_loss" in fit.progress_bar_metrics
+
+
+TASKS = {
+    "classification": (Classification, ClassificationData, {"model_args": SMALL}, {"image_size": 32}),
+    "detection": (
+        Detection,
+        DetectionData,
+        {"width": 16, "model_args": SMALL, "min_size": 64, "max_size": 64},
+        {"image_size": 64, "min_size": 64, "max_size": 64},
+    ),
+    "segmentation": (Segmentation, SegmentationData, {"width": 16, "model_args": SMALL}, {"crop_size": 64}),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_lightnings_test_and_predict(name, tmp_path):
+    kind, data, options, sizes = TASKS[name]
+    data = data(train_images=4, val_images=5, batch_size=2, num_workers=0, **sizes)
+    task = kind(num_classes=data.num_classes, **options)
+    run = trainer(tmp_path)
+    (tested,) = run.test(task, data, verbose=False)
+    (validated,) = run.validate(task, data, verbose=False)
+    assert {k.replace("test_", "val_"): v for k, v in tested.items()} == validated
+    for where in (data, data.val_dataloader()):
+        predicted = run.predict(task, where)
+        assert sum(map(len, predicted)) == 5
+    if name == "classification":
+        assert predicted[0].shape == (2, 10) and predicted[0].sum(1).allclose(torch.ones(2))
+    elif name == "segmentation":
+        assert predicted[0].shape == (1, 64, 64) and predicted[0].dtype == torch.int64
+    else:
+        assert predicted[0][0].keys() == {"boxes", "labels", "scores"}
+
+
+def test_two_devices_by_the_trainer_as_it_comes(tmp_path):
+    """Its own sampler stays out: each process has its half of the images, once."""
+    (tmp_path / "run.py").write_text(
+        """
+import lightning as L, torch
+from crossformer_vision import Classification, ClassificationData
+
+class Counting(Classification):
+    def training_step(self, batch, batch_idx):
+        self.seen = [*getattr(self, "seen", []), *batch[0].mean((1, 2, 3)).tolist()]
+        return super().training_step(batch, batch_idx)
+
+    def on_train_end(self):
+        torch.save(self.seen, f"seen{self.global_rank}.pt")
+
+data = ClassificationData(train_images=16, val_images=6, batch_size=4, num_workers=0, image_size=32, hflip=0)
+quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+trainer = L.Trainer(**quiet, accelerator="cpu", max_epochs=1, devices=2, strategy="ddp")
+trainer.fit(Counting(num_classes=10, model_args={"depths": [1, 1, 1, 1]}), data)
+"""
+    )
+    subprocess.run([sys.executable, "run.py"], cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    seen = [torch.load(tmp_path / f"seen{rank}.pt") for rank in (0, 1)]
+    assert len(seen[0]) == len(seen[1]) == 8 and len({*seen[0], *seen[1]}) == 16
+
+
+def test_own_losses(tmp_path):
+    """One public method; the validation's loss is comparable among them."""
+
+    class Focal(Classification):
+        def compute_loss(self, logits, targets):
+            p = logits.softmax(1).gather(1, targets[:, None])
+            return -((1 - p) ** 2 * p.log()).mean()
+
+    class Doubled(Detection):
+        def compute_loss(self, images, targets):
+            return {name: 2 * loss for name, loss in super().compute_loss(images, targets).items()}
+
+    class Tripled(Segmentation):
+        def compute_loss(self, logits, labels):
+            return 3 * super().compute_loss(logits, labels)
+
+    found = {}
+    kinds = {"classification": Focal, "detection": Doubled, "segmentation": Tripled}
+    for name, (plain, data, options, sizes) in TASKS.items():
+        options = {**options, "label_smoothing": 0.0} if name == "classification" else options
+        for kind in (plain, kinds[name]):
+            torch.manual_seed(0)
+            images = data(train_images=2, val_images=2, batch_size=2, num_workers=0, **sizes)
+            task = kind(num_classes=10 + (name == "segmentation"), lr=0.0, seed=0, **options)
+            run = trainer(tmp_path, enable_checkpointing=False)
+            run.fit(task, images)
+            found[kind] = {k: float(v) for k, v in run.callback_metrics.items()}
+    assert found[Doubled]["train_loss"] == pytest.approx(2 * found[Detection]["train_loss"], rel=1e-5)
+    assert found[Tripled]["train_loss"] == pytest.approx(3 * found[Segmentation]["train_loss"], rel=1e-5)
+    assert found[Tripled]["val_loss"] == pytest.approx(found[Segmentation]["val_loss"], rel=1e-5)
+    assert found[Focal]["train_loss"] < 0.9 * found[Classification]["train_loss"]
+    assert found[Focal]["val_loss"] == pytest.approx(found[Classification]["val_loss"], rel=1e-5)
 
 
 class Seen(Dataset):
@@ -110,12 +210,35 @@ def test_other_peoples_schedulers(tmp_path):
         (lambda: ClassificationData(crop="paded"), "crop='paded': .* did you mean 'padded'"),
         (lambda: ClassificationData(hflip=2), "hflip=2: it is a number from 0 to 1"),
         (lambda: ClassificationData(batch_size=0), "batch_size=0: it is a number from 1"),
+        (lambda: Classification(classes=["cat", " "]), "classes: a class without a name"),
+        (lambda: ClassificationData(classes=["cat", "cat"]), "or two of one name: 'cat', 'cat'"),
+        (lambda: Classification("crossformer_nano", image_size=20), "'crossformer_nano' takes no images of 20 pixels"),
+        (lambda: Classification("hrnet_w18_small", image_size=50), "takes no images of 50 pixels .* its own image_size is 224"),
+        (lambda: Segmentation(model="tnt_s_patch16_224"), "takes no image of 64x96 .* give the model an img_size"),
+        (lambda: Detection(model="crossvit_tiny_240"), r"has maps at strides \[12, 17\]; of 8, 16 or 32 one is needed"),
         (lambda: load_predictor("x.ckpt", score=50), "score=50: it is a number from 0 to 1"),
     ],
 )  # fmt: skip
 def test_arguments_are_checked(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_class_counts_that_differ(tmp_path):
+    data = ClassificationData(train_images=4, val_images=4, batch_size=2, num_workers=0)
+    with pytest.raises(UserError, match="the task has num_classes=3, its data 10 classes"):
+        trainer(tmp_path).fit(Classification(num_classes=3, model_args=SMALL), data)
+
+
+def test_fixed_sizes_are_set():
+    """In a classifier by `image_size`, in a segmenter by the user, with windows of it."""
+    net = Classification("vit_tiny_patch16_224", image_size=96).net.eval()
+    assert net.patch_embed.img_size == (96, 96) and net(torch.zeros(1, 3, 96, 96)).shape == (1, 10)
+    task = Segmentation(
+        model="nest_tiny", num_classes=3, width=16, window=128, model_args={"img_size": 128}
+    ).eval()
+    with torch.no_grad():
+        assert task([torch.zeros(1, 3, 150, 200)]).shape == (1, 3, 150, 200)
 
 
 def test_predictors_take_lists_and_everything_has_a_short_repr(tmp_path):

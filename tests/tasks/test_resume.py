@@ -14,7 +14,7 @@ from tasks.test_run import TINY, rows, weights
 
 from crossformer_vision.checkpoints import read_checkpoint
 from crossformer_vision.cli import main
-from crossformer_vision.tasks.run import new_folder
+from crossformer_vision.tasks.run.files import new_folder
 
 
 class Interrupt(L.Callback):

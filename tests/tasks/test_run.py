@@ -21,7 +21,8 @@ from crossformer_vision.checkpoints import read_checkpoint
 from crossformer_vision.cli import main
 from crossformer_vision.data.classification import ClassificationData
 from crossformer_vision.tasks.classification import Classification
-from crossformer_vision.tasks.run import AtomicCheckpoints, BestCheckpoint
+from crossformer_vision.tasks.run.files import AtomicCheckpoints
+from crossformer_vision.tasks.run.folder import BestCheckpoint
 
 CROSSFORMER = str(Path(sys.executable).with_name("crossformer"))
 TINY = """
@@ -282,7 +283,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     """A limit on the size of files stands in for the disk: the write fails half way."""
     script = """
 import resource, signal, sys, torch
-from crossformer_vision.tasks.run import AtomicCheckpoints
+from crossformer_vision.tasks.run.files import AtomicCheckpoints
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 io, path = AtomicCheckpoints(), sys.argv[1]
 io.save_checkpoint({"x": torch.zeros(10)}, path)

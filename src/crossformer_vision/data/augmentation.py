@@ -1,5 +1,6 @@
-"""Augmentation that torchvision does not have."""
+"""Augmentation that torchvision does not have, and that of users."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,6 +8,22 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
+
+Steps = Callable[..., Any] | list[Callable[..., Any]]
+
+
+def composed(steps: Steps) -> Callable[..., Any]:
+    """One callable of a user's augmentation: it, or all of a list one after the other."""
+    if callable(steps):
+        return steps
+
+    def all_steps(*sample: Any) -> Any:
+        for step in steps:
+            result = step(*sample)
+            sample = result if isinstance(result, tuple) else (result,)
+        return sample if len(sample) > 1 else sample[0]
+
+    return all_steps
 
 
 class PhotometricDistortion(v2.Transform):

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data import create_transform, str_to_interp_mode
 from timm.data.dataset_factory import create_dataset
 from timm.data.readers.reader_factory import create_reader
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms import v2
 
 from crossformer_vision.data import digits
+from crossformer_vision.data.augmentation import composed
 from crossformer_vision.data.images import EXTENSIONS, files_below, is_hidden, upright
 from crossformer_vision.data.loading import (
     SYNONYMS,
@@ -212,6 +215,9 @@ class ClassificationData(ResumableData):
         auto_augment: timm's policy, such as `rand-m9-mstd0.5-inc1`.
         color_jitter: strength; unused beside `auto_augment`.
         erasing: probability of random erasing.
+        augmentation: your own for training, in place of the five above: a callable from an image, PIL's in
+            RGB, to an image, PIL's or a tensor (3, H, W) of bytes or of floats in 0..1, which is then brought
+            to `image_size` and normalised; or a list of such. The command takes one as `module.function`.
         crop_pct: share of the image that validation crops from the centre, unless `crop` is `none`; null for
             the model's own.
         interpolation: `bicubic` or `bilinear`; null for the model's own.
@@ -237,6 +243,7 @@ class ClassificationData(ResumableData):
         auto_augment: str | None = None,
         color_jitter: float | None = None,
         erasing: float = 0.0,
+        augmentation: Callable[[Any], Any] | list[Callable[[Any], Any]] | None = None,
         crop_pct: float | None = None,
         interpolation: str | None = None,
         train_images: int = 4000,
@@ -257,7 +264,7 @@ class ClassificationData(ResumableData):
         self.dataset, self.download = dataset, download
         self.image_size, self.crop_pct, self.interpolation = image_size, crop_pct, interpolation
         self.crop, self.hflip, self.auto_augment = crop, hflip, auto_augment
-        self.color_jitter, self.erasing = color_jitter, erasing
+        self.color_jitter, self.erasing, self.augmentation = color_jitter, erasing, augmentation
         self.lengths = {"train": train_images, "val": val_images}
 
     def _read(self, stage: str) -> ReadImages:
@@ -375,6 +382,16 @@ class ClassificationData(ResumableData):
         if stage == "val":
             return create_transform(**self.describe()["image"])
         common = self._image()
+        if self.augmentation is not None:
+            size = [*common["input_size"][1:]]
+            interpolation = str_to_interp_mode(common["interpolation"])
+            to_pixels: list[Any] = [
+                v2.ToImage(),
+                v2.Resize(size, interpolation),
+                v2.ToDtype(torch.float32, scale=True),
+            ]
+            finish = [*to_pixels, v2.Normalize(common["mean"], common["std"]), v2.ToPureTensor()]
+            return v2.Compose([composed(self.augmentation), *finish])
         crop_and_flip, recolour, finish = create_transform(
             **common,
             is_training=True,

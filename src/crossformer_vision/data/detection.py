@@ -18,10 +18,10 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
 from crossformer_vision.data import digits
-from crossformer_vision.data.augmentation import PhotometricDistortion
+from crossformer_vision.data.augmentation import PhotometricDistortion, composed
 from crossformer_vision.data.images import upright
 from crossformer_vision.data.loading import ReadImages, ResumableData, SeededLoader
-from crossformer_vision.errors import NoSuchSplit, UserError
+from crossformer_vision.errors import NoSuchSplit, UserError, check_names
 
 log = logging.getLogger("crossformer_vision")
 
@@ -92,8 +92,7 @@ class CocoImages:
             listed.sort()
         self.categories = dict(listed)
         names = list(classes or self.categories.values())
-        if len(set(self.categories.values())) < len(self.categories):
-            raise UserError(f"{annotations}: two categories have one name: {', '.join(map(repr, names[:5]))}")
+        check_names(annotations, list(self.categories.values()))
         self.sizes = [image[2:] for image in self.images]
         number = {image[0]: n for n, image in enumerate(self.images)}
         self.objects: list[list[dict[str, Any]]] = [[] for _ in self.images]
@@ -339,7 +338,7 @@ class ToTensors:
         pixels, tensors = self.transform(pixels, tensors)
         plain = {k: v.as_subclass(Tensor) for k, v in tensors.items()}
         if self.crops and "masks" in plain:  # a crop may leave a part of an object, or none of it
-            left = plain["masks"].flatten(1).any(1)
+            left = plain["masks"].flatten(1).any(1).bool()
             plain = {k: v[left] if len(v) == len(left) else v for k, v in plain.items()}
             plain["boxes"] = masks_to_boxes(plain["masks"]) + torch.tensor([0.0, 0, 1, 1])
         return pixels.as_subclass(Tensor), {**plain, "image_id": torch.tensor(target["image_id"])}
@@ -372,6 +371,10 @@ class DetectionData(ResumableData):
         scale_jitter: smallest and largest factor by which an image is resized at random, before a crop of
             `min_size` squared; null to resize to `min_size` and `max_size` without a crop.
         photometric: distort brightness, contrast, saturation and hue.
+        augmentation: your own for training, in place of the four above and of the resizing: a callable from
+            an image and its target, as torchvision's `transforms.v2` take them (`tv_tensors`; `boxes`,
+            `labels` and, for `mask_rcnn`, `masks`), to the same; or a list of such. What it leaves without a
+            box is taken out. The command takes one as `module.function`.
         skip_empty: leave images without objects out of training.
         image_size: digits only: side of the images, in pixels.
         train_images: digits only: images an epoch.
@@ -396,6 +399,7 @@ class DetectionData(ResumableData):
         vflip: float = 0.0,
         scale_jitter: tuple[float, float] | None = None,
         photometric: bool = False,
+        augmentation: Callable[..., Any] | list[Callable[..., Any]] | None = None,
         skip_empty: bool = False,
         image_size: int = 128,
         train_images: int = 1000,
@@ -410,7 +414,7 @@ class DetectionData(ResumableData):
         self.max_size = max_size
         self.hflip, self.vflip = hflip, vflip
         self.scale_jitter, self.photometric, self.skip_empty = scale_jitter, photometric, skip_empty
-        self.image_size = image_size
+        self.image_size, self.augmentation = image_size, augmentation
         self.lengths = {"train": train_images, "val": val_images}
         self.category_ids: list[Any] = []  # of the classes, as the file that names them has them
 
@@ -427,7 +431,9 @@ class DetectionData(ResumableData):
             self.category_ids = [ids[name] for name in self.classes]
         jitter = self.scale_jitter
         longest = max(1, int(self.min_sizes[-1] * jitter[0])) if jitter else self.max_size
-        transform = ToTensors(self._transform(stage), stage == "train", jitter is not None, longest)
+        transform = ToTensors(
+            self._transform(stage), stage == "train", bool(jitter or self.augmentation), longest
+        )
         return ReadImages(source, transform, self.skip_corrupt, stage == "train", least=32)
 
     def describe(self) -> dict[str, Any]:
@@ -462,7 +468,9 @@ class DetectionData(ResumableData):
 
     def _transform(self, stage: str) -> Callable[..., Any]:
         steps: list[Any] = []
-        if stage == "train":
+        if stage == "train" and self.augmentation is not None:
+            steps += [composed(self.augmentation), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
+        elif stage == "train":
             if self.photometric:
                 steps.append(PhotometricDistortion())
             # Without antialiasing, as torchvision's detectors resize an image when they are evaluated.

@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from crossformer_vision.data.images import reason, to_rgb
-from crossformer_vision.errors import NoSuchSplit, UserError, check_range
+from crossformer_vision.errors import NoSuchSplit, UserError, check_names, check_range
 
 log = logging.getLogger("crossformer_vision")
 
@@ -224,8 +224,12 @@ class Collate:
         return self.collate(samples) if samples else None
 
 
-class SeededLoader(DataLoader[Any]):
-    """A DataLoader of `EpochBatches` that counts the batches taken in this epoch."""
+class SeededLoader:
+    """A DataLoader of `EpochBatches` that counts the batches taken in this epoch.
+
+    It has one, and is none: Lightning makes a DataLoader anew with a sampler of its own, for several
+    processes and for predictions, and would lose the order.
+    """
 
     def __init__(
         self,
@@ -235,7 +239,7 @@ class SeededLoader(DataLoader[Any]):
         num_workers: int,
         collate: Callable[[list[Any]], Any] = default_collate,
     ) -> None:
-        super().__init__(
+        self.loader = DataLoader(
             SeededDataset(dataset, seed),
             batch_sampler=batches,
             num_workers=num_workers,
@@ -243,13 +247,16 @@ class SeededLoader(DataLoader[Any]):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=num_workers > 0,
         )
-        self.batches = batches
+        self.batch_sampler = self.batches = batches  # the first name is Lightning's, for `set_epoch`
         self.taken = 0
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
         # A generator: the loader's workers start at the first batch, when the epoch is known.
         self.taken = self.batches.start
-        for batch in super().__iter__():
+        for batch in self.loader:
             self.taken += 1
             yield batch
 
@@ -286,6 +293,7 @@ class ResumableData(L.LightningDataModule):
         self.batch_size, self.skip_corrupt, self.seed = batch_size, skip_corrupt, seed
         self.num_workers = min(8, max(0, (os.cpu_count() or 1) - 1)) if num_workers is None else num_workers
         self.classes = list(classes or ())
+        check_names("classes", self.classes)
         self.images: dict[str, ReadImages] = {}  # "train" and "val", once opened
         self.global_batch = batch_size  # of all processes, once training images are loaded
         self._training: SeededLoader | None = None
@@ -378,6 +386,16 @@ class ResumableData(L.LightningDataModule):
             self._resumed = {}
             self._training = loader
         return loader
+
+    def val_dataloader(self) -> SeededLoader:
+        raise NotImplementedError
+
+    def test_dataloader(self) -> SeededLoader:
+        """The validation images: name others by `val_split`."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> SeededLoader:
+        return self.val_dataloader()
 
     @property
     def start(self) -> int:

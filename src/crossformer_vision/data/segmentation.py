@@ -18,10 +18,10 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
 from crossformer_vision.data import digits
-from crossformer_vision.data.augmentation import PhotometricDistortion
+from crossformer_vision.data.augmentation import PhotometricDistortion, Steps, composed
 from crossformer_vision.data.images import EXTENSIONS, files_below, reason, upright
 from crossformer_vision.data.loading import ReadImages, ResumableData, SeededLoader
-from crossformer_vision.errors import NoSuchSplit, UserError
+from crossformer_vision.errors import NoSuchSplit, UserError, check_names
 from crossformer_vision.models import find_model
 
 log = logging.getLogger("crossformer_vision")
@@ -170,8 +170,7 @@ def read_classes(root: Path) -> tuple[list[str], NDArray[np.uint8]]:
         raise UserError(
             f'{listed}: not a list of classes like {{"classes": ["sky", …], "ignore_index": 255}} ({error})'
         ) from error
-    if len(set(names)) < len(names) or not all(name.strip() for name in names):
-        raise UserError(f"{listed}: a class without a name, or two of one name: {names[:10]}")
+    check_names(listed, names)
     if not 2 <= len(names) <= UNKNOWN - first or first < 0 or not 0 <= ignored <= 255:
         raise UserError(
             f"{listed}: {len(names)} classes from index {first}, {ignored} ignored; a class map has room for "
@@ -289,6 +288,7 @@ class Augmentation:
         max_share: most that one class may take of a crop's labelled pixels, if one of ten crops has less.
         hflip: probability of a flip.
         photometric: distort brightness, contrast, saturation and hue.
+        own: in place of all this, from (image, class map) as torchvision's `tv_tensors`, bytes, to the same.
     """
 
     def __init__(
@@ -299,7 +299,9 @@ class Augmentation:
         max_share: float,
         hflip: float,
         photometric: bool,
+        own: Steps | None = None,
     ) -> None:
+        self.own = None if own is None else composed(own)
         self.to_input, self.crop_size, self.scales = to_input, crop_size, scales
         self.max_share = max_share
         self.after: list[Callable[..., Any]] = [v2.RandomHorizontalFlip(hflip)]
@@ -307,6 +309,9 @@ class Augmentation:
             self.after.append(PhotometricDistortion())
 
     def __call__(self, image: Image.Image, classes: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+        if self.own is not None:
+            mask = tv_tensors.Mask(torch.from_numpy(classes)[None])
+            return self._cut(*self.own(v2.functional.to_image(image), mask))
         pixels = self.to_input.resize(image, float(torch.empty(1).uniform_(*self.scales)))
         labels = VF.resize(
             torch.from_numpy(classes)[None], list(pixels.shape[1:]), v2.InterpolationMode.NEAREST_EXACT
@@ -317,10 +322,15 @@ class Augmentation:
         pair: Any = tv_tensors.Image(pixels[area]), tv_tensors.Mask(labels[area])
         for step in self.after:
             pair = step(*pair)
-        missing = [0, side - pair[0].shape[2], 0, side - pair[0].shape[1]]
-        pixels = torch.nn.functional.pad(self.to_input.normalise(pair[0].as_subclass(Tensor)), missing)
-        labels = torch.nn.functional.pad(pair[1].as_subclass(Tensor)[0], missing, value=IGNORED)
-        return pixels, labels.long()
+        return self._cut(*pair)
+
+    def _cut(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised, and both of `crop_size`: what is more is cut off, what lacks is padded and ignored."""
+        pixels = self.to_input.normalise(image.as_subclass(Tensor))
+        labels = mask.as_subclass(Tensor)[0]
+        missing = [0, self.crop_size - pixels.shape[2], 0, self.crop_size - pixels.shape[1]]
+        pixels = torch.nn.functional.pad(pixels, missing)
+        return pixels, torch.nn.functional.pad(labels, missing, value=IGNORED).long()
 
     def _corner(self, labels: Tensor) -> tuple[int, int]:
         """Top and left of a crop in which no class takes too much."""
@@ -367,6 +377,9 @@ class SegmentationData(ResumableData):
         max_share: most that one class may take of a training crop, if one of ten crops has less.
         hflip: probability of a horizontal flip.
         photometric: distort brightness, contrast, saturation and hue.
+        augmentation: your own for training, in place of the four above: a callable from image and class map,
+            torchvision's `tv_tensors` of bytes, to the same, which are then cut or padded to `crop_size` and
+            normalised; or a list of such. The command takes one as `module.function`.
         batch_size: crops a step, of each process.
         num_workers: processes that read images; null for one less than there are cores, at most 8.
         train_images: digits only: images an epoch.
@@ -392,6 +405,7 @@ class SegmentationData(ResumableData):
         max_share: float = 0.75,
         hflip: float = 0.5,
         photometric: bool = True,
+        augmentation: Callable[..., Any] | list[Callable[..., Any]] | None = None,
         batch_size: int = 2,
         num_workers: int | None = None,
         train_images: int = 1000,
@@ -404,7 +418,8 @@ class SegmentationData(ResumableData):
         cfg = find_model(model)
         self.to_input = ToInput(tuple(cfg.mean), tuple(cfg.std), short_side, long_side, size_divisor)
         self.test_scales = test_scales
-        self.augmentation = Augmentation(self.to_input, crop_size, scales, max_share, hflip, photometric)
+        ours = crop_size, scales, max_share, hflip, photometric
+        self.augmentation = Augmentation(self.to_input, *ours, augmentation)
         self.lengths = {"train": train_images, "val": val_images}
         self.white_is_a_class = False
         self.values: list[int] = []  # of the classes, in the files of class maps

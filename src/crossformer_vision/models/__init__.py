@@ -27,6 +27,27 @@ def find_model(name: str) -> PretrainedCfg:
     return cfg
 
 
+def fixed_size(model: str, image_size: int | None) -> dict[str, Any]:
+    """The keyword of a timm model of fixed size for another one; none for its own, or if it takes any.
+
+    Raises:
+        UserError: a size that the model cannot be given.
+    """
+    cfg = find_model(model)
+    own = cfg.input_size[-1]
+    if image_size in (None, own) or not cfg.fixed_input_size:
+        return {}
+    try:
+        with torch.device("meta"):
+            timm.create_model(model, img_size=image_size)
+    except Exception as error:  # its own words for it, of any kind
+        why = "" if "img_size" in str(error) else f" ({(str(error) or type(error).__name__).splitlines()[0]})"
+        raise UserError(
+            f"model '{model}' takes no images of {image_size} pixels{why}; take image_size {own}"
+        ) from None
+    return {"img_size": image_size}
+
+
 def drop_path(model: str, rate: float) -> dict[str, Any]:
     """The keyword of a timm model for stochastic depth; none for a rate of 0, as not every model takes it.
 

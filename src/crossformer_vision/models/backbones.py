@@ -1,7 +1,9 @@
 """Any timm model as the backbone of a dense model: four maps, at any image size."""
 
+import math
 import re
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import timm
@@ -28,8 +30,8 @@ def create_backbone(name: str, pretrained: bool = False, **backbone_args: Any) -
         **backbone_args: further keywords of the model, such as `drop_path_rate` or `group_size`.
 
     Raises:
-        ValueError: unknown model, or one that gives no maps at strides 4, 8, 16 and 32, nor one of which a
-            simple pyramid makes them.
+        ValueError: unknown model, or one that gives no maps of which a pyramid at strides 4 to 32 can be
+            made, or that takes one size of image alone.
     """
     find_model(name)
     model: Any = None
@@ -61,27 +63,69 @@ def create_backbone(name: str, pretrained: bool = False, **backbone_args: Any) -
         named = whole.no_weight_decay() if hasattr(whole, "no_weight_decay") else set()
         model.spared = {n for name in named for n in (name, name.replace(".", "_", 1))}
     if set(STRIDES) <= set(strides):
+        _check_sizes(model, name, STRIDES, backbone_args)
         return model
-    if len(set(strides)) == 1 and strides[-1] in STRIDES[1:]:
-        return SimplePyramid(model)
-    raise UserError(f"model '{name}' has maps at strides {strides}; 4, 8, 16 and 32 are needed")
+    found = sorted({*strides} & {*STRIDES})
+    if not found or found[-1] == STRIDES[0]:
+        raise UserError(f"model '{name}' has maps at strides {strides}; of 8, 16 or 32 one is needed")
+    _check_sizes(model, name, found, backbone_args)
+    return SimplePyramid(model)
+
+
+def _check_sizes(model: Any, name: str, strides: Sequence[int], backbone_args: dict[str, Any]) -> None:
+    """A UserError unless the model maps images of several sizes, which 32 divides, by its strides.
+
+    A model that is given an `img_size` need not take others: a segmenter works in windows of it.
+    """
+    sizes = [(64, 96), (96, 160)]
+    if own := backbone_args.get("img_size"):
+        sizes = [(own, own) if isinstance(own, int) else tuple(own)]
+    weight = next(model.parameters())
+    training = model.training
+    model.eval()
+    for height, width in sizes:
+        size = f"{height}x{width}"
+        try:
+            with torch.no_grad():
+                maps = model(weight.new_zeros(1, backbone_args.get("in_chans", 3), height, width))
+        except Exception as error:  # whatever a model stumbles over
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"model '{name}' takes no image of {size} ({said}), and dense models meet any size; only a "
+                "segmenter does with one: give the model an img_size, and windows of it"
+            ) from None
+        channels_last = getattr(model, "output_fmt", Format.NCHW) == Format.NHWC
+        for x, stride in zip(maps, model.feature_info.reduction(), strict=True):
+            found = tuple(x.shape[1:3] if channels_last else x.shape[2:])
+            if stride in strides and found != (-(-height // stride), -(-width // stride)):
+                raise UserError(
+                    f"model '{name}' has a map of {found} at stride {stride} of an image of {size}"
+                )
+    model.train(training)
 
 
 class SimplePyramid(nn.Module):
-    """Maps at strides 4, 8, 16 and 32 from the last one of a model of one scale, as in ViTDet (2203.16527).
+    """Maps at strides 4, 8, 16 and 32 of a model that lacks some; from one as in ViTDet (2203.16527).
 
-    Shape: (B, 3, H, W) -> 4 x (B, C / 2 ** k, h, w), each doubling of the size halving the channels.
+    A stride that lacks comes from the nearest that is there, a finer one by pooling, a coarser one by
+    transposed convolutions, each doubling of the size halving the channels.
+
+    Shape: (B, 3, H, W) -> 4 x (B, C, h, w).
     """
 
     def __init__(self, body: Any) -> None:
         super().__init__()
         self.body = body
-        channels, stride = body.feature_info.channels()[-1], body.feature_info.reduction()[-1]
+        channels = dict(zip(body.feature_info.reduction(), body.feature_info.channels(), strict=True))
+        there = [stride for stride in channels if stride in STRIDES]
+        self.sources: list[int] = []  # the stride of which each map is made
         scales: list[nn.Module] = []
         info = []
         for wanted in STRIDES:
+            at = min(there, key=lambda stride: (abs(math.log2(stride / wanted)), stride))
+            self.sources.append(at)
+            width = channels[at]
             layers: list[nn.Module] = []
-            width, at = channels, stride
             while at > wanted:
                 if layers:
                     layers += [nn.GroupNorm(1, width), nn.GELU()]
@@ -96,10 +140,11 @@ class SimplePyramid(nn.Module):
         self.output_fmt = Format.NCHW
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        last = self.body(images)[-1]
+        # Of several maps of one stride, the last.
+        maps = dict(zip(self.body.feature_info.reduction(), self.body(images), strict=True))
         if getattr(self.body, "output_fmt", Format.NCHW) == Format.NHWC:
-            last = last.permute(0, 3, 1, 2)
-        return [scale(last) for scale in self.scales]
+            maps = {stride: x.permute(0, 3, 1, 2) for stride, x in maps.items()}
+        return [scale(maps[at]) for scale, at in zip(self.scales, self.sources, strict=True)]
 
 
 def map_channels(model: Any) -> list[int]:

@@ -9,6 +9,7 @@ Labels run from 1 to `num_classes`; 0 is the background, as in torchvision.
 from typing import Any, Literal
 
 import torch
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -207,6 +208,14 @@ class MaskRCNN(DenseModel, detection.MaskRCNN):
         return renamed
 
 
+def normalisation(cfg: PretrainedCfg, channels: int) -> dict[str, list[float]]:
+    """torchvision's keywords for a backbone's mean and std; of other channels than three, the average."""
+    both = {"image_mean": list(cfg.mean), "image_std": list(cfg.std)}
+    if channels == 3:
+        return both
+    return {name: [sum(values) / len(values)] * channels for name, values in both.items()}
+
+
 DETECTORS = {"retinanet": RetinaNet, "mask_rcnn": MaskRCNN}
 
 
@@ -237,10 +246,13 @@ def create_detector(
         min_size: the image's shorter side is brought to this many pixels; of several, training takes one at
             random and evaluation the last,
         max_size: but its longer side to at most so many.
-        backbone_args: further keywords of the backbone, such as `drop_path_rate`. The published detectors,
-            CrossFormer++'s too, have `group_size=7, 7, 7, 7`, `interval=8, 4, 2, 1` and `lda_span="map"`, in
-            training and test: the defaults of CrossFormer-T/S/B/L. Their files do not say so themselves.
-        **kwargs: of torchvision's `RetinaNet` or `MaskRCNN`, such as `score_thresh` or `box_score_thresh`.
+        backbone_args: further keywords of the backbone, such as `drop_path_rate` or `in_chans`. The published
+            detectors, CrossFormer++'s too, have `group_size=7, 7, 7, 7`, `interval=8, 4, 2, 1` and
+            `lda_span="map"`, in training and test: the defaults of CrossFormer-T/S/B/L. Their files do not
+            say so themselves.
+        **kwargs: of torchvision's `RetinaNet` or `MaskRCNN`, such as `score_thresh`, `box_score_thresh`,
+            `image_mean` and `image_std`: the backbone's, or their average where the images have not three
+            channels.
 
     Returns:
         A module that takes a list of images (3, H, W) in 0..1, of any sizes, and in training a list of
@@ -263,7 +275,5 @@ def create_detector(
         max_detections,
         min_size=min_size,
         max_size=max_size,
-        image_mean=list(cfg.mean),
-        image_std=list(cfg.std),
-        **kwargs,
+        **{**normalisation(cfg, (backbone_args or {}).get("in_chans", 3)), **kwargs},
     )

@@ -75,24 +75,24 @@ def is_padded(H: int, W: int, layout: Layout) -> bool:
 def group(x: Tensor, layout: Layout) -> Tensor:
     """(B, H, W, C), zero-padded bottom and right to what the groups fill -> (N, L, C), L = gh * gw."""
     rows, cols, gh, gw, interval = layout
-    H, W, C = x.shape[1:]
+    B, H, W, C = x.shape
     if is_padded(H, W, layout):
         padded_H, padded_W = padded_size(layout)
         x = F.pad(x, (0, 0, 0, padded_W - W, 0, padded_H - H))
-    x = x.view(-1, rows, gh, interval, cols, gw, interval, C)
+    x = x.view(B, rows, gh, interval, cols, gw, interval, C)
     x = x.permute(0, 1, 4, 3, 6, 2, 5, 7)  # B, row, col of the region, row, col offset, gh, gw, C
-    return x.contiguous().view(-1, gh * gw, C)
+    return x.contiguous().view(B * rows * cols * interval * interval, gh * gw, C)
 
 
-def ungroup(x: Tensor, layout: Layout, H: int, W: int) -> Tensor:
+def ungroup(x: Tensor, layout: Layout, B: int, H: int, W: int) -> Tensor:
     """The inverse of `group`: (N, L, C) -> (B, H, W, C), without the padding."""
     rows, cols, gh, gw, interval = layout
     padded_H, padded_W = padded_size(layout)
     C = x.shape[-1]
-    x = x.view(-1, rows, cols, interval, interval, gh, gw, C)
+    x = x.view(B, rows, cols, interval, interval, gh, gw, C)
     # B, row of the region, gh, row offset, col of the region, gw, col offset, C
     x = x.permute(0, 1, 5, 3, 2, 6, 4, 7)
-    x = x.contiguous().view(-1, padded_H, padded_W, C)
+    x = x.contiguous().view(B, padded_H, padded_W, C)
     return crop(x, H, W) if is_padded(H, W, layout) else x
 
 
@@ -203,6 +203,7 @@ def kept(build: Callable[..., Any], *args: Any) -> Any:
     """
     if (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or is_in_torch_dispatch_mode()
         or torch._C._functorch.maybe_current_level() is not None
     ):
@@ -256,7 +257,8 @@ def in_pieces(positions: int, f: Callable[..., Tensor], x: Tensor, *args: Tensor
     Args:
         positions: of the map in each entry of `x`.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu":
+    whole = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled()
+    if whole or x.device.type != "cpu":
         return f(x, *args)
     size = max(1, 2048 // positions)
     if len(x) <= size:

@@ -108,7 +108,10 @@ class StagedClassifier(nn.Module):
         last = len(self.stages) - 1
         intermediates = []
         x = check_size(x).permute(0, 2, 3, 1)
-        stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[: max_index + 1]
+        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice modules
+            stages = self.stages
+        else:
+            stages = self.stages[: max_index + 1]
         i = 0
         for i, stage in enumerate(stages):
             x = stage(x)

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from crossformer_vision.data.loading import generators, mix_seed, restore_generators, seed_all
-from crossformer_vision.errors import UserError, check_choice, check_range
+from crossformer_vision.errors import UserError, check_choice, check_names, check_range
 from crossformer_vision.models.backbones import DenseModel
 from crossformer_vision.models.crossformer import LongShortAttention
 from crossformer_vision.published import at_hand
@@ -54,6 +54,7 @@ class Task(L.LightningModule):
     monitor: str  # the validation metric that picks the best checkpoint
     monitor_mode: Literal["max", "min"] = "max"
     in_line: tuple[str, ...] = ("val_loss",)  # metrics that stand beside it in an epoch's line
+    shown_channels: tuple[int, int, int] = (0, 1, 2)  # red, green and blue of pictures, of more than three
     net: Any
 
     def __init__(
@@ -79,11 +80,12 @@ class Task(L.LightningModule):
         check_choice("decay_on", decay_on, ("weights", "all_but_norms", "all"))
         for name, value in (("lr", lr), ("weight_decay", weight_decay), ("warmup_epochs", warmup_epochs)):
             check_range(name, value, 0)
-        if optimizer not in list_optimizers():
+        if optimizer.lower().removeprefix("lookahead_") not in list_optimizers():
             close = difflib.get_close_matches(optimizer, list_optimizers(), 1)
             raise UserError(
                 f"unknown optimizer '{optimizer}'{f'; did you mean {close[0]}?' if close else ''}"
             )
+        check_names("classes", classes or ())
         self.class_names = classes
         self._states: Any = None
         self.images_seen = 0  # in training; of loaders that are not ours, the batches
@@ -96,6 +98,10 @@ class Task(L.LightningModule):
         self.grad_checkpointing, self.compile_net, self.seed = grad_checkpointing, compile, seed
 
     def setup(self, stage: str) -> None:
+        count = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        if count not in (None, self.hparams["num_classes"]):
+            own = self.hparams["num_classes"]
+            raise UserError(f"the task has num_classes={own}, its data {count} classes")
         body = self.net.body if isinstance(self.net, DenseModel) else self.net
         if self.grad_checkpointing:
             getattr(body, "model", body).set_grad_checkpointing(True)  # `model` in a features_only wrapper
@@ -237,6 +243,27 @@ class Task(L.LightningModule):
         """What a checkpoint says of its classes and images, where no data module of this library does."""
         count = self.hparams["num_classes"]
         return {"classes": self.class_names or [str(k) for k in range(count)]}
+
+    def on_test_epoch_start(self) -> None:
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """As in validation; the metrics are called `test_` where those are called `val_`."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self.on_validation_epoch_end()
+
+    def log(self, name: str, *args: Any, **kwargs: Any) -> None:
+        testing = bool(self._trainer and self.trainer.testing)
+        super().log(name.replace("val_", "test_", 1) if testing else name, *args, **kwargs)
+
+    @property
+    def batches_evaluated(self) -> int:
+        """Of the validation or the test that runs."""
+        return sum(
+            map(int, self.trainer.num_test_batches if self.trainer.testing else self.trainer.num_val_batches)
+        )
 
     def pictures(self, folder: Path, classes: list[str]) -> None:
         """Draw what the last validation saw."""

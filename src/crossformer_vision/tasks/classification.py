@@ -14,8 +14,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from crossformer_vision import visualize
 from crossformer_vision.checkpoints import load_checkpoint
-from crossformer_vision.errors import check_range
-from crossformer_vision.models import drop_path, find_model
+from crossformer_vision.errors import UserError, check_range
+from crossformer_vision.models import drop_path, find_model, fixed_size
 from crossformer_vision.tasks.base import Task, starts_from_published
 
 SHOWN = 24  # validation images in the picture of predictions
@@ -32,6 +32,8 @@ class Classification(Task):
         checkpoint: start from these weights instead, published or own; a classifier of another class count is
             trained anew.
         model_args: further keywords of the model, such as `{embed_dim: 48}`.
+        image_size: side of the images, for models that are of a fixed one; null for the model's own. The
+            command takes it from the data.
         drop_path_rate: stochastic depth.
         label_smoothing: of the cross-entropy.
         mixup: alpha of mixup, 0 for none.
@@ -50,6 +52,7 @@ class Classification(Task):
         pretrained: bool | None = False,
         checkpoint: str | None = None,
         model_args: dict[str, Any] | None = None,
+        image_size: int | None = None,
         drop_path_rate: float = 0.0,
         label_smoothing: float = 0.1,
         mixup: float = 0.0,
@@ -65,8 +68,10 @@ class Classification(Task):
             pretrained=starts_from_published(model, pretrained, checkpoint),
             num_classes=num_classes,
             **drop_path(model, drop_path_rate),
-            **(model_args or {}),
+            **{**fixed_size(model, image_size), **(model_args or {})},
         )
+        if image_size and not self.net.pretrained_cfg.get("fixed_input_size"):
+            self._check_size(image_size)
         if checkpoint:
             load_checkpoint(self.net, checkpoint)
         for name, value in (("label_smoothing", label_smoothing), ("mix_prob", mix_prob)):
@@ -88,6 +93,24 @@ class Classification(Task):
             tuple[Tensor, int, int, float]
         ] = []  # image, class, predicted class, its probability
 
+    def _check_size(self, side: int) -> None:
+        """A UserError if images of this size, which is not the model's own, break it."""
+        name, own = self.hparams["model"], self.net.pretrained_cfg["input_size"][-1]
+        weight = next(self.net.parameters())
+        if side == own or weight.is_meta:
+            return
+        channels = (self.hparams["model_args"] or {}).get("in_chans", 3)
+        self.net.eval()
+        try:
+            with torch.no_grad():
+                self.net(weight.new_zeros(1, channels, side, side))
+        except Exception as error:  # its own words for it, of any kind
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"model '{name}' takes no images of {side} pixels ({said}); its own image_size is {own}"
+            ) from None
+        self.net.train()
+
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), normalised -> logits (B, num_classes)."""
         return self.net(images)
@@ -96,9 +119,7 @@ class Classification(Task):
         images, labels = batch
         if self.mix:
             images, labels = self.mixed(images, labels)
-            loss = F.cross_entropy(self(images), labels)
-        else:
-            loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
+        loss = self.compute_loss(self(images), labels)
         self.log(
             "train_loss",
             loss,
@@ -109,6 +130,22 @@ class Classification(Task):
             prog_bar=True,
         )
         return loss
+
+    def compute_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss of a training batch, to be overridden; `val_loss` is the cross-entropy in any case.
+
+        Args:
+            logits: (B, classes).
+            targets: (B,), classes; or (B, classes), their shares, smoothed, where images are mixed.
+        """
+        smoothing = self.label_smoothing if targets.dim() == 1 else 0.0
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """Images (B, C, H, W), or a batch of which they come first -> probabilities (B, num_classes)."""
+        if batch is None:
+            return None
+        return self(batch if isinstance(batch, Tensor) else batch[0]).float().softmax(1)
 
     def mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mixup and CutMix; labels (B,) become (B, classes), smoothed.
@@ -147,7 +184,7 @@ class Classification(Task):
             self.accuracy_top5(logits, labels)
             self.log("val_accuracy_top5", self.accuracy_top5, on_epoch=True, batch_size=n)
         # A few of every n-th batch, since batches may come class by class.
-        batches = int(sum(self.trainer.num_val_batches))
+        batches = self.batches_evaluated
         few = -(-SHOWN // batches) if batch_idx % max(1, batches // SHOWN) == 0 else 0
         for i in range(min(n, few)):
             if len(self.shown) < SHOWN:
@@ -166,7 +203,7 @@ class Classification(Task):
         visualize.confusion_matrix(self.matrix.numpy(), classes, folder / "confusion_matrix.png")
         shown = [
             (
-                visualize.denormalised(image.numpy(), cfg["mean"], cfg["std"]),
+                visualize.denormalised(image.numpy(), cfg["mean"], cfg["std"], self.shown_channels),
                 classes[true],
                 classes[predicted],
                 p,

@@ -14,7 +14,7 @@ from crossformer_vision.data.detection import Batch
 from crossformer_vision.models import drop_path
 from crossformer_vision.models.detectors import MaskRCNN, create_detector
 from crossformer_vision.tasks.base import Task, starts_from_published
-from crossformer_vision.tasks.run import write_csv
+from crossformer_vision.tasks.run.files import write_csv
 
 SHOWN = 8  # validation images in the picture of predictions
 METRICS = {  # ours: torchmetrics'
@@ -110,13 +110,24 @@ class Detection(Task):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
-        losses = self.net(images, targets)
+        losses = self.compute_loss(images, targets)
         loss: Tensor = sum(losses.values())  # type: ignore[assignment]
         log: dict[str, Any] = dict(on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
         self.log("train_loss", loss, prog_bar=True, **log)
         for name, value in losses.items():
             self.log(f"train_{name.removeprefix('loss_')}_loss", value, **log)
         return loss
+
+    def compute_loss(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The losses of a training batch by name, whose sum is the loss; to be overridden."""
+        losses: dict[str, Tensor] = self.net(images, targets)
+        return losses
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Tensor]] | None:
+        """A list of images, or a pair of which it comes first -> what is found in each."""
+        if batch is None:
+            return None
+        return self(batch[0] if isinstance(batch, tuple) else batch)
 
     def on_validation_epoch_start(self) -> None:
         self.metric.reset()
@@ -133,7 +144,7 @@ class Detection(Task):
         self.metric.update(
             *([{k: v.cpu() for k, v in one.items()} for one in many] for many in (found, targets))
         )
-        batches = int(sum(self.trainer.num_val_batches))
+        batches = self.batches_evaluated
         if batch_idx % max(1, batches // SHOWN) == 0 and len(self.shown) < SHOWN:
             self.shown += zip(images, targets, found, strict=True)
 
@@ -194,7 +205,9 @@ class Detection(Task):
         rows = []
         for image, truth, found in self.shown:
             kept = found["scores"] >= 0.5
-            pixels = image.float().cpu().permute(1, 2, 0).numpy()
+            pixels = visualize.denormalised(
+                image.float().cpu().numpy(), (0, 0, 0), (1, 1, 1), self.shown_channels
+            )
             rows.append((pixels, _arrays(truth), _arrays({k: v[kept] for k, v in found.items()})))
         visualize.detections(rows, classes, folder / "predictions.png")
 

@@ -17,7 +17,7 @@ from crossformer_vision.errors import UserError
 from crossformer_vision.models import drop_path, find_model
 from crossformer_vision.models.segmenters import UPerNet, create_segmenter, segment
 from crossformer_vision.tasks.base import Task, starts_from_published
-from crossformer_vision.tasks.run import write_csv
+from crossformer_vision.tasks.run.files import write_csv
 
 SHOWN = 6  # validation images in the picture of predictions
 
@@ -111,16 +111,36 @@ class Segmentation(Task):
             logits, auxiliary = self.net.forward_auxiliary(images)
             auxiliary_loss = cross_entropy(auxiliary, labels, self.avg_non_ignore)
             self.log("train_auxiliary_loss", auxiliary_loss, **log)
-            loss = cross_entropy(logits, labels, self.avg_non_ignore) + self.auxiliary_weight * auxiliary_loss
+            loss = self.compute_loss(logits, labels) + self.auxiliary_weight * auxiliary_loss
         else:
             logits = self.net(images)
-            loss = cross_entropy(logits, labels, self.avg_non_ignore)
+            loss = self.compute_loss(logits, labels)
         if self.dice:
             dice = dice_loss(logits, labels)
             self.log("train_dice_loss", dice, **log)
             loss = loss + self.dice * dice
         self.log("train_loss", loss, prog_bar=True, **log)
         return loss
+
+    def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a training batch's head, to be overridden; `val_loss` is the cross-entropy in any case.
+
+        Auxiliary head and Dice come beside it, by their options.
+
+        Args:
+            logits: (B, classes, H, W).
+            labels: (B, H, W), 255 for ignored pixels.
+        """
+        return cross_entropy(logits, labels, self.avg_non_ignore)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """Normalised images (B, 3, H, W), or a validation batch -> class maps (B, H, W)."""
+        if batch is None:
+            return None
+        if isinstance(batch, Tensor):
+            return self([batch]).argmax(1)
+        views, labels = batch
+        return self([views] if isinstance(views, Tensor) else views, labels.shape[1:]).argmax(1)
 
     def describe(self) -> dict[str, Any]:
         cfg = find_model(self.hparams["model"])
@@ -141,7 +161,7 @@ class Segmentation(Task):
             loss = F.nll_loss(probabilities.clamp(min=1e-8).log(), labels, ignore_index=IGNORED)
             self.loss.update(loss, counted)
             self.confusion.update(predicted, labels)
-        batches = int(sum(self.trainer.num_val_batches))
+        batches = self.batches_evaluated
         if batch_idx % max(1, batches // SHOWN) == 0 and len(self.shown) < SHOWN:
             self.shown.append((views[0][0].float().cpu(), labels[0].cpu(), predicted[0].cpu()))
 
@@ -173,7 +193,11 @@ class Segmentation(Task):
         visualize.class_bars(classes, iou.numpy(), "IoU", folder / "class_iou.png")
         cfg = find_model(self.hparams["model"])
         shown = [
-            (visualize.denormalised(image.numpy(), cfg.mean, cfg.std), true.numpy(), predicted.numpy())
+            (
+                visualize.denormalised(image.numpy(), cfg.mean, cfg.std, self.shown_channels),
+                true.numpy(),
+                predicted.numpy(),
+            )
             for image, true, predicted in self.shown
         ]
         visualize.segmentations(shown, classes, folder / "predictions.png")

@@ -1,46 +1,36 @@
-"""A run and its folder: the same for every task.
-
-config.yaml       the resolved configuration; val_list.txt the validation images, where they were held out
-metrics.csv       one row an epoch; curves.png draws it
-tensorboard/      the same for TensorBoard
-best.ckpt         the epoch with the best validation, EMA weights if there are any; last.ckpt to resume from
-results.json      what came out, and on what
-*.png             what a validation of the task shows
-"""
+"""The folder of a run as it goes: what Lightning calls at each step and epoch, and at a signal."""
 
 import csv
-import itertools
-import json
 import os
-import platform
 import shlex
 import shutil
 import signal
 import sys
 import threading
 import time
-import warnings
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import (
-    Callback,
-    EarlyStopping,
-    EMAWeightAveraging,
-    ModelCheckpoint,
-    RichProgressBar,
-)
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from crossformer_vision import visualize
 from crossformer_vision.errors import UserError
 from crossformer_vision.tasks.base import Task
+from crossformer_vision.tasks.run.files import new_folder, write_csv
+
+if TYPE_CHECKING:
+    from crossformer_vision.tasks.run import Run
+
+fcntl: Any = None
+with suppress(ImportError):  # not on Windows
+    import fcntl
+
+VAL_LIST = "val_list.txt"  # in a run's folder: the validation images that were held out of one folder
 
 
 class Stopped(Exception):
@@ -53,72 +43,6 @@ class Stopped(Exception):
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.code = 128 + number
-
-
-fcntl: Any = None
-with suppress(ImportError):  # not on Windows
-    import fcntl
-
-VAL_LIST = "val_list.txt"  # in a run's folder: the validation images that were held out of one folder
-
-
-@dataclass
-class Run:
-    """Where a run is kept, and how.
-
-    Args:
-        folder: of the run; null for `runs/<task>-<model>`, numbered if there is one.
-        ema: decay of an exponential moving average of the weights, which is then validated and kept; 0 for
-            none.
-        patience: stop after so many epochs without a better validation; 0 to go on to the end.
-        save_every: also save `last.ckpt` every so many steps; 0 for at each epoch's end alone.
-    """
-
-    folder: str | None = None
-    ema: float = 0.0
-    patience: int = 0
-    save_every: int = 0
-
-    def callbacks(self, task: Task, config: str, resumed: bool, tensorboard: bool = True) -> list[Callback]:
-        """What Lightning's Trainer needs for a run; `RunFolder` chooses the folder of the others."""
-        callbacks: list[Callback] = [EMAWeightAveraging(decay=self.ema)] if self.ema else []
-        callbacks += [
-            RunFolder(self, config, resumed, tensorboard),
-            BestCheckpoint(  # before `last`, which keeps what the best one is
-                None,
-                "best",
-                monitor=task.monitor,
-                mode=task.monitor_mode,
-                enable_version_counter=False,
-                save_on_train_epoch_end=False,
-            ),
-            ModelCheckpoint(None, "last", enable_version_counter=False, save_on_train_epoch_end=False),
-        ]
-        if self.save_every:
-            callbacks.append(
-                ModelCheckpoint(
-                    None, "last", enable_version_counter=False, every_n_train_steps=self.save_every
-                )
-            )
-        if self.patience:
-            callbacks.append(Patience(self.patience, task))
-        return callbacks
-
-
-def new_folder(base: Path) -> Path:
-    """Makes a folder of this name, or with `-2`, … behind it: no two processes make the same."""
-    for n in itertools.count(1):
-        folder = base if n == 1 else base.with_name(f"{base.name}-{n}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(
-                f"{folder}: cannot be made ({error.strerror}); --run.folder names another"
-            ) from None
-        return folder
-    raise AssertionError
 
 
 class Patience(EarlyStopping):
@@ -171,41 +95,6 @@ class BestCheckpoint(ModelCheckpoint):
         self.best_loss = state_dict.get("best_loss")
 
 
-class AtomicCheckpoints(TorchCheckpointIO):
-    """Checkpoints under their name only when whole: a full disk or a kill leaves the one before untouched."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        try:
-            with part.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        except (OSError, RuntimeError) as error:
-            part.unlink(missing_ok=True)
-            raise UserError(
-                f"{path}: cannot save the checkpoint ({_reason(error)}); the one before is untouched. "
-                f"Make room for it, and go on with --resume {path.parent}"
-            ) from error
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        from crossformer_vision.checkpoints import read_checkpoint
-
-        return read_checkpoint(path)
-
-
-def _reason(error: BaseException) -> str:
-    """What the system said: torch hides an OSError behind its own."""
-    while not isinstance(error, OSError) and (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
 class Progress(RichProgressBar):
     """A bar for the epoch, with the time left to the end of the run."""
 
@@ -226,7 +115,7 @@ class RunFolder(Callback):
     ends it at once.
     """
 
-    def __init__(self, run: Run, config: str, resumed: bool, tensorboard: bool = True) -> None:
+    def __init__(self, run: "Run", config: str, resumed: bool, tensorboard: bool = True) -> None:
         self.run, self.config, self.resumed, self.tensorboard = run, config, resumed, tensorboard
         self.folder = Path()
         self.rows: list[dict[str, Any]] = []
@@ -471,147 +360,6 @@ class RunFolder(Callback):
         return "  ".join((done, *parts))
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write all rows, whole or not at all."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(path)
-
-
-def quiet() -> None:
-    """Silence what Lightning says of itself; its errors still come."""
-    import logging
-
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # What a person has asked for still speaks.
-    logging.getLogger("lightning.pytorch.callbacks.model_summary").setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", message="Grad strides do not match")  # of depth-wise convolutions
-    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
-
-
-def parts(task: Task) -> dict[str, str]:
-    """The names of what is trained: of the model, and of the detector or segmenter on it."""
-    return {key: task.hparams[key] for key in ("detector", "segmenter", "model") if key in task.hparams}
-
-
-def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | None) -> dict[str, Any]:
-    """Train, then validate the best checkpoint and write what it shows; returns what `results.json` holds."""
-    params = sum(p.numel() for p in task.net.parameters())
-    train, val = (len(data.open(stage)) for stage in ("train", "val"))
-    writer: Any = next(c for c in trainer.callbacks if isinstance(c, RunFolder))  # type: ignore[attr-defined]
-    if trainer.is_global_zero:
-        name = " on ".join(parts(task).values())
-        print(
-            f"training {name} ({params / 1e6:.1f} M parameters) on {train} images of "
-            f"{len(data.classes)} classes, validating on {val}",
-            flush=True,
-        )
-    last = Path(resume) / "last.ckpt" if resume else None
-    try:
-        trainer.fit(task, data, ckpt_path=str(last) if last and last.exists() else None, weights_only=True)
-    except SystemExit as stop:  # Lightning's, of a second Ctrl-C, or of one before the first step
-        if not writer.batches and not (writer.folder / "last.ckpt").exists():
-            raise KeyboardInterrupt from stop
-        raise Stopped(f"stopped; {writer.how_to_go_on()}", signal.SIGINT) from None
-    finally:
-        writer.close()
-        if trainer.is_global_zero:
-            writer.remove_unused()
-    folder = writer.folder
-    # Without a validation there is no best one, and `fast_dev_run` saves nothing.
-    saved = [path for path in (folder / "best.ckpt", folder / "last.ckpt") if path.exists()]
-    # It would validate the last epoch's average in place of the best weights.
-    kept = [c for c in trainer.callbacks if not isinstance(c, EMAWeightAveraging)]  # type: ignore[attr-defined]
-    trainer.callbacks = kept  # type: ignore[attr-defined]
-    metrics = validate(trainer, task, data, saved[0] if saved else None, folder)
-    results = {
-        **parts(task),
-        "parameters": params,
-        **metrics,
-        "epochs": trainer.current_epoch,
-        "images_seen": task.images_seen,
-        "minutes": round(writer.minutes(), 2),
-        "checkpoint": str(saved[0]) if saved else None,
-        **about(),
-    }
-    if trainer.is_global_zero:
-        write_json(folder / "results.json", results)
-    return results
-
-
-def about() -> dict[str, Any]:
-    """What figures came from."""
-    return {
-        "command": " ".join(["crossformer", *sys.argv[1:]]),
-        "hardware": hardware(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write it whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def validate(
-    trainer: L.Trainer, task: Task, data: Any, checkpoint: Path | None, folder: Path | None
-) -> dict[str, Any]:
-    """Validate the weights of a checkpoint, or those that the task has; pictures go to `folder`."""
-    from crossformer_vision.checkpoints import load_checkpoint
-
-    if checkpoint is not None:
-        load_checkpoint(task.net, checkpoint, adapt_classifier=False)
-    found = trainer.validate(task, data, verbose=False)
-    metrics = dict(found[0]) if found else {}  # no validation was wanted
-    metrics = {**{k: v for k, v in metrics.items() if k == task.monitor}, **metrics}
-    if metrics and folder is not None and trainer.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        task.pictures(folder, data.classes)
-    return metrics
-
-
-def evaluate(
-    trainer: L.Trainer, task: Task, data: Any, checkpoint: Path | None, folder: Path
-) -> tuple[dict[str, Any], Path]:
-    """Validate into a folder of its own, of this name or numbered; returns what its `results.json` holds."""
-    if len(data.open("val")) and trainer.is_global_zero:
-        folder = new_folder(folder)
-    try:
-        metrics = validate(trainer, task, data, checkpoint, folder)
-    finally:
-        if trainer.is_global_zero and not any(folder.iterdir()):
-            folder.rmdir()
-    weights = None if checkpoint is None else str(checkpoint)
-    images = {"data": data.root, "images": len(data.open("val"))}
-    results = {**parts(task), **metrics, **images, "checkpoint": weights, **about()}
-    if trainer.is_global_zero:
-        write_json(folder / "results.json", results)
-    return results, folder
-
-
-def is_finished(folder: Path, trainer: L.Trainer) -> bool:
-    """Whether a run has its figures, and no step to go."""
-    if not all((folder / name).exists() for name in ("results.json", "last.ckpt")):
-        return False
-    from crossformer_vision.checkpoints import read_checkpoint
-
-    content = read_checkpoint(folder / "last.ckpt")
-    if 0 < trainer.max_steps <= content["global_step"]:
-        return True
-    taken = any(v.get("taken") for k, v in content.items() if k.endswith("Data") and isinstance(v, dict))
-    epochs = content["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"] - bool(taken)
-    return 0 < (trainer.max_epochs or -1) <= epochs
-
-
 def command() -> str:
     """How this command is called where it runs: `crossformer`, where the shell finds that."""
     called = Path(sys.argv[0])
@@ -624,16 +372,3 @@ def command() -> str:
         return shlex.quote(str(called.relative_to(Path.cwd())))
     except ValueError:
         return shlex.quote(str(called))
-
-
-def hardware() -> str:
-    """The accelerators, or else the processor and its threads."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{model}, {torch.get_num_threads()} threads"

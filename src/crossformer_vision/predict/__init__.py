@@ -1,0 +1,209 @@
+"""A trained checkpoint and an image -> a result that prints, draws and serialises itself."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any, BinaryIO, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from crossformer_vision.checkpoints import load_checkpoint, read_checkpoint, span_of_a_run
+from crossformer_vision.data import images
+from crossformer_vision.errors import UserError, check_range
+from crossformer_vision.fonts import shortened as shortened
+from crossformer_vision.models.segmenters import segment
+from crossformer_vision.predict.results import Classified, Detected, Result, Segmented
+
+
+def squares(image: Image.Image) -> list[Image.Image]:
+    """An image that is at least twice as long as it is short, in up to eight squares along it; or itself."""
+    short, long = sorted(image.size)
+    if long < 2 * short:
+        return [image]
+    count = min(8, -(-long // short))
+    starts = [round(n * (long - short) / (count - 1)) for n in range(count)]
+    wide = image.width > image.height
+    return [image.crop((s, 0, s + short, short) if wide else (0, s, short, s + short)) for s in starts]
+
+
+Picture = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[Any] | Tensor
+
+
+def _from_array(pixels: NDArray[Any] | Tensor) -> Image.Image:
+    if isinstance(pixels, Tensor):
+        pixels = pixels.detach().cpu().float().numpy() if pixels.is_floating_point() else pixels.cpu().numpy()
+        pixels = pixels.transpose(1, 2, 0) if pixels.ndim == 3 else pixels
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3, 4)):
+        raise UserError(
+            f"an image of shape {tuple(pixels.shape)}: arrays are (H, W, 3) or (H, W), tensors (3, H, W)"
+        )
+    if pixels.dtype.kind == "f":
+        pixels = (pixels * 255).round().clip(0, 255)
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    return Image.fromarray(np.ascontiguousarray(pixels, dtype=np.uint8))
+
+
+class Predictor:
+    """A trained network with what it takes to use it on an image: `predictor("photo.jpg")`.
+
+    Args:
+        checkpoint: what a run's `best.ckpt` or `last.ckpt` holds.
+        source: its name, for errors.
+        device: to compute on.
+        score: least score of an object.
+    """
+
+    def __init__(self, checkpoint: dict[str, Any], source: str, device: torch.device, score: float) -> None:
+        if "task" not in checkpoint or "hyper_parameters" not in checkpoint:
+            raise UserError(f"{source}: not a checkpoint of a run; predict needs its best.ckpt or last.ckpt")
+        self.task = checkpoint["task"]
+        self.classes: list[str] = checkpoint["classes"]
+        self.category_ids: list[Any] | None = checkpoint.get("category_ids") or None
+        self.values: list[int] | None = checkpoint.get("values") or None
+        self.device, self.score = device, score
+        options = {k: v for k, v in checkpoint["hyper_parameters"].items() if not k.startswith("_")}
+        options |= {"pretrained": False, "checkpoint": None}
+        if span := span_of_a_run(checkpoint, source):
+            options["model_args"] = {**(options["model_args"] or {}), **span}
+        if self.task == "classification":
+            from timm.data import create_transform
+
+            from crossformer_vision.tasks.classification import Classification
+
+            net = Classification(**options).net
+            self.transform = create_transform(**checkpoint["image"])
+            self.whole = checkpoint["image"].get("crop_mode") == "squash"
+        elif self.task == "segmentation":
+            from crossformer_vision.data.segmentation import ToInput
+            from crossformer_vision.tasks.segmentation import Segmentation
+
+            task = Segmentation(**options)
+            net, self.test, self.test_scales = task.net, task.test, task.test_scales
+            self.transform = ToInput(**checkpoint["image"])
+        else:
+            from crossformer_vision.tasks.detection import Detection
+
+            net = Detection(**options).net
+            # The detector itself keeps nothing below a score of its own.
+            scored = getattr(net, "roi_heads", net)
+            scored.score_thresh = min(scored.score_thresh, score)
+        load_checkpoint(net, checkpoint["state_dict"], adapt_classifier=False)
+        self.net = net.to(device).eval()
+        self.dtype = torch.float32
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Predictor":
+        """This predictor, on another device or computing in another type.
+
+        Args:
+            device: `cpu`, `cuda`, …
+            dtype: `torch.float32`, or `torch.bfloat16` or `torch.float16` by autocast: weights, boxes and
+                probabilities stay in 32 bits.
+
+        Raises:
+            UserError: a device that is not there, another type.
+        """
+        if dtype is not None:
+            if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise UserError(f"dtype {dtype}: it is one of torch.float32, torch.bfloat16, torch.float16")
+            self.dtype = dtype
+        if device is not None:
+            self.device = usable(device)
+            self.net.to(self.device)
+        return self
+
+    def __repr__(self) -> str:
+        return f"<Predictor of {self.task}: {len(self.classes)} classes, on {self.device}>"
+
+    @overload
+    def __call__(self, image: Picture) -> Result: ...
+    @overload
+    def __call__(self, image: list[Any]) -> list[Result]: ...
+    @torch.inference_mode()
+    def __call__(self, image: Picture | list[Any]) -> Result | list[Result]:
+        """What is in an image, or in each of a list of them.
+
+        Args:
+            image: a path, the bytes of a file or an open one, an image that PIL has opened, an array
+                (H, W, 3) or (H, W), or a tensor (3, H, W), of bytes or of floats in 0..1; or a list of these.
+
+        Raises:
+            UserError: a file that is missing or no image, an array of another shape.
+        """
+        if isinstance(image, list):
+            return [self(one) for one in image]
+        name = str(image if isinstance(image, (str, os.PathLike)) else getattr(image, "name", "image"))
+        if isinstance(image, bytes):
+            image = io.BytesIO(image)
+        if isinstance(image, (np.ndarray, Tensor)):
+            image = _from_array(image)
+        picture = images.read(image, name)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self._result(picture, name)
+
+    def _result(self, picture: Image.Image, name: str) -> Result:
+        if self.task == "classification":
+            parts = [picture] if self.whole else squares(picture)
+            pixels: Any = torch.stack([self.transform(part) for part in parts])
+            logits: Tensor = self.net(pixels.to(self.device)).float()
+            return Classified(name, picture, self.classes, logits.softmax(1).mean(0).cpu().numpy())
+        if self.task == "segmentation":
+            views = [self.transform(picture, scale)[None].to(self.device) for scale in self.test_scales]
+            size = (picture.height, picture.width)
+            class_map = segment(self.net, views, size=size, **self.test)[0].argmax(0)
+            indices = class_map.cpu().numpy().astype(np.uint8)
+            return Segmented(name, picture, self.classes, indices, self.values)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(self.device) / 255
+        (found,) = self.net([pixels])
+        kept = found["scores"] >= self.score
+        found = {name: value[kept].cpu() for name, value in found.items()}
+        masks = (found["masks"].squeeze(1) > 0.5).numpy().astype(np.uint8) if "masks" in found else None
+        boxes, labels, scores = (found[key].float().numpy() for key in ("boxes", "labels", "scores"))
+        labels = labels.astype(np.int64)
+        return Detected(name, picture, self.classes, boxes, labels, scores, masks, self.category_ids)
+
+
+def usable(device: str | torch.device) -> torch.device:
+    """The device, if a tensor can be on it; a UserError otherwise."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{device}': {images.reason(error)}; there is always cpu") from None
+    return torch.device(device)
+
+
+def load_predictor(
+    checkpoint: str | os.PathLike[str] | bytes | BinaryIO | dict[str, Any],
+    device: str | torch.device | None = None,
+    score: float = 0.5,
+) -> Predictor:
+    """The trained network of a run.
+
+    Args:
+        checkpoint: a run's folder, whose `best.ckpt` is taken, or one of its checkpoint files; or such a file
+            in memory: its bytes, an open file, or what it holds.
+        device: `cpu`, `cuda`, …; the best there is if None.
+        score: least score of an object, for detectors.
+
+    Raises:
+        UserError: a file that is no checkpoint of a run, a device that is not there, a score beyond 0 to 1.
+    """
+    check_range("score", score, 0, 1)
+    source = "checkpoint"
+    if isinstance(checkpoint, dict):
+        content = checkpoint
+    elif isinstance(checkpoint, (str, os.PathLike)):
+        path = Path(checkpoint)
+        path = path / "best.ckpt" if path.is_dir() else path
+        source, content = str(path), read_checkpoint(path)
+    else:
+        content = read_checkpoint(io.BytesIO(checkpoint) if isinstance(checkpoint, bytes) else checkpoint)
+    if device is None:
+        device = (
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    return Predictor(content, source, usable(device), score)
