@@ -89,14 +89,17 @@ def test_commands_are_understood(page, desk, monkeypatch, capsys):
     capsys.readouterr()
 
 
-def test_both_readmes_give_the_same_commands():
+@pytest.mark.parametrize(
+    "english, chinese", [("README.md", "README.zh-CN.md"), ("docs/python.md", "docs/python.zh.md")]
+)
+def test_both_languages_give_the_same_code(english, chinese):
     def code(page):
         lines = [
             line for kind in ("bash", "python") for block in blocks(page, kind) for line in block.splitlines()
         ]
         return [re.sub(r"\s*(#.*)?$", "", line) for line in lines]
 
-    assert code("README.md") == code("README.zh-CN.md")
+    assert code(english) == code(chinese)
 
 
 def test_nano_has_the_parameters_that_the_table_says():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from crossformer_vision.errors import UserError
 from crossformer_vision.models import variants
-from crossformer_vision.models.backbones import DenseModel
+from crossformer_vision.models.backbones import DenseModel, under_own_names
 
 log = logging.getLogger("crossformer_vision")
 
@@ -217,7 +217,7 @@ def load_checkpoint(
         def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
             known = {name: x for name, x in state.items() if inner + name in target}
             others = {name: x for name, x in state.items() if name not in known}
-            return {inner + name: x for name, x in {**known, **variants.checkpoint_filter_fn(others)}.items()}
+            return {inner + name: x for name, x in {**known, **under_own_names(model, others)}.items()}
 
     weights = weights_of(content)
     report = LoadReport(buffers=[name for name in weights if variants.PUBLISHED_BUFFERS.search(name)])

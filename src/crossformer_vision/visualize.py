@@ -3,13 +3,16 @@
 import colorsys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from crossformer_vision.fonts import fitted, font, shortened, written
+
+if TYPE_CHECKING:  # matplotlib is imported where something is drawn
+    from matplotlib.figure import Figure
 
 # Of classes, in turn: told apart on photographs, and by people who see red and green alike (Okabe and Ito).
 COLOURS = (
@@ -74,12 +77,12 @@ def denormalised(
     return (image - image.min()) / max(float(np.ptp(image)), 1e-6)
 
 
-def curves(rows: Sequence[dict[str, float]], path: Path, monitor: str) -> None:
-    """Losses, validation metrics and learning rate by epoch.
+def curves(rows: Sequence[dict[str, float]], path: Path | None, monitor: str) -> "Figure":
+    """Losses, validation metrics and learning rate by epoch, as matplotlib's figure.
 
     Args:
         rows: one an epoch, with `epoch`, `lr` and any `train_…` and `val_…` values; not each need have all.
-        path: the PNG to write.
+        path: the PNG to write; None for none.
         monitor: the metric that picks the checkpoint, of which the best is marked.
     """
     from cycler import cycler
@@ -95,6 +98,8 @@ def curves(rows: Sequence[dict[str, float]], path: Path, monitor: str) -> None:
         axis.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * cycler(color=colormaps["tab10"](range(10))))
         for name in group:
             known = [row for row in rows if name in row]
+            if not known:
+                continue
             label = called(name) if name.startswith("train") else f"val {called(name)}"
             axis.plot(
                 [row["epoch"] + 1 for row in known],
@@ -114,7 +119,9 @@ def curves(rows: Sequence[dict[str, float]], path: Path, monitor: str) -> None:
         axis.grid(alpha=0.3)
         if group and group != ["lr"]:
             axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
-    _save(figure, path)
+    if path is not None:
+        _save(figure, path)
+    return figure
 
 
 def confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], path: Path) -> None:

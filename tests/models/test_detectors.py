@@ -261,5 +261,5 @@ def test_unknown_names():
         create_detector("yolo")
     with pytest.raises(ValueError, match="unknown model 'crossformer_smal'; did you mean crossformer_small"):
         create_detector("retinanet", "crossformer_smal")
-    with pytest.raises(ValueError, match="4, 8, 16 and 32 are needed"):
+    with pytest.raises(ValueError, match="of 8, 16 or 32 one is needed"):
         create_detector("retinanet", "vit_small_patch14_dinov2")

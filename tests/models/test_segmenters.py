@@ -119,7 +119,7 @@ def test_bad_names():
         create_segmenter("fcn")
     with pytest.raises(ValueError, match="unknown model 'crossformer_smal'"):
         create_segmenter("upernet", "crossformer_smal")
-    with pytest.raises(ValueError, match="4, 8, 16 and 32 are needed"):
+    with pytest.raises(ValueError, match="of 8, 16 or 32 one is needed"):
         create_segmenter("upernet", "vit_small_patch14_dinov2")
 
 

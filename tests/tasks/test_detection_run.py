@@ -235,7 +235,7 @@ def test_metrics_agree_with_pycocotools(tmp_path):
     [
         ("--data.root nowhere", 1, "nowhere: no such folder"),
         ("--model.detector yolo", 2, "yolo"),
-        ("--model.model vit_small_patch14_dinov2", 1, "4, 8, 16 and 32 are needed"),
+        ("--model.model vit_small_patch14_dinov2", 1, "of 8, 16 or 32 one is needed"),
         ("--model.checkpoint wrong.pth", 1, "wrong.pth: none of its weights fits this model"),
         ("--task fly", 1, "no task 'fly'; there are: classification, detection"),
     ],

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import lightning as L
 import numpy as np
@@ -253,6 +254,13 @@ class SeededLoader:
     def __len__(self) -> int:
         return len(self.batches)
 
+    def close(self) -> None:
+        """End its workers, as Lightning does with those of a DataLoader."""
+        workers: Any = self.loader._iterator
+        self.loader._iterator = None
+        if hasattr(workers, "_shutdown_workers"):
+            workers._shutdown_workers()
+
     def __iter__(self) -> Iterator[Any]:
         # A generator: the loader's workers start at the first batch, when the epoch is known.
         self.taken = self.batches.start
@@ -297,6 +305,7 @@ class ResumableData(L.LightningDataModule):
         self.images: dict[str, ReadImages] = {}  # "train" and "val", once opened
         self.global_batch = batch_size  # of all processes, once training images are loaded
         self._training: SeededLoader | None = None
+        self._loaders: WeakSet[SeededLoader] = WeakSet()
         self._resumed: dict[str, int] = {}
 
     @property
@@ -379,6 +388,7 @@ class ResumableData(L.LightningDataModule):
         overfit = bool(self.trainer and getattr(self.trainer, "overfit_batches", 0))
         batches = EpochBatches(len(dataset), batch_size, self.seed, train, rank, world, kinds, overfit)
         loader = SeededLoader(dataset, batches, self.seed, self.num_workers, collate)
+        self._loaders.add(loader)
         if train:
             self.global_batch = batch_size * world
             done = self._resumed.get("taken", 0) * self._resumed.get("batch", self.global_batch)
@@ -386,6 +396,10 @@ class ResumableData(L.LightningDataModule):
             self._resumed = {}
             self._training = loader
         return loader
+
+    def teardown(self, stage: str) -> None:
+        for loader in self._loaders:
+            loader.close()
 
     def val_dataloader(self) -> SeededLoader:
         raise NotImplementedError

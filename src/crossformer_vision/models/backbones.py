@@ -16,7 +16,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from crossformer_vision.errors import UserError
-from crossformer_vision.models import find_model, variants
+from crossformer_vision.models import find_model, pvt, variants
 
 STRIDES = (4, 8, 16, 32)
 
@@ -241,8 +241,16 @@ class DenseModel(nn.Module):
                     others[name.removeprefix("backbone.")] = value
                     continue
             renamed[ours] = value
-        body = variants.checkpoint_filter_fn(others)
+        body = under_own_names(self.body, others)
         return {**renamed, **{self.body_name + name: value for name, value in body.items()}}
+
+
+def under_own_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The published weights of a backbone under the names that this library's model has for them."""
+    model = getattr(model, "model", model)  # in a features_only wrapper
+    if isinstance(model, pvt.PyramidVisionTransformer):
+        return pvt.checkpoint_filter_fn(state)
+    return variants.checkpoint_filter_fn(state)
 
 
 def body_name(prefix: str, body: nn.Module) -> str:

@@ -32,9 +32,9 @@ Where this file differs from the published code, and why:
   fused kernel has no gradient for a bias. Groups too large for that go in blocks (`blocked_attention`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -70,15 +70,15 @@ __all__ = ["CrossFormer"]
 # ------------------------------------------------------------------------------------------------------------
 
 
-def cel_widths(dim: int, count: int) -> list[int]:
-    """Channels of each of `count` kernels, small to large: halving, the last one repeated, `dim` in all.
+def cel_widths(dim: int, count: int, split: str = "halving") -> list[int]:
+    """Channels of `count` kernels, small to large, `dim` in all: halving, the last one repeated; or equal.
 
     Large kernels get few channels, since their cost grows with the square of their size (section 3.1).
 
-    >>> cel_widths(96, 4)
-    [48, 24, 12, 12]
+    >>> cel_widths(96, 4), cel_widths(96, 4, "equal")
+    ([48, 24, 12, 12], [24, 24, 24, 24])
     """
-    widths = [dim >> (i + 1) for i in range(count - 1)]
+    widths = [dim >> (i + 1) if split == "halving" else dim // count for i in range(count - 1)]
     return [*widths, dim - sum(widths)]
 
 
@@ -96,22 +96,31 @@ class CrossScaleEmbedding(nn.Module):
         kernel_sizes: kernels, small to large.
         stride: of all kernels; 4 in the first CEL, 2 in the later ones.
         norm_first: normalise the input (later CELs) instead of the output (first CEL).
+        split: widths of the kernels, see `cel_widths`.
+
+    A kernel that differs from the stride by an odd number reaches one position further right and down.
 
     Shape: (B, H, W, in_dim) -> (B, ceil(H / stride), ceil(W / stride), dim).
     """
 
     def __init__(
-        self, in_dim: int, dim: int, kernel_sizes: Sequence[int], stride: int, norm_first: bool
+        self,
+        in_dim: int,
+        dim: int,
+        kernel_sizes: Sequence[int],
+        stride: int,
+        norm_first: bool,
+        split: str = "halving",
     ) -> None:
         super().__init__()
-        if any(k < stride or (k - stride) % 2 for k in kernel_sizes):
-            raise ValueError(f"kernels {tuple(kernel_sizes)} do not share centres at stride {stride}")
+        if any(k < stride for k in kernel_sizes):
+            raise ValueError(f"kernels {tuple(kernel_sizes)} are smaller than their stride {stride}")
         self.stride = stride
         self.norm_first = norm_first
         self.many_channels = in_dim >= 8
-        self.convs = nn.ModuleList(
+        self.convs: Any = nn.ModuleList(
             nn.Conv2d(in_dim, width, k, stride, padding=(k - stride) // 2)
-            for k, width in zip(kernel_sizes, cel_widths(dim, len(kernel_sizes)), strict=True)
+            for k, width in zip(kernel_sizes, cel_widths(dim, len(kernel_sizes), split), strict=True)
         )
         self.norm = nn.LayerNorm(in_dim if norm_first else dim)
 
@@ -126,7 +135,9 @@ class CrossScaleEmbedding(nn.Module):
         x = pad_to_multiple(x, self.stride)
         scales: list[Tensor] = []
         for conv in self.convs:
-            scales.append(conv(x).permute(0, 2, 3, 1))
+            odd = (conv.kernel_size[0] - self.stride) % 2
+            y = F.pad(x, (0, 1, 0, 1)) if odd else x
+            scales.append(conv(y).permute(0, 2, 3, 1))
         x = torch.cat(scales, dim=-1)
         return x if self.norm_first else self.norm(x)
 
@@ -186,6 +197,12 @@ class DynamicPositionBias(nn.Module):
         return nn.Module.train(self, mode)  # not `super()`: of a scripted model, `self` is of another class
 
 
+# Made from channels, heads and group size; `ablations.py` adds what the papers compare.
+POSITION_BIASES: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "dynamic": lambda dim, num_heads, group_size: DynamicPositionBias(dim, num_heads)
+}
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Long and short distance attention
 # ------------------------------------------------------------------------------------------------------------
@@ -202,6 +219,7 @@ class LongShortAttention(nn.Module):
         interval: I of LDA, the distance between the members of a group; 0 for SDA; None for
             `ceil(max(H, W) / G)`.
         lda_span: `"map"` or `"region"`, see the head of this file.
+        position_bias: a name in `POSITION_BIASES`.
 
     Shape: (B, H, W, dim) -> (B, H, W, dim).
     """
@@ -209,7 +227,13 @@ class LongShortAttention(nn.Module):
     interval: int | None
 
     def __init__(
-        self, dim: int, num_heads: int, group_size: int, interval: int | None, lda_span: str = "map"
+        self,
+        dim: int,
+        num_heads: int,
+        group_size: int,
+        interval: int | None,
+        lda_span: str = "map",
+        position_bias: str = "dynamic",
     ) -> None:
         super().__init__()
         if dim % num_heads:
@@ -219,7 +243,7 @@ class LongShortAttention(nn.Module):
         self.interval = interval
         self.lda_span = lda_span
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.position_bias = DynamicPositionBias(dim, num_heads)
+        self.position_bias = POSITION_BIASES[position_bias](dim, num_heads, group_size)
         self.proj = nn.Linear(dim, dim)
 
     def layout(self, H: int, W: int) -> Layout:
@@ -266,6 +290,29 @@ class LongShortAttention(nn.Module):
     def join(self, x: Tensor) -> Tensor:
         """(N, h, L, d) -> (N, L, C), projected."""
         return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Place(NamedTuple):
+    """Of an attention: which block of which stage it is in, and the sizes there."""
+
+    stage: int
+    block: int
+    dim: int
+    num_heads: int
+    group_size: int
+    interval: int | None
+    lda_span: str
+    position_bias: str
+
+
+def long_short(at: Place) -> nn.Module:
+    """SDA in even blocks, LDA in odd ones."""
+    interval = at.interval if at.block % 2 else 0
+    return LongShortAttention(at.dim, at.num_heads, at.group_size, interval, at.lda_span, at.position_bias)
+
+
+# `ablations.py` adds what the papers compare.
+ATTENTIONS: dict[str, Callable[[Place], nn.Module]] = {"long_short": long_short}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -343,33 +390,29 @@ class CrossFormerBlock(nn.Module):
 
 
 class CrossFormerStage(nn.Module):
-    """A CEL, then blocks that alternate SDA (even ones) and LDA (odd ones).
+    """A CEL, then a block for each of `attentions`, which alternate SDA (even ones) and LDA (odd ones).
 
-    With `amplitude_cooling` an ACL follows every third block, except the last one.
+    An ACL follows every `amplitude_cooling`-th block, except the last one; 0 for none.
 
     Shape: (B, H, W, in_dim) -> (B, ceil(H / stride), ceil(W / stride), dim).
     """
 
     def __init__(
         self,
-        embed: CrossScaleEmbedding,
+        embed: nn.Module,
         dim: int,
-        num_heads: int,
-        group_sizes: Sequence[int],
-        intervals: Sequence[int | None],
-        lda_span: str,
+        attentions: Sequence[nn.Module],
         mlp_ratio: float,
         drop_path: Sequence[float],
-        amplitude_cooling: bool,
+        amplitude_cooling: int,
     ) -> None:
         super().__init__()
         self.grad_checkpointing = False
         self.embed = embed
         self.blocks = nn.ModuleList()
-        for i, (group_size, interval) in enumerate(zip(group_sizes, intervals, strict=True)):
-            attn = LongShortAttention(dim, num_heads, group_size, interval if i % 2 else 0, lda_span)
-            cooled = amplitude_cooling and i % 3 == 2 and i != len(group_sizes) - 1
-            self.blocks.append(CrossFormerBlock(dim, attn, mlp_ratio, drop_path[i], cooled))
+        for i, attn in enumerate(attentions, 1):
+            cooled = amplitude_cooling > 0 and i % amplitude_cooling == 0 and i != len(attentions)
+            self.blocks.append(CrossFormerBlock(dim, attn, mlp_ratio, drop_path[i - 1], cooled))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
@@ -379,6 +422,11 @@ class CrossFormerStage(nn.Module):
             else:
                 x = block(x)
         return x
+
+
+# Positions that are added to the first embedding, and group sizes by name: `ablations.py` has them.
+EMBEDDED_POSITIONS: dict[str, Callable[[nn.Module, int], nn.Module]] = {}
+GROUP_MODES: dict[str, Callable[[Sequence[int]], list[list[int]]]] = {}
 
 
 def per_block(values: Sequence[Any], depths: Sequence[int], name: str) -> list[list[Any]]:
@@ -404,12 +452,15 @@ class CrossFormer(StagedClassifier):
         embed_dim: D, channels of the first stage; they double in each later one.
         depths: blocks a stage.
         num_heads: attention heads a stage.
-        group_size: G, an int a stage, or a list a stage with an int a block.
+        group_size: G, an int a stage, or a list a stage with an int a block; or a name in `GROUP_MODES`.
         interval: I of the LDA blocks, likewise; 0 makes a block SDA, None stands for `ceil(max(H, W) / G)`.
         lda_span: what LDA reaches over, `"map"` or `"region"`: see the head of this file.
         patch_sizes: kernels of the first CEL, stride 4.
         merge_sizes: kernels of the later CELs, stride 2.
-        amplitude_cooling: add the ACLs of CrossFormer++.
+        embed_split: widths of a CEL's kernels, `"halving"` or `"equal"`.
+        amplitude_cooling: blocks from one ACL of CrossFormer++ to the next, 3 as published; 0 for none.
+        attention: a name in `ATTENTIONS`.
+        position_bias: a name in `POSITION_BIASES`.
         mlp_ratio: hidden width of the MLPs, in channels of the stage.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 over all blocks.
@@ -430,12 +481,15 @@ class CrossFormer(StagedClassifier):
         embed_dim: int = 96,
         depths: Sequence[int] = (2, 2, 6, 2),
         num_heads: Sequence[int] = (3, 6, 12, 24),
-        group_size: Sequence[int | Sequence[int]] = (7, 7, 7, 7),
+        group_size: Sequence[int | Sequence[int]] | str = (7, 7, 7, 7),
         interval: Sequence[int | Sequence[int | None] | None] = (8, 4, 2, 1),
         lda_span: Literal["map", "region"] = "map",
         patch_sizes: Sequence[int] = (4, 8, 16, 32),
         merge_sizes: Sequence[Sequence[int]] = ((2, 4), (2, 4), (2, 4)),
-        amplitude_cooling: bool = False,
+        embed_split: Literal["halving", "equal"] = "halving",
+        amplitude_cooling: int = 0,
+        attention: str = "long_short",
+        position_bias: str = "dynamic",
         mlp_ratio: float = 4.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -445,9 +499,16 @@ class CrossFormer(StagedClassifier):
         for name, value, known in (
             ("lda_span", lda_span, ("map", "region")),
             ("weight_init", weight_init, ("", "xavier_mlp")),
+            ("embed_split", embed_split, ("halving", "equal")),
+            ("attention", attention, ATTENTIONS),
+            ("position_bias", position_bias, POSITION_BIASES),
+            ("group_size", group_size, GROUP_MODES if isinstance(group_size, str) else (group_size,)),
         ):
             if value not in known:
                 raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, not {value!r}")
+        if isinstance(group_size, str):
+            group_size = GROUP_MODES[group_size](depths)
+        cooling = 3 if amplitude_cooling is True else int(amplitude_cooling)  # True is version 0.1's
         group_sizes = per_block(group_size, depths, "group_size")
         intervals = per_block(interval, depths, "interval")
         dims = [embed_dim * 2**i for i in range(len(depths))]
@@ -459,13 +520,17 @@ class CrossFormer(StagedClassifier):
         self.stages = nn.ModuleList()
         for i, dim in enumerate(dims):
             if i == 0:
-                embed = CrossScaleEmbedding(in_chans, dim, patch_sizes, stride=4, norm_first=False)
+                embed: nn.Module = CrossScaleEmbedding(in_chans, dim, patch_sizes, 4, False, embed_split)
+                if position_bias in EMBEDDED_POSITIONS:
+                    embed = EMBEDDED_POSITIONS[position_bias](embed, dim)
             else:
-                embed = CrossScaleEmbedding(dims[i - 1], dim, merge_sizes[i - 1], stride=2, norm_first=True)
-            groups = num_heads[i], group_sizes[i], intervals[i], lda_span
-            self.stages.append(
-                CrossFormerStage(embed, dim, *groups, mlp_ratio, drop_paths[i], amplitude_cooling)
-            )
+                embed = CrossScaleEmbedding(dims[i - 1], dim, merge_sizes[i - 1], 2, True, embed_split)
+            places = [
+                Place(i, k, dim, num_heads[i], size, steps, lda_span, position_bias)
+                for k, (size, steps) in enumerate(zip(group_sizes[i], intervals[i], strict=True))
+            ]
+            attentions = [ATTENTIONS[attention](place) for place in places]
+            self.stages.append(CrossFormerStage(embed, dim, attentions, mlp_ratio, drop_paths[i], cooling))
         self.feature_info = [
             dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}") for i, dim in enumerate(dims)
         ]

@@ -51,7 +51,9 @@ class StagedClassifier(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return set()  # no parameter beyond the norms and biases that optimizers leave out themselves
+        """Tables of positions; norms and biases optimizers leave out themselves."""
+        tables = ("relative_table", "absolute_position")
+        return {name for name, _ in self.named_parameters() if name.endswith(tables)}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 
+from crossformer_vision.models import ablations  # noqa: F401  (adds its parts to CrossFormer's tables)
 from crossformer_vision.models.crossformer import CrossFormer
 from crossformer_vision.models.timm_interface import FeatureMaps
 
@@ -56,7 +57,7 @@ PUBLISHED_PAGE = "https://github.com/cheerss/CrossFormer"
 BUNDLED = Path(__file__).parents[1] / "weights"  # those that come with the library
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
+def model_cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -76,15 +77,15 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "crossformer_tiny.in1k": _cfg(url=PUBLISHED_PAGE),
-        "crossformer_small.in1k": _cfg(url=PUBLISHED_PAGE),
-        "crossformer_base.in1k": _cfg(url=PUBLISHED_PAGE),
-        "crossformer_large.in1k": _cfg(url=PUBLISHED_PAGE),
-        "crossformer_pp_small.in1k": _cfg(url=PUBLISHED_PAGE, paper_ids="arXiv:2303.06908"),
-        "crossformer_pp_base.in1k": _cfg(url=PUBLISHED_PAGE, paper_ids="arXiv:2303.06908"),
-        "crossformer_pp_large.in1k": _cfg(url=PUBLISHED_PAGE, paper_ids="arXiv:2303.06908"),
-        "crossformer_pp_huge.in1k": _cfg(url=PUBLISHED_PAGE, paper_ids="arXiv:2303.06908"),
-        "crossformer_nano.cifar10": _cfg(
+        "crossformer_tiny.in1k": model_cfg(url=PUBLISHED_PAGE),
+        "crossformer_small.in1k": model_cfg(url=PUBLISHED_PAGE),
+        "crossformer_base.in1k": model_cfg(url=PUBLISHED_PAGE),
+        "crossformer_large.in1k": model_cfg(url=PUBLISHED_PAGE),
+        "crossformer_pp_small.in1k": model_cfg(url=PUBLISHED_PAGE, paper_ids="arXiv:2303.06908"),
+        "crossformer_pp_base.in1k": model_cfg(url=PUBLISHED_PAGE, paper_ids="arXiv:2303.06908"),
+        "crossformer_pp_large.in1k": model_cfg(url=PUBLISHED_PAGE, paper_ids="arXiv:2303.06908"),
+        "crossformer_pp_huge.in1k": model_cfg(url=PUBLISHED_PAGE, paper_ids="arXiv:2303.06908"),
+        "crossformer_nano.cifar10": model_cfg(
             file=str(BUNDLED / "crossformer_nano.cifar10.safetensors"),
             num_classes=10,
             input_size=(3, 64, 64),
@@ -149,7 +150,7 @@ def published_groups(model: str, head: str | None) -> dict[str, Any]:
 # The models
 # ------------------------------------------------------------------------------------------------------------
 
-PLUS_PLUS = dict(group_size=(4, 4, 14, 7), interval=(4, 2, 1, 1), lda_span="region", amplitude_cooling=True)
+PLUS_PLUS = dict(group_size=(4, 4, 14, 7), interval=(4, 2, 1, 1), lda_span="region", amplitude_cooling=3)
 
 
 @register_model
@@ -225,7 +226,7 @@ def crossformer_nano(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
         interval=(4, 2, 2, 1),
         lda_span="region",
         patch_sizes=(4, 8, 16),
-        amplitude_cooling=True,
+        amplitude_cooling=3,
         weight_init="xavier_mlp",
     )
     return _create_crossformer("crossformer_nano", pretrained, **{**args, **kwargs})

@@ -136,7 +136,8 @@ class Predictor:
         """
         if isinstance(image, list):
             return [self(one) for one in image]
-        name = str(image if isinstance(image, (str, os.PathLike)) else getattr(image, "name", "image"))
+        named = image if isinstance(image, (str, os.PathLike)) else getattr(image, "name", None)
+        name = str(named or "image")
         if isinstance(image, bytes):
             image = io.BytesIO(image)
         if isinstance(image, (np.ndarray, Tensor)):

@@ -112,6 +112,7 @@ def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | Non
             raise KeyboardInterrupt from stop
         raise Stopped(f"stopped; {writer.how_to_go_on()}", signal.SIGINT) from None
     finally:
+        data.teardown("fit")  # workers have the lock, too
         writer.close()
         if trainer.is_global_zero:
             writer.remove_unused()

@@ -64,6 +64,16 @@ def _reason(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
+def read_csv(path: str | Path) -> list[dict[str, Any]]:
+    """The numbers of a run's `metrics.csv`, or of Lightning's `CSVLogger`: one row an epoch."""
+    rows: dict[int, dict[str, Any]] = {}
+    with Path(path).open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            values = {k: int(v) if v.isdigit() else float(v) for k, v in row.items() if v}
+            rows.setdefault(int(values["epoch"]), {}).update(values)
+    return list(rows.values())
+
+
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write all rows, whole or not at all."""
     names = list(dict.fromkeys(name for row in rows for name in row))

@@ -1,6 +1,5 @@
 """The folder of a run as it goes: what Lightning calls at each step and epoch, and at a signal."""
 
-import csv
 import os
 import shlex
 import shutil
@@ -21,7 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from crossformer_vision import visualize
 from crossformer_vision.errors import UserError
 from crossformer_vision.tasks.base import Task
-from crossformer_vision.tasks.run.files import new_folder, write_csv
+from crossformer_vision.tasks.run.files import new_folder, read_csv, write_csv
 
 if TYPE_CHECKING:
     from crossformer_vision.tasks.run import Run
@@ -200,11 +199,7 @@ class RunFolder(Callback):
             (self.folder / VAL_LIST).write_text("".join(f"{name}\n" for name in held_out), encoding="utf-8")
         metrics = self.folder / "metrics.csv"
         if self.resumed and metrics.exists():
-            with metrics.open(encoding="utf-8") as file:
-                self.rows = [
-                    {k: int(v) if v.isdigit() else float(v) for k, v in row.items() if v}
-                    for row in csv.DictReader(file)
-                ]
+            self.rows = read_csv(metrics)
 
     # Time
 
