@@ -15,6 +15,7 @@ CrossFormer and CrossFormer++: train and evaluate vision models on images of you
   train       train a model; without options, the quickstart: some minutes on handwritten digits
   validate    evaluate a checkpoint, and draw what it gets right and wrong
   predict     what a trained checkpoint sees in images and folders: pictures and JSON
+  compare     a grid of runs: models and options x seeds; their table, on one machine or many
   info        parameters and operations of a model, beside the published ones
   download    bring published weights into torch's cache
 
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         "train": train,
         "validate": validate,
         "predict": predict,
+        "compare": compare,
         "info": info,
         "download": download,
     }
@@ -105,7 +107,7 @@ def train(args: list[str]) -> None:
     fixed: dict[str, Any] = {}
     upgraded: dict[str, Any] = {}
     if resume is not None:
-        given, fixed, upgraded = _from_run(resume, None)
+        given, fixed, upgraded = options.from_run(resume, None)
         args = [*given, *args]
         if "--help" in args:
             resume = None
@@ -149,14 +151,14 @@ def validate(args: list[str]) -> None:
         if Path(folder).is_file():
             folder, checkpoint = str(Path(folder).parent), checkpoint or folder
         checkpoint = checkpoint or f"{folder}/best.ckpt"
-        given, fixed, _ = _from_run(folder, checkpoint)
+        given, fixed, _ = options.from_run(folder, checkpoint)
         if options.has(args, "--data.root"):  # other images: all of them, where they are not split
             fixed.pop("data.val_list", None)
             if not options.has(args, "--data.val_share"):
                 fixed["data.val_share"] = 1.0
         args = [*given, *args]
     elif checkpoint:
-        fixed = _known_of(checkpoint)
+        fixed = options.known_of(checkpoint)
     from crossformer_vision import visualize
     from crossformer_vision.tasks import run
 
@@ -202,6 +204,54 @@ def predict(args: list[str]) -> None:
     predict_files(predictor, options.images, Path(options.out))
 
 
+def compare(args: list[str]) -> None:
+    """`crossformer compare`"""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        "crossformer compare",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="""\
+Train the cells of a grid, models and options x seeds over one recipe, and write their table. Called again, it
+does what lacks; called several times at once, on one machine or many, the calls share the cells.
+
+  recipe: classification/crossformer_nano_cifar10.yaml
+  options: {data.root: cifar10, trainer.max_epochs: 5}
+  rows:
+    CrossFormer: {}
+    PVTv2: {model.model: pvt_v2_b0, model.model_args: {depths: [2, 2, 2, 2]}}
+  vary: {model.lr: [1.0e-3, 3.0e-3]}
+  seeds: 3""",
+    )
+    parser.add_argument("grid", help="YAML file of the grid, as above")
+    parser.add_argument("--out", help="folder of its runs and its table (runs/<name of the grid>)")
+    parser.add_argument("--storage", help="URL of a database for several machines (SQLite in the folder)")
+    parser.add_argument(
+        "--search",
+        type=int,
+        metavar="N",
+        help="N trials, pruned, of the ranges under `search`, on its first row",
+    )
+    parser.add_argument(
+        "--heartbeat",
+        type=int,
+        default=20,
+        help="seconds between signs of life of a worker; three without one, and others take its cell (20)",
+    )
+    given = parser.parse_args(args)
+    try:
+        from crossformer_vision import compare
+    except ModuleNotFoundError as error:
+        from crossformer_vision.errors import UserError
+
+        raise UserError(f"{error.name} is not installed: pip install 'crossformer-vision[compare]'") from None
+    out = Path(given.out or f"runs/{Path(given.grid).stem}")
+    if given.search:
+        compare.search(given.grid, out, given.search, given.storage, given.heartbeat)
+    else:
+        compare.compare(given.grid, out, given.storage, given.heartbeat)
+
+
 def info(args: list[str]) -> None:
     """`crossformer info`"""
     import argparse
@@ -241,44 +291,6 @@ def download(args: list[str]) -> None:
 
     path = published.fetch_published(options.name, options.url or published.DRIVE)
     print(f"{path}\nbuild and load it:\n{published.how_to_build(options.name, path)}")
-
-
-def _known_of(checkpoint: str) -> dict[str, Any]:
-    """The class names that a checkpoint of a run holds, as an option of the data."""
-    from crossformer_vision.checkpoints import read_checkpoint
-
-    classes = read_checkpoint(checkpoint).get("classes")
-    return {"data.classes": list(classes)} if classes else {}
-
-
-def _from_run(folder: str, checkpoint: str | None) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
-    """The options that build what a checkpoint of a run folder holds; what its files know better; what
-    version 0.1 did not write.
-
-    A run that is resumed before its first checkpoint begins anew.
-    """
-    from crossformer_vision.checkpoints import read_checkpoint, span_of_a_run
-    from crossformer_vision.errors import UserError
-    from crossformer_vision.tasks.run.folder import VAL_LIST
-
-    resumed = checkpoint is None
-    path = Path(checkpoint or f"{folder}/last.ckpt")
-    for needed in (Path(folder) / "config.yaml", *(() if resumed else (path,))):
-        if not needed.is_file():
-            raise UserError(f"{folder}: not a run folder, it has no {needed.name}")
-    options = ["--config", f"{folder}/config.yaml"]
-    fixed: dict[str, Any] = {"run.folder": folder} if resumed else {}
-    span: dict[str, str] = {}
-    if path.is_file():
-        content = read_checkpoint(path)
-        span = span_of_a_run(content, str(path))
-        options += [part for name, value in span.items() for part in (f"--model.model_args.{name}", value)]
-        fixed |= {"model.pretrained": False, "model.checkpoint": None}
-        if content.get("classes"):
-            fixed["data.classes"] = list(content["classes"])
-    if (listed := Path(folder) / VAL_LIST).is_file():
-        fixed["data.val_list"] = str(listed)
-    return options, fixed, span
 
 
 def script() -> None:

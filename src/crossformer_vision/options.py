@@ -26,10 +26,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from crossformer_vision import published
+from crossformer_vision.checkpoints import read_checkpoint, span_of_a_run
 from crossformer_vision.errors import UserError
 from crossformer_vision.tasks.run import Run, quiet
 from crossformer_vision.tasks.run.files import AtomicCheckpoints
-from crossformer_vision.tasks.run.folder import Progress, command
+from crossformer_vision.tasks.run.folder import VAL_LIST, Progress, command
 
 
 class TaskParts(NamedTuple):
@@ -241,6 +242,38 @@ def parse(
         raise ArgumentError(
             None, explain(str(error), built.parsers[-1], args, configs or defaults)
         ) from error
+
+
+def known_of(checkpoint: str) -> dict[str, Any]:
+    """The class names that a checkpoint of a run holds, as an option of the data."""
+    classes = read_checkpoint(checkpoint).get("classes")
+    return {"data.classes": list(classes)} if classes else {}
+
+
+def from_run(folder: str, checkpoint: str | None) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """The options that build what a checkpoint of a run folder holds; what its files know better; what
+    version 0.1 did not write.
+
+    A run that is resumed before its first checkpoint begins anew.
+    """
+    resumed = checkpoint is None
+    path = Path(checkpoint or f"{folder}/last.ckpt")
+    for needed in (Path(folder) / "config.yaml", *(() if resumed else (path,))):
+        if not needed.is_file():
+            raise UserError(f"{folder}: not a run folder, it has no {needed.name}")
+    options = ["--config", f"{folder}/config.yaml"]
+    fixed: dict[str, Any] = {"run.folder": folder} if resumed else {}
+    span: dict[str, str] = {}
+    if path.is_file():
+        content = read_checkpoint(path)
+        span = span_of_a_run(content, str(path))
+        options += [part for name, value in span.items() for part in (f"--model.model_args.{name}", value)]
+        fixed |= {"model.pretrained": False, "model.checkpoint": None}
+        if content.get("classes"):
+            fixed["data.classes"] = list(content["classes"])
+    if (listed := Path(folder) / VAL_LIST).is_file():
+        fixed["data.val_list"] = str(listed)
+    return options, fixed, span
 
 
 USAGE = {

@@ -5,7 +5,6 @@ The slow test writes `docs/backbones.md`.
 
 import gc
 import logging
-import re
 from pathlib import Path
 
 import pytest
@@ -92,11 +91,14 @@ INTRO = """# Backbones
 
 What each family of timm's models does here: a step of training of one small model of each, as a classifier, in both
 detectors (RetinaNet, Mask R-CNN) and both segmenters (Semantic FPN, UPerNet). Written by
-`pytest -m slow tests/models/test_families.py` with timm {version}. {summary}
+`pytest -m slow tests/models/test_families.py` with timm {version}.
 
-"pyramid" are maps at strides 4 to 32 of the model's own; "one map" becomes a simple pyramid, as in ViTDet (arXiv
-2203.16527). Models whose maps are neither, or that take one size of image alone, are refused when they are made, with
-what is said here.
+{summary}
+
+Of dense models "pyramid" has maps at strides 4 to 32 of its own; those that "some maps" lack are made from their
+neighbours, and all from "one map", as in ViTDet (arXiv 2203.16527). What has none of stride 8, 16 or 32, or takes one
+size of image alone, is refused when it is made, with what is said here; a segmenter can work in windows of that size
+(`model_args: {{img_size: 256}}`, `window: 256`).
 
 | family | model | classifier | detectors, segmenters |
 | --- | --- | --- | --- |
@@ -120,7 +122,8 @@ def test_every_family_and_its_table():
         counts["dense"] += dense == "yes"
         if dense == "yes":
             dense = kind(name)
-        rows.append(f"| {module} | {name} | {short(classifier, name)} | {short(dense, name)} |")
+        family = "crossformer" if module == "variants" else module  # our file of named models
+        rows.append(f"| {family} | {name} | {short(classifier, name)} | {short(dense, name)} |")
         print(rows[-1], flush=True)
         gc.collect()
     summary = (
@@ -133,8 +136,11 @@ def test_every_family_and_its_table():
 
 def kind(name):
     model = create_backbone(name)
-    return "one map" if isinstance(model, SimplePyramid) else "pyramid"
+    if not isinstance(model, SimplePyramid):
+        return "pyramid"
+    return "one map" if len({*model.sources}) == 1 else "some maps"
 
 
 def short(said, name):
-    return re.sub(f"^model '{name}' ", "", said).replace("|", "/")[:160]
+    """A refusal without the model's name, and without the way out, which the page's head has."""
+    return said.removeprefix(f"model '{name}' ").split(", and dense models")[0].replace("|", "/")

@@ -410,6 +410,9 @@ class ClassificationData(ResumableData):
             crop_and_flip.transforms.append(transforms.RandomHorizontalFlip(self.hflip))
         return transforms.Compose([crop_and_flip, recolour, finish])
 
+    def training_size(self) -> tuple[int, int]:
+        return self._size(), self._size()
+
     def train_dataloader(self) -> SeededLoader:
         return self.loader("train")
 

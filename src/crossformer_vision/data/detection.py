@@ -488,6 +488,9 @@ class DetectionData(ResumableData):
         steps.append(v2.ToDtype({torch.Tensor: torch.float32, "others": None}, scale=True))
         return v2.Compose(steps)
 
+    def training_size(self) -> tuple[int, int]:
+        return self.min_sizes[-1], self.max_size
+
     def train_dataloader(self) -> SeededLoader:
         source: Any = self.open("train").source
         tall = [int(height > width) for width, height in source.sizes]

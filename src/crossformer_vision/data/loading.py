@@ -401,6 +401,10 @@ class ResumableData(L.LightningDataModule):
         for loader in self._loaders:
             loader.close()
 
+    def training_size(self) -> tuple[int, int]:
+        """Height and width of the images that are trained on, as far as they have one."""
+        raise NotImplementedError
+
     def val_dataloader(self) -> SeededLoader:
         raise NotImplementedError
 

@@ -477,6 +477,9 @@ class SegmentationData(ResumableData):
             f"{root / 'images' / split}: no such folder; name the split with --data.{stage}_split"
         )
 
+    def training_size(self) -> tuple[int, int]:
+        return self.augmentation.crop_size, self.augmentation.crop_size
+
     def train_dataloader(self) -> SeededLoader:
         return self.loader("train")
 

@@ -127,6 +127,8 @@ def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | Non
         **parts(task),
         "parameters": params,
         **metrics,
+        "metric": task.monitor,
+        "image_size": data.training_size(),
         "epochs": trainer.current_epoch,
         "images_seen": task.images_seen,
         "minutes": round(writer.minutes(), 2),
