@@ -4,14 +4,18 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 import yaml
 
 from crossformer_vision.cli import main
+from crossformer_vision.compare import read_grid
 from crossformer_vision.info import PUBLISHED
 from crossformer_vision.models.variants import FOURTEENS, published_groups
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+GRIDS = [name for name in FILES if name.startswith("ablations/")]
+RECIPES = [name for name in FILES if name not in GRIDS]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -39,6 +43,19 @@ def test_recipe(name, classifier_configs, capsys):
         assert resolved["model"]["decay_on"] == ("all_but_norms" if head == "upernet" else "all")
     if model in classifier_configs and not name.startswith("default/"):
         assert resolved["model"]["drop_path_rate"] == classifier_configs[model]["drop_path_rate"]
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_grid(name, capsys):
+    """Each row is understood, and its model can be built."""
+    head = [line for line in (CONFIGS / name).read_text().splitlines() if line.startswith("#")]
+    assert any(name in line and line.startswith("# Command: ") for line in head)
+    grid = read_grid(name)
+    for row in grid.rows.values():
+        assert main(["train", *grid.arguments(row, 0), "--print_config"]) == 0
+        model = yaml.safe_load(capsys.readouterr().out)["model"]
+        with torch.device("meta"):
+            timm.create_model(model["model"], **(model["model_args"] or {}))
 
 
 def test_every_published_model_has_a_recipe():

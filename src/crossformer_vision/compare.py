@@ -66,11 +66,12 @@ class Grid:
 
 
 def read_grid(path: str) -> Grid:
-    """A grid from its YAML; see `docs/experiments.md`.
+    """A grid from its YAML: a path, or a name among those that come along. See `docs/experiments.md`.
 
     Raises:
         UserError: a file that is missing or no grid; the message says what is wrong.
     """
+    path = options.find_config(path)
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
