@@ -104,18 +104,26 @@ def train(args: list[str]) -> None:
     from crossformer_vision import options
 
     resume = options.take(args, "--resume")
-    fixed: dict[str, Any] = {}
-    upgraded: dict[str, Any] = {}
-    if resume is not None:
-        given, fixed, upgraded = options.from_run(resume, None)
-        args = [*given, *args]
-        if "--help" in args:
-            resume = None
     from crossformer_vision import visualize
     from crossformer_vision.tasks import run
-    from crossformer_vision.tasks.run.folder import command
+    from crossformer_vision.tasks.run.folder import command, restarted
 
-    cli = options.parse(args, "train", fixed, resume, upgraded)
+    cli: Any = None
+    if resume == "auto" or (resume is None and restarted()):
+        try:
+            cli = options.parse(args, "train", auto="asked" if resume else "restarted")
+            resume = None
+        except options.GoOn as there:
+            resume, args = str(there), []
+    if cli is None:
+        fixed: dict[str, Any] = {}
+        upgraded: dict[str, Any] = {}
+        if resume is not None:
+            given, fixed, upgraded = options.from_run(resume, None)
+            args = [*given, *args]
+            if "--help" in args:
+                resume = None
+        cli = options.parse(args, "train", fixed, resume, upgraded)
     if resume and run.is_finished(Path(resume), cli.trainer):
         print(
             f"{resume} is finished; more: --trainer.max_epochs N with --resume; "

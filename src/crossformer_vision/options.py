@@ -30,7 +30,7 @@ from crossformer_vision.checkpoints import read_checkpoint, span_of_a_run
 from crossformer_vision.errors import UserError
 from crossformer_vision.tasks.run import Run, quiet
 from crossformer_vision.tasks.run.files import AtomicCheckpoints
-from crossformer_vision.tasks.run.folder import VAL_LIST, Progress, command
+from crossformer_vision.tasks.run.folder import VAL_LIST, Progress, command, of_this_job
 
 
 class TaskParts(NamedTuple):
@@ -77,6 +77,15 @@ NOT_OURS = {
     "use_distributed_sampler": "the data share the images among processes themselves",
     "reload_dataloaders_every_n_epochs": "the data load anew by themselves",
     "model_registry": "a run keeps its checkpoints in its folder",
+}
+OUR_TRAINER = {
+    "trainer.max_epochs": 10,
+    "trainer.enable_model_summary": False,
+    "trainer.use_distributed_sampler": False,
+    "trainer.num_sanity_val_steps": 0,
+    "trainer.gradient_clip_val": 5.0,
+    # Not the working directory, where Lightning looks in a SLURM job for a checkpoint of any earlier job.
+    "trainer.default_root_dir": "runs",
 }
 # What a resumed run cannot change: its weights, and the optimizer's state, would not fit.
 FIXED = (
@@ -189,6 +198,10 @@ def recipe(task: str, args: Sequence[str]) -> tuple[str, str]:
     return name, f"options start from {name}, {why}; --config takes another, --help shows all"
 
 
+class GoOn(Exception):
+    """There is a run that these options go on with, in the folder that is the message."""
+
+
 def parse(
     args: Sequence[str],
     verb: str,
@@ -196,6 +209,7 @@ def parse(
     resume: str | None = None,
     upgraded: dict[str, Any] | None = None,
     silent: bool = False,
+    auto: Literal["", "asked", "restarted"] = "",
 ) -> Any:
     """Lightning's command line on our task, data and trainer; returns them, built.
 
@@ -206,6 +220,12 @@ def parse(
         resume: folder of the run that goes on.
         upgraded: keywords of the model that its checkpoint, of an earlier version, goes without.
         silent: do not say which recipe holds.
+        auto: whether to go on with the run of the same configuration that the folder holds, or with that of
+            this job of a scheduler.
+
+    Raises:
+        GoOn: see `auto`.
+        UserError: an option or a configuration that is wrong, in words.
     """
     quiet()
     args = [part for a in args for part in (a.split("=", 1) if a.startswith("--config=") else (a,))]
@@ -221,7 +241,7 @@ def parse(
         first = os.environ.get("LOCAL_RANK", "0") == "0"
         if line and first and not silent and not has(args, "--help", "-h", "--print_config"):
             print(line, flush=True)
-    built = _cli(task, verb, fixed or {}, resume, upgraded or {})
+    built = _cli(task, verb, fixed or {}, resume, upgraded or {}, auto)
     try:
         return built(
             *(_class(task, package) for package in ("tasks", "data")),
@@ -278,13 +298,15 @@ def from_run(folder: str, checkpoint: str | None) -> tuple[list[str], dict[str, 
 
 USAGE = {
     "train": "crossformer train [--config FILE] [--data.root FOLDER] [--OPTION VALUE …]\n"
-    "       crossformer train --resume RUN [--OPTION VALUE …]",
+    "       crossformer train --resume RUN [--OPTION VALUE …]\n"
+    "       crossformer train --resume auto [--run.folder RUN] [--OPTION VALUE …]",
     "validate": "crossformer validate RUN [--checkpoint FILE] [--OPTION VALUE …]\n"
     "       crossformer validate --config FILE --checkpoint FILE --data.root FOLDER",
 }
 DESCRIPTION = {
     "train": "Train a model. RUN is the folder of a run, as runs/classification-crossformer_nano; --resume "
-    "goes on with it, with other options where they are given. --debug shows the traceback of an error.",
+    "goes on with it, with other options where they are given; --resume auto starts or goes on. --debug "
+    "shows the traceback of an error.",
     "validate": "Evaluate a checkpoint, and draw what it gets right and wrong. RUN is the folder of a run; "
     "its best.ckpt is taken unless --checkpoint names another. --debug shows the traceback of an error.",
 }
@@ -306,7 +328,9 @@ def _listed(value: Any) -> list[Any]:
     )
 
 
-def _cli(task: str, verb: str, fixed: dict[str, Any], resume: str | None, upgraded: dict[str, Any]) -> Any:
+def _cli(
+    task: str, verb: str, fixed: dict[str, Any], resume: str | None, upgraded: dict[str, Any], auto: str
+) -> Any:
     class Cli(LightningCLI):
         parsers: list[Any] = []
 
@@ -320,15 +344,7 @@ def _cli(task: str, verb: str, fixed: dict[str, Any], resume: str | None, upgrad
             parser.add_lightning_class_args(_class(task, "tasks"), "model")
             parser.add_class_arguments(Run, "run")
             parser.add_lightning_class_args(L.Trainer, "trainer")
-            parser.set_defaults(
-                {
-                    "trainer.max_epochs": 10,
-                    "trainer.enable_model_summary": False,
-                    "trainer.use_distributed_sampler": False,
-                    "trainer.num_sanity_val_steps": 0,
-                    "trainer.gradient_clip_val": 5.0,
-                }
-            )
+            parser.set_defaults(OUR_TRAINER)
             for action in parser._actions:
                 if action.dest.removeprefix("trainer.") in NOT_OURS:
                     action.help = SUPPRESS
@@ -345,16 +361,51 @@ def _cli(task: str, verb: str, fixed: dict[str, Any], resume: str | None, upgrad
         def before_instantiate_classes(self) -> None:
             defaults = signature(L.Trainer).parameters
             for name, instead in NOT_OURS.items():
-                if name != "use_distributed_sampler" and self.config.trainer[name] != defaults[name].default:
+                ours = OUR_TRAINER.get(f"trainer.{name}", defaults[name].default)
+                if self.config.trainer[name] not in (ours, defaults[name].default):
                     raise UserError(f"--trainer.{name} is not an option of this command: {instead}")
+                self.config.trainer[name] = ours  # runs of version 0.1 have Lightning's
+            strategy = str(self.config.trainer.strategy)
+            if any(start in strategy for start in ("spawn", "fork", "notebook")):
+                raise UserError(
+                    f"--trainer.strategy {strategy}: what such processes hold is lost at their end; "
+                    "take ddp, which starts processes of its own"
+                )
             # What follows from where and how the command is called is not kept.
             kept = self.config.clone()
             kept.run.folder = None
             self.text = self.parser.dump(kept, skip_link_targets=True, skip_none=False)
             if resume:
                 self._say_what_changed(Path(resume))
+            elif auto:
+                self._go_on_if_there_is_a_run()
             for key, value in fixed.items():
                 self.config[key] = value
+
+        def _go_on_if_there_is_a_run(self) -> None:
+            """`--resume auto`, or a command that a scheduler has started again."""
+            usual = Path("runs") / f"{task}-{self.config.model.model}"
+            folder = Path(self.config.run.folder or usual)
+            if auto == "restarted":
+                there = [folder] if self.config.run.folder else sorted(folder.parent.glob(f"{folder.name}*"))
+                own = [path for path in there if (path / "config.yaml").is_file() and of_this_job(path)]
+                if own:
+                    raise GoOn(str(own[-1]))
+                return
+            self.config.run.folder = str(folder)
+            if not (folder / "config.yaml").is_file():
+                return
+            before, now = (
+                _flat(content)
+                for content in (_content(str(folder / "config.yaml")), yaml.safe_load(self.text))
+            )
+            for key in before.keys() & now.keys():
+                if before[key] != now[key] and key != "run.folder":
+                    raise UserError(
+                        f"{folder}: holds a run of another configuration: {key} is {before[key]} there, "
+                        f"{now[key]} here; --resume {folder} goes on with it, --run.folder names another"
+                    )
+            raise GoOn(str(folder))
 
         def _say_what_changed(self, folder: Path) -> None:
             before = _flat(_content(str(folder / "config.yaml")))

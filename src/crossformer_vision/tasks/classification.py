@@ -178,11 +178,8 @@ class Classification(Task):
         self.accuracy(logits, labels)
         self.confusion(logits, labels)
         n = len(images)
-        self.log("val_loss", self.loss, on_epoch=True, batch_size=n)
-        self.log("val_accuracy", self.accuracy, on_epoch=True, batch_size=n, prog_bar=True)
         if self.accuracy_top5 is not None:
             self.accuracy_top5(logits, labels)
-            self.log("val_accuracy_top5", self.accuracy_top5, on_epoch=True, batch_size=n)
         # A few of every n-th batch, since batches may come class by class.
         batches = self.batches_evaluated
         few = -(-SHOWN // batches) if batch_idx % max(1, batches // SHOWN) == 0 else 0
@@ -194,6 +191,13 @@ class Classification(Task):
                 )
 
     def on_validation_epoch_end(self) -> None:
+        # Here, and not in the step: a process without a share of the images takes part.
+        metrics: dict[str, Any] = {"loss": self.loss, "accuracy": self.accuracy}
+        if self.accuracy_top5 is not None:
+            metrics["accuracy_top5"] = self.accuracy_top5
+        for name, metric in metrics.items():
+            self.log(f"val_{name}", metric.compute(), prog_bar=name == "accuracy")
+            metric.reset()
         self.matrix = self.confusion.compute().cpu()
         self.confusion.reset()
 

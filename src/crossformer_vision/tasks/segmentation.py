@@ -86,6 +86,8 @@ class Segmentation(Task):
         )
         if checkpoint:
             load_checkpoint(self.net, checkpoint)
+        if isinstance(self.net, UPerNet) and not auxiliary_weight:  # or several processes would wait for it
+            self.net.auxiliary_head.requires_grad_(False)
         self.auxiliary_weight, self.dice, self.avg_non_ignore = auxiliary_weight, dice, avg_non_ignore
         self.test_scales = test_scales
         self.test: dict[str, Any] = dict(flip=test_flip, window=window, stride=window_stride)
@@ -105,7 +107,8 @@ class Segmentation(Task):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         log: dict[str, Any] = dict(on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
-        if isinstance(self.net, UPerNet) and len(images) == 1 and self.trainer.world_size == 1:
+        synced = any(isinstance(m, nn.SyncBatchNorm) for m in self.net.modules())
+        if isinstance(self.net, UPerNet) and len(images) == 1 and not synced:
             raise UserError("upernet normalises over a batch: take --data.batch_size 2 or more")
         if isinstance(self.net, UPerNet) and self.auxiliary_weight:
             logits, auxiliary = self.net.forward_auxiliary(images)

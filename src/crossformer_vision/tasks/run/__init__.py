@@ -83,6 +83,9 @@ def quiet() -> None:
     # What a person has asked for still speaks.
     logging.getLogger("lightning.pytorch.callbacks.model_summary").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings(
+        "ignore", message="The ``compute`` method of metric"
+    )  # of a process without images
     warnings.filterwarnings("ignore", message="Grad strides do not match")  # of depth-wise convolutions
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
 
@@ -117,8 +120,9 @@ def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | Non
         if trainer.is_global_zero:
             writer.remove_unused()
     folder = writer.folder
-    # Without a validation there is no best one, and `fast_dev_run` saves nothing.
+    # Without a validation there is no best one, and `fast_dev_run` saves nothing. The first process knows.
     saved = [path for path in (folder / "best.ckpt", folder / "last.ckpt") if path.exists()]
+    saved = trainer.strategy.broadcast(saved)
     # It would validate the last epoch's average in place of the best weights.
     kept = [c for c in trainer.callbacks if not isinstance(c, EMAWeightAveraging)]  # type: ignore[attr-defined]
     trainer.callbacks = kept  # type: ignore[attr-defined]
@@ -129,6 +133,9 @@ def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | Non
         **metrics,
         "metric": task.monitor,
         "image_size": data.training_size(),
+        "processes": trainer.world_size,
+        "nodes": trainer.num_nodes,
+        "global_batch": data.global_batch * trainer.accumulate_grad_batches,
         "epochs": trainer.current_epoch,
         "images_seen": task.images_seen,
         "minutes": round(writer.minutes(), 2),
@@ -156,8 +163,11 @@ def validate(
     """Validate the weights of a checkpoint, or those that the task has; pictures go to `folder`."""
     from crossformer_vision.checkpoints import load_checkpoint
 
-    if checkpoint is not None:
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if checkpoint is not None and (trainer.is_global_zero or not together):
         load_checkpoint(task.net, checkpoint, adapt_classifier=False)
+    if checkpoint is not None and together:  # other machines may not see the file
+        task.net.load_state_dict(trainer.strategy.broadcast(task.net.state_dict()))
     found = trainer.validate(task, data, verbose=False)
     metrics = dict(found[0]) if found else {}  # no validation was wanted
     metrics = {**{k: v for k, v in metrics.items() if k == task.monitor}, **metrics}

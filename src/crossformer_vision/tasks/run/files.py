@@ -1,9 +1,11 @@
 """What is written whole or not at all, and folders that nobody else has."""
 
 import csv
+import io
 import itertools
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,19 +76,34 @@ def read_csv(path: str | Path) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write it whole or not at all.
+
+    Raises:
+        UserError: it cannot be written; what was there before is untouched.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8", newline="")
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); what was there is untouched. Make room for it, "
+            f"and go on with --resume {path.parent}"
+        ) from None
+
+
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write all rows, whole or not at all."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write it whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

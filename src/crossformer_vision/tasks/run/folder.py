@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from crossformer_vision import visualize
 from crossformer_vision.errors import UserError
 from crossformer_vision.tasks.base import Task
-from crossformer_vision.tasks.run.files import new_folder, read_csv, write_csv
+from crossformer_vision.tasks.run.files import new_folder, read_csv, write_csv, write_text
 
 if TYPE_CHECKING:
     from crossformer_vision.tasks.run import Run
@@ -29,6 +30,7 @@ fcntl: Any = None
 with suppress(ImportError):  # not on Windows
     import fcntl
 
+LOCK = ".lock"  # in a run's folder: locked while it runs; names the job that started it
 VAL_LIST = "val_list.txt"  # in a run's folder: the validation images that were held out of one folder
 
 
@@ -144,6 +146,12 @@ class RunFolder(Callback):
             raise taken
         self.folder = Path(taken)
         self.run.folder = str(self.folder)
+        first = trainer.strategy.broadcast((self.resumed, (self.folder / "last.ckpt").is_file()))
+        seen = first == (False, False) or first == (self.resumed, (self.folder / "last.ckpt").is_file())
+        if not trainer.strategy.reduce_boolean_decision(seen):
+            raise UserError(
+                f"{self.folder}: not every machine sees what it holds; a run goes on in a shared folder"
+            )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.folder)
@@ -157,27 +165,29 @@ class RunFolder(Callback):
             folder, self.made = new_folder(Path("runs") / f"{task.name}-{task.hparams['model']}"), True
         else:
             folder = Path(self.run.folder)
+        config = folder / "config.yaml"
         try:
             if not folder.exists():
                 folder.mkdir(parents=True)
                 self.made = True
             if not os.access(folder, os.W_OK):
                 raise PermissionError(13, "Permission denied")
+            if config.exists() and not self.resumed:
+                raise UserError(
+                    f"{folder}: there is a run in it; --resume it, or choose another --run.folder"
+                )
             # Held open and locked until the run ends: of two that resume it, one is told.
-            self.lock = (folder / "config.yaml").open("a" if self.resumed else "x", encoding="utf-8")
+            self.lock = (folder / LOCK).open("a+", encoding="utf-8")
             if fcntl is not None:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.lock.truncate(0)
-            self.lock.write(self.config)
+            self.lock.write(job() or "")
             self.lock.flush()
-        except FileExistsError:
-            raise UserError(
-                f"{folder}: there is a run in it; --resume it, or choose another --run.folder"
-            ) from None
         except BlockingIOError:
             raise UserError(f"{folder}: another process is training in it") from None
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+        write_text(config, self.config)
         return str(folder)
 
     def remove_unused(self) -> None:
@@ -187,7 +197,8 @@ class RunFolder(Callback):
         if self.made:
             shutil.rmtree(self.folder, ignore_errors=True)
         else:
-            (self.folder / "config.yaml").unlink(missing_ok=True)
+            for name in ("config.yaml", LOCK):
+                (self.folder / name).unlink(missing_ok=True)
             shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -196,7 +207,7 @@ class RunFolder(Callback):
         print(f"run folder: {self.folder}", flush=True)
         data: Any = getattr(trainer, "datamodule", None)
         if held_out := getattr(data, "held_out", None):
-            (self.folder / VAL_LIST).write_text("".join(f"{name}\n" for name in held_out), encoding="utf-8")
+            write_text(self.folder / VAL_LIST, "".join(f"{name}\n" for name in held_out))
         metrics = self.folder / "metrics.csv"
         if self.resumed and metrics.exists():
             self.rows = read_csv(metrics)
@@ -274,7 +285,10 @@ class RunFolder(Callback):
 
     def _catch_signals(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if "SLURM_JOB_ID" in os.environ:  # its warning that time is up; Lightning would save elsewhere
+                numbers.append(signal.SIGUSR1)
+            for number in numbers:
                 self.handlers[number] = signal.signal(number, self._caught)
 
     def _caught(self, number: int, frame: Any) -> None:
@@ -297,7 +311,11 @@ class RunFolder(Callback):
 
     def _stop(self, trainer: L.Trainer) -> None:
         said = f"stopped after step {trainer.global_step}; {self.how_to_go_on()}"
-        raise Stopped(said, self.signal or signal.SIGINT)
+        number = self.signal or signal.SIGINT
+        if number == getattr(signal, "SIGUSR1", None):
+            if trainer.is_global_zero and requeue():
+                said = f"stopped after step {trainer.global_step}; SLURM has it in its queue again"
+        raise Stopped(said, number)
 
     def how_to_go_on(self) -> str:
         return f"go on with: {command()} train --resume {shlex.quote(str(self.folder))}"
@@ -353,6 +371,38 @@ class RunFolder(Callback):
         parts = [f"{visualize.called(k)} {values[k]:.{3 if 'loss' in k else 4}f}" for k in shown]
         parts += [f"{self.images_per_second():.0f} images/s", f"{self.time_left(trainer)} left"]
         return "  ".join((done, *parts))
+
+
+def job() -> str | None:
+    """A name of what started this process and will start the same command again: a SLURM job, or torchrun."""
+    if number := os.environ.get("SLURM_JOB_ID"):
+        return f"slurm {number}"
+    if run := os.environ.get("TORCHELASTIC_RUN_ID"):
+        return f"torchrun {run}"
+    return None
+
+
+def of_this_job(folder: Path) -> bool:
+    """Whether this job has started the run in a folder."""
+    try:
+        return job() is not None and (folder / LOCK).read_text(encoding="utf-8") == job()
+    except OSError:
+        return False
+
+
+def restarted() -> bool:
+    """Whether SLURM has put this job into its queue again, or torchrun has started its processes anew."""
+    counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    return any(os.environ.get(name, "0") != "0" for name in counts)
+
+
+def requeue() -> bool:
+    """Ask SLURM to run this job again; whether it will."""
+    try:
+        asked = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True)
+    except OSError:
+        return False
+    return asked.returncode == 0
 
 
 def command() -> str:
