@@ -1,5 +1,6 @@
 """The docs: each Python snippet runs as pasted, page by page; each command line is understood, by zsh too."""
 
+import logging
 import re
 import shlex
 import shutil
@@ -67,10 +68,14 @@ def test_snippets_run_as_pasted(page, desk, monkeypatch):
     )
     shutil.rmtree(desk / "runs/x", ignore_errors=True)
     shutil.copytree(desk / f"runs/{task}-crossformer_nano", desk / "runs/x")
+    loggers = [logging.getLogger(name) for name in ("crossformer_vision", "lightning.pytorch")]
+    levels = [logger.level for logger in loggers]
     names: dict = {}
     for block in blocks(page, "python"):
         if "torch.export" not in block:  # minutes; test_timm.py exports with dynamic sizes
             exec(compile(block, page, "exec"), names)
+    for logger, level in zip(loggers, levels, strict=True):  # one page tells how to silence them
+        logger.setLevel(level)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])

@@ -167,7 +167,6 @@ def validate(args: list[str]) -> None:
         args = [*given, *args]
     elif checkpoint:
         fixed = options.known_of(checkpoint)
-    from crossformer_vision import visualize
     from crossformer_vision.tasks import run
 
     cli = options.parse(args, "validate", fixed, silent=folder is not None)
@@ -182,7 +181,7 @@ def validate(args: list[str]) -> None:
     if cli.trainer.is_global_zero:
         import textwrap
 
-        figures = [f"{visualize.called(k)} {v:.4f}" for k, v in results.items() if k.startswith("val_")]
+        figures = [f"{k} {v:.4f}" for k, v in results.items() if k.startswith("val_")]
         lines = textwrap.wrap("  ".join(f.replace(" ", "\0") for f in figures), 79)  # a figure in one line
         print("\n".join(lines).replace("\0", " "))
         print(f"{results['images']} images; pictures and results.json in {out}")

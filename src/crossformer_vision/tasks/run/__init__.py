@@ -8,6 +8,7 @@ results.json      what came out, and on what
 *.png             what a validation of the task shows
 """
 
+import os
 import platform
 import signal
 import sys
@@ -24,6 +25,7 @@ from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     ModelCheckpoint,
 )
+from torch import distributed
 
 from crossformer_vision.errors import UserError as UserError
 from crossformer_vision.tasks.base import Task
@@ -95,8 +97,23 @@ def parts(task: Task) -> dict[str, str]:
     return {key: task.hparams[key] for key in ("detector", "segmenter", "model") if key in task.hparams}
 
 
+def join_again(trainer: L.Trainer) -> None:
+    """Processes that torchrun has started anew meet under names of their own.
+
+    Under the usual ones its store still has the addresses of those that died (torch 2.15, gloo).
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or trainer.world_size == 1 or distributed.is_initialized():
+        return
+    store, rank, size = next(distributed.rendezvous("env://"))
+    backend = "nccl" if trainer.strategy.root_device.type == "cuda" else "gloo"
+    store = distributed.PrefixStore(f"attempt-{attempt}", store)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
+
+
 def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | None) -> dict[str, Any]:
     """Train, then validate the best checkpoint and write what it shows; returns what `results.json` holds."""
+    join_again(trainer)
     params = sum(p.numel() for p in task.net.parameters())
     train, val = (len(data.open(stage)) for stage in ("train", "val"))
     writer: Any = next(c for c in trainer.callbacks if isinstance(c, RunFolder))  # type: ignore[attr-defined]
@@ -115,7 +132,7 @@ def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | Non
             raise KeyboardInterrupt from stop
         raise Stopped(f"stopped; {writer.how_to_go_on()}", signal.SIGINT) from None
     finally:
-        data.teardown("fit")  # workers have the lock, too
+        data.teardown("fit")  # Lightning calls it only where nothing was raised
         writer.close()
         if trainer.is_global_zero:
             writer.remove_unused()
@@ -163,7 +180,7 @@ def validate(
     """Validate the weights of a checkpoint, or those that the task has; pictures go to `folder`."""
     from crossformer_vision.checkpoints import load_checkpoint
 
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    together = distributed.is_available() and distributed.is_initialized()
     if checkpoint is not None and (trainer.is_global_zero or not together):
         load_checkpoint(task.net, checkpoint, adapt_classifier=False)
     if checkpoint is not None and together:  # other machines may not see the file

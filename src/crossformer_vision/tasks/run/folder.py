@@ -176,10 +176,11 @@ class RunFolder(Callback):
                 raise UserError(
                     f"{folder}: there is a run in it; --resume it, or choose another --run.folder"
                 )
-            # Held open and locked until the run ends: of two that resume it, one is told.
+            # Held open and locked until the run ends: of two that resume it, one is told. The lock is of this
+            # process alone: those that it forks live on for some seconds where it is killed.
             self.lock = (folder / LOCK).open("a+", encoding="utf-8")
             if fcntl is not None:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.lock.truncate(0)
             self.lock.write(job() or "")
             self.lock.flush()
