@@ -60,7 +60,8 @@ def test_images_of_every_kind_and_in_linked_folders(tmp_path, caplog):
     (tmp_path / "data/train/ant/hidden.jpg").rename(tmp_path / "data/train/ant/._0.jpg")
     module = data(tmp_path / "data")
     assert module.num_classes == 2 and module.classes == ["ant", "bee"]
-    samples = module.images["train"].source.samples
+    source = module.images["train"].source
+    samples = [(source.name(n), source.labels[n]) for n in range(len(source))]
     assert sum(label == 0 for _, label in samples) == 4 + 7
     assert sum(label == 1 and "loop" not in path for path, label in samples) == 4 + 3
     assert len(samples) == 18 and "left out 1 files that are no images" in caplog.text

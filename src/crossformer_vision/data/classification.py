@@ -2,7 +2,8 @@
 
 import logging
 import zlib
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterator
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from torchvision.transforms import v2
 
 from crossformer_vision.data import digits
 from crossformer_vision.data.augmentation import composed
-from crossformer_vision.data.images import EXTENSIONS, files_below, is_hidden, upright
+from crossformer_vision.data.images import EXTENSIONS, Names, is_hidden, names_below, upright
 from crossformer_vision.data.loading import (
     SYNONYMS,
     ReadImages,
@@ -49,42 +50,51 @@ class FolderImages:
 
     def __init__(self, folder: Path, classes: list[str]) -> None:
         self.folder = folder
-        below = [p for p in files_below(folder) if len(p.relative_to(folder).parts) > 1]
-        files = [p for p in below if p.suffix.lower() in EXTENSIONS]
-        if not files:
+        labels = array("i")  # in the order of the names, which is that of the classes
+        found: dict[str, int] = {}
+        others: list[str] = []
+
+        def images() -> Iterator[str]:
+            for name in names_below(folder):
+                first, below, _ = name.partition("/")
+                if not below:
+                    continue
+                if name[name.rfind(".") :].lower() in EXTENSIONS:
+                    labels.append(found.setdefault(first, len(found)))
+                    yield name
+                else:
+                    others.append(name)
+
+        self.names = Names(images())
+        if not found:
             raise UserError(
                 f"{folder}: no images in class folders; expected {folder.name}/<class>/<image>.jpg"
             )
-        names = [p.relative_to(folder).parts[0] for p in files]
         listed = {p.name for p in folder.iterdir() if p.is_dir() and not is_hidden(Path(p.name))}
-        if empty := sorted(listed - set(names)):
+        if empty := sorted(listed - set(found)):
             raise UserError(
                 f"{folder / empty[0]}: a class without images; put some there, or remove the folder"
             )
-        if others := [p for p in below if p.suffix.lower() not in EXTENSIONS]:
-            log.warning("%s: left out %d files that are no images: %s, …", folder, len(others), others[0])
-        number = _number(folder, sorted(set(names)), classes)
+        if others:
+            first = folder / others[0]
+            log.warning("%s: left out %d files that are no images: %s, …", folder, len(others), first)
+        number = _number(folder, list(found), classes)
         self.classes = list(number)
-        self.samples = [(str(p), number[name]) for p, name in zip(files, names, strict=True)]
+        self.labels = np.array([number[name] for name in found], np.int32)[np.array(labels)]
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.labels)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        path, label = self.samples[index]
-        return upright(Image.open(path)), label
+        return upright(Image.open(self.name(index))), int(self.labels[index])
 
     def name(self, index: int) -> str:
-        return self.samples[index][0]
-
-    def below(self, index: int) -> str:
-        """The name of an image below the folder."""
-        return Path(self.name(index)).relative_to(self.folder).as_posix()
+        return f"{self.folder}/{self.names[index]}"
 
     def some(self, names: set[str]) -> "FolderImages":
         """Those of these names below the folder."""
-        part = copy(self)
-        part.samples = [s for n, s in enumerate(self.samples) if self.below(n) in names]
+        part, kept = copy(self), [n for n, name in enumerate(self.names) if name in names]
+        part.names, part.labels = Names(self.names[n] for n in kept), self.labels[kept]
         return part
 
 
@@ -162,8 +172,8 @@ class DigitImages:
 def hold_out(images: FolderImages, share: float, seed: int) -> list[str]:
     """The same share of each class's images at random, at least one of two, for validation; names, sorted."""
     of_class: dict[int, list[str]] = {}
-    for n, (_, label) in enumerate(images.samples):
-        of_class.setdefault(label, []).append(images.below(n))
+    for name, label in zip(images.names, images.labels.tolist(), strict=True):
+        of_class.setdefault(label, []).append(name)
     chosen: list[str] = []
     for label, names in of_class.items():
         rng = np.random.default_rng(mix_seed(seed, zlib.crc32(images.classes[label].encode())))
@@ -317,7 +327,7 @@ class ClassificationData(ResumableData):
     def _part(self, folder: Path, stage: str) -> FolderImages:
         """The images of a folder without splits that are held out, or those that are not."""
         whole = FolderImages(folder, self.classes)
-        names = {whole.below(n) for n in range(len(whole))}
+        names = set(whole.names)
         if not self.held_out:
             if self.val_list:
                 self.held_out = self._listed(Path(self.val_list), names)

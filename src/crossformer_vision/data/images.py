@@ -1,6 +1,8 @@
 """One image on disk, or in memory, as a person sees it: upright, in RGB, 8 bits."""
 
 import os
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +25,51 @@ def is_hidden(path: Path) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
-def files_below(folder: Path) -> list[Path]:
-    """All files below a folder that are not hidden, sorted; linked folders too, each once."""
-    found: list[Path] = []
-    seen = set()
-    for at, folders, files in os.walk(folder, followlinks=True):
+def names_below(folder: Path) -> Iterator[str]:
+    """Names below a folder, with slashes, of all files that are not hidden, sorted; linked folders once."""
+    seen: set[str] = set()
+
+    def walk(at: str, before: str) -> Iterator[str]:
         real = os.path.realpath(at)
         if real in seen:  # a link to a folder above
-            folders.clear()
-            continue
+            return
         seen.add(real)
-        below = Path(at).relative_to(folder)
-        folders[:] = [name for name in folders if not is_hidden(Path(name))]
-        found += [folder / below / name for name in files if not is_hidden(Path(name))]
-    return sorted(found)
+        with os.scandir(at) as entries:
+            found = sorted((entry.name, entry.is_dir()) for entry in entries)
+        for name, is_folder in found:
+            if name.startswith(".") or name == "__MACOSX":
+                continue
+            if is_folder:
+                yield from walk(f"{at}/{name}", f"{before}{name}/")
+            else:
+                yield before + name
+
+    yield from walk(str(folder), "")
+
+
+def files_below(folder: Path) -> list[Path]:
+    """The files of `names_below`."""
+    return [folder / name for name in names_below(folder)]
+
+
+class Names(Sequence[str]):
+    """Many strings in one array: a Python object each would be copied into every worker, as it is touched."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        joined, ends = bytearray(), array("q")
+        for name in names:
+            joined += os.fsencode(name)
+            ends.append(len(joined))
+        self.bytes = np.frombuffer(bytes(joined), np.uint8)
+        self.ends = np.array(ends, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        index = range(len(self))[index]
+        start = self.ends[index - 1] if index else 0
+        return os.fsdecode(self.bytes[start : self.ends[index]].tobytes())
 
 
 def upright(image: Image.Image, labelled: tuple[int, int] | None = None) -> Image.Image:

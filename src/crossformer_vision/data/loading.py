@@ -17,7 +17,7 @@ import lightning as L
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from crossformer_vision.data.images import reason, to_rgb
 from crossformer_vision.errors import NoSuchSplit, UserError, check_names, check_range
@@ -53,7 +53,16 @@ def restore_generators(states: Any) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed all generators of the CPU inside the block, and put them back after it."""
+    """Seed all generators of the CPU inside the block, and put them back after it.
+
+    Not in a loader's worker, where nobody else draws.
+    """
+    if get_worker_info() is not None:
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        yield
+        return
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed)
