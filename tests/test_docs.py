@@ -46,6 +46,7 @@ def desk(tmp_path_factory):
     for task, options in tasks.items():
         run = folder / f"runs/{task}-crossformer_nano"
         assert main(["train", *options, *small.split(), "--run.folder", str(run)]) == 0
+    shutil.copytree(folder / "runs/classification-crossformer_nano", folder / "runs/x")
     noise = np.random.default_rng(0).integers(0, 255, (120, 160, 3), dtype=np.uint8)
     (folder / "folder").mkdir()
     for name in ("photo.jpg", "folder/one.png"):
