@@ -12,10 +12,11 @@ from tasks.test_detection_run import TINY as DETECTION
 from tasks.test_run import TINY as CLASSIFICATION
 from tasks.test_segmentation_run import TINY as SEGMENTATION
 
-from crossformer_vision import UserError, load_predictor
+from crossformer_vision import UserError, create_detector, create_segmenter, load_predictor, published
 from crossformer_vision.cli import main
+from crossformer_vision.data.class_names import CIFAR10
 from crossformer_vision.info import PUBLISHED, build, describe, figures, paper_operations
-from crossformer_vision.models.variants import FOURTEENS, SEVENS
+from crossformer_vision.models.variants import FOURTEENS, SEVENS, published_groups
 from crossformer_vision.predict import squares
 from crossformer_vision.predict.results import Detected, Segmented
 
@@ -176,6 +177,36 @@ def test_arrays_tensors_and_the_folder_of_a_run(runs, images):
     assert predictor(pixels[:1]).image.size == (90, 1) and predictor(tensor[:1]).image.size == (90, 70)
     with pytest.raises(UserError, match=r"an image of shape \(70, 90, 5\): arrays are \(H, W, 3\)"):
         predictor(np.zeros((70, 90, 5), np.uint8))
+
+
+def test_published_weights_by_name(images, tmp_path, monkeypatch, capsys):
+    """Those that come along; published dense models, which bring their classes, groups and sizes; the rest said."""
+    result = load_predictor("crossformer_nano.cifar10", device="cpu")(images / "a.png")
+    assert set(result.classes) == set(CIFAR10) and len(result.top()) == 5
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["predict", "crossformer_nano.cifar10", str(images), *out]) == 0
+    assert json.loads((tmp_path / "out/predictions.json").read_text())[0]["classes"][0]["class"] in CIFAR10
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with pytest.raises(
+        UserError, match="the published weights of crossformer_pp_huge cannot be fetched|not here"
+    ):
+        load_predictor("crossformer_pp_huge")
+    for name, classes in (("retinanet_crossformer_small", 80), ("semantic_fpn_crossformer_small", 150)):
+        head, _, model = name.partition("_crossformer_")
+        groups = published_groups(f"crossformer_{model}", head)
+        create = create_detector if classes == 80 else create_segmenter
+        net = create(head, f"crossformer_{model}", num_classes=classes, backbone_args=groups)
+        path = published.cached_path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"state_dict": net.state_dict()}, path)
+        predictor = load_predictor(name, device="cpu")
+        assert len(predictor.classes) == classes == len(set(predictor.classes))
+        attention = predictor.net.body.model.stages[0].blocks[1].attn
+        assert [attention.group_size] == [groups["group_size"][0]] and attention.lda_span == "map"
+        for key, value in predictor.net.state_dict().items():
+            assert torch.equal(value, net.state_dict()[key])
+    assert predictor.transform.short_side == 512 and predictor.transform.size_divisor == 32
+    assert predictor.classes[:3] == ["wall", "building", "sky"] and predictor.classes[-1] == "flag"
 
 
 def test_bytes_open_files_and_checkpoints_in_memory(runs, images):

@@ -194,7 +194,11 @@ def predict(args: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "crossformer predict", description="Draw and write down what a trained checkpoint sees in images."
     )
-    parser.add_argument("run", help="run folder, whose best.ckpt is taken, or a checkpoint file of a run")
+    parser.add_argument(
+        "what",
+        help="run folder, whose best.ckpt is taken, or a checkpoint file of a run; or the name of published "
+        "weights, as crossformer_nano.cifar10, which come along, resnet18, mask_rcnn_crossformer_small",
+    )
     parser.add_argument("images", nargs="+", help="image files, or folders of them")
     parser.add_argument(
         "--out",
@@ -207,7 +211,7 @@ def predict(args: list[str]) -> None:
     from crossformer_vision import load_predictor
     from crossformer_vision.predict.files import predict_files
 
-    predictor = load_predictor(options.run, options.device, options.score)
+    predictor = load_predictor(options.what, options.device, options.score)
     predict_files(predictor, options.images, Path(options.out))
 
 

@@ -16,6 +16,7 @@ from crossformer_vision.data import images
 from crossformer_vision.errors import UserError, check_range
 from crossformer_vision.fonts import shortened as shortened
 from crossformer_vision.models.segmenters import segment
+from crossformer_vision.predict.names import as_checkpoint
 from crossformer_vision.predict.results import Classified, Detected, Result, Segmented
 
 
@@ -182,11 +183,13 @@ def load_predictor(
     device: str | torch.device | None = None,
     score: float = 0.5,
 ) -> Predictor:
-    """The trained network of a run.
+    """A trained network, ready for images.
 
     Args:
-        checkpoint: a run's folder, whose `best.ckpt` is taken, or one of its checkpoint files; or such a file
-            in memory: its bytes, an open file, or what it holds.
+        checkpoint: a run's folder, whose `best.ckpt` is taken, or one of its checkpoint files; such a file in
+            memory, as its bytes, an open file, or what it holds; or the name of published weights: of a timm
+            model (`crossformer_nano.cifar10`, which come with the library), a detector or a segmenter
+            (`mask_rcnn_crossformer_small`).
         device: `cpu`, `cuda`, …; the best there is if None.
         score: least score of an object, for detectors.
 
@@ -200,7 +203,8 @@ def load_predictor(
     elif isinstance(checkpoint, (str, os.PathLike)):
         path = Path(checkpoint)
         path = path / "best.ckpt" if path.is_dir() else path
-        source, content = str(path), read_checkpoint(path)
+        named = None if path.exists() else as_checkpoint(str(checkpoint))
+        source, content = str(path), named or read_checkpoint(path)
     else:
         content = read_checkpoint(io.BytesIO(checkpoint) if isinstance(checkpoint, bytes) else checkpoint)
     if device is None:
