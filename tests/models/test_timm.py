@@ -10,8 +10,9 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import set_scriptable
+from timm.layers import set_fused_attn, set_scriptable
 from timm.models import create_feature_extractor
+from timm.utils import AttentionExtract
 
 NAMES = timm.list_models("crossformer_*")
 SMALL = [
@@ -149,6 +150,28 @@ def test_images_of_many_channels(batch):
     weight = embed.convs[-1].weight
     (one,), (other,) = (torch.autograd.grad(out.square().sum(), weight) for out in (got, wanted))
     torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"attention": "shifted_window"}, {"lda_span": "map"}])
+def test_the_attention_can_be_seen(options):
+    """timm's switch makes each step of it a tensor of its own, which timm's tool then extracts; same logits."""
+    fused = timm.create_model("crossformer_nano", **options).eval()
+    set_fused_attn(False)
+    try:
+        model = timm.create_model("crossformer_nano", **options).eval()
+    finally:
+        set_fused_attn(True)
+    model.load_state_dict(fused.state_dict())
+    x = torch.randn(2, 3, 70, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), fused(x), atol=1e-5, rtol=1e-4)
+        if "attention" not in options:
+            torch.testing.assert_close(torch.jit.script(model)(x), fused(x), atol=1e-5, rtol=1e-4)
+        seen = AttentionExtract(model, method="hook")(x)
+    assert len(seen) == 11  # blocks
+    for attention in seen.values():  # groups, heads, queries, keys
+        assert attention.dim() == 4 and attention.shape[2] == attention.shape[3]
+        torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:3]))
 
 
 @pytest.mark.parametrize("name", NAMES)

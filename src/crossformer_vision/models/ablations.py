@@ -155,9 +155,7 @@ class ShiftedWindowAttention(LongShortAttention):
         if shift or (padded_H, padded_W) != (H, W):
             seen = kept(window_mask, H, W, layout, shift, x.device)  # (windows, L, L)
             bias = masked(bias, seen.repeat(B, 1, 1)[:, None])
-        q, k, v = self.heads(x)
-        x = self.join(F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)))
-        x = ungroup(x, layout, B, padded_H, padded_W)
+        x = ungroup(self.attend(x, bias, None), layout, B, padded_H, padded_W)
         if shift:
             x = x.roll((shift, shift), (1, 2))
         return x[:, :H, :W]

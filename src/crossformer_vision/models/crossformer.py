@@ -38,7 +38,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, use_fused_attn
 from timm.models import checkpoint, register_notrace_module
 from torch import Tensor, nn
 
@@ -225,6 +225,7 @@ class LongShortAttention(nn.Module):
     """
 
     interval: int | None
+    fused_attn: torch.jit.Final[bool]
 
     def __init__(
         self,
@@ -242,6 +243,8 @@ class LongShortAttention(nn.Module):
         self.group_size = group_size
         self.interval = interval
         self.lda_span = lda_span
+        self.fused_attn = use_fused_attn()  # timm's switch: without, each step of the attention can be hooked
+        self.attn_drop = nn.Identity()  # where timm's tools look for the attention itself
         self.qkv = nn.Linear(dim, 3 * dim)
         self.position_bias = POSITION_BIASES[position_bias](dim, num_heads, group_size)
         self.proj = nn.Linear(dim, dim)
@@ -269,7 +272,12 @@ class LongShortAttention(nn.Module):
             x = self.join(blocked_attention(q, k, v, biases.to(q.dtype), layout, H, W))
         else:
             real = real_keys(B, H, W, layout, x.device)
-            x = in_pieces(x.shape[1], self.attend, x, pair_biases(biases, layout), real)
+            bias = pair_biases(biases, layout)
+            x = (
+                in_pieces(x.shape[1], self.attend, x, bias, real)
+                if self.fused_attn
+                else self.attend(x, bias, real)
+            )
         return ungroup(x, layout, B, H, W)
 
     def attend(self, x: Tensor, bias: Tensor, real: Tensor | None) -> Tensor:
@@ -278,7 +286,11 @@ class LongShortAttention(nn.Module):
         bias = bias.to(q.dtype)
         if real is not None:
             bias = masked(bias, real[:, None, None, :])
-        return self.join(F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
+        if self.fused_attn:
+            return self.join(F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
+        scale = q.shape[-1] ** -0.5
+        attention = self.attn_drop((q * scale @ k.transpose(-2, -1) + bias).softmax(-1))
+        return self.join(attention @ v)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, L, C) -> queries, keys and values, each (N, h, L, d)."""
