@@ -17,7 +17,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from crossformer_vision import UserError, compare
+from crossformer_vision import UserError, compare, options
 from crossformer_vision.cli import main
 
 TINY = """
@@ -151,10 +151,30 @@ def test_twins_are_left_out(tmp_path):
     out = tmp_path / "out"
     study = compare.open_study("grid", out, None, 20)
     for _ in range(2):
-        study.enqueue_trial({}, user_attrs={"cell": "recipe, seed 0"})
+        digest = compare.read_grid(grid).digest("recipe", 0)
+        study.enqueue_trial({}, user_attrs={"cell": "recipe, seed 0", "digest": digest})
     content = compare.compare(grid, out)
     assert [t.state for t in study.trials] == [TrialState.COMPLETE, TrialState.PRUNED]
     assert list(content["cells"]) == ["recipe"]
+
+
+def test_a_score_is_never_taken_for_that_of_other_options(tmp_path, capsys):
+    """The grid or its recipe is edited after a cell was run."""
+    out, grid = str(tmp_path / "out"), written(tmp_path / "grid.yaml", "rows: {nano: {}}")
+    assert main(["compare", grid, "--out", out]) == 0
+    written(tmp_path / "grid.yaml", "rows: {nano: {model.lr: 0.5}}")
+    assert main(["compare", grid, "--out", out]) == 1
+    assert "'nano, seed 0' was run with other options, or of another recipe" in capsys.readouterr().err
+    recipe = tmp_path / "recipe.yaml"
+    shutil.copy(options.find_config("quickstart/classification.yaml"), recipe)
+    text = (TINY + "rows: {nano: {}}").replace("quickstart/classification.yaml", str(recipe))
+    (tmp_path / "grid.yaml").write_text(text)
+    out = str(tmp_path / "other")
+    assert main(["compare", grid, "--out", out]) == 0
+    recipe.write_text(recipe.read_text() + "\n# edited\n")
+    assert main(["compare", grid, "--out", out]) == 1
+    written(tmp_path / "grid.yaml", "rows: {other: {model.lr: 0.5}}")  # another name is another cell
+    assert main(["compare", grid, "--out", str(tmp_path / "out")]) == 0
 
 
 def test_search_with_pruning(tmp_path):

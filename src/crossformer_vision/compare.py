@@ -6,6 +6,7 @@ Started again, a grid does what the database lacks, and writes the same table.
 """
 
 import csv
+import hashlib
 import itertools
 import json
 import math
@@ -64,6 +65,14 @@ class Grid:
             args += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
         return args
 
+    def digest(self, row: str, seed: int) -> str:
+        """Of all that a cell's score follows from: its command line, and what the recipes say."""
+        said = [
+            *self.arguments(self.rows[row], seed),
+            *(Path(r).read_text(encoding="utf-8") for r in self.recipe),
+        ]
+        return hashlib.sha256("\0".join(said).encode()).hexdigest()[:16]
+
 
 def read_grid(path: str) -> Grid:
     """A grid from its YAML: a path, or a name among those that come along. See `docs/experiments.md`.
@@ -118,14 +127,13 @@ def slug(name: str) -> str:
 def train(args: list[str], folder: Path, callbacks: Sequence[L.Callback] = ()) -> dict[str, Any]:
     """Train into a folder, or go on where it stopped; returns what its `results.json` holds, and `macs`."""
     if not (folder / "results.json").is_file():
-        fixed: dict[str, Any] = {}
-        upgraded: dict[str, Any] = {}
-        resume = str(folder) if (folder / "config.yaml").is_file() else None
-        if resume:
+        args, resume = [*args, "--run.folder", str(folder)], None
+        try:
+            built = options.parse(args, "train", auto="asked", silent=True)
+        except options.GoOn:
+            resume = str(folder)
             args, fixed, upgraded = options.from_run(resume, None)
-        else:
-            args = [*args, "--run.folder", str(folder)]
-        built = options.parse(args, "train", fixed, resume, upgraded, silent=True)
+            built = options.parse(args, "train", fixed, resume, upgraded, silent=True)
         built.trainer.callbacks += callbacks
         run.train(built.trainer, built.model, built.datamodule, built.run, resume)
     results: dict[str, Any] = json.loads((folder / "results.json").read_bytes())
@@ -185,13 +193,28 @@ def trials(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
     return [trial for trial in found if "cell" in trial.user_attrs and "twin" not in trial.user_attrs]
 
 
-def enqueue(study: optuna.Study, cells: Sequence[str]) -> None:
-    """Those that are neither done nor on their way. Two workers may do it at once: see `has_twin`."""
+def enqueue(study: optuna.Study, cells: dict[str, str]) -> None:
+    """Those that are neither done nor on their way. Two workers may do it at once: see `has_twin`.
+
+    Args:
+        study: of the grid.
+        cells: name -> digest of what it is.
+
+    Raises:
+        UserError: a cell of this name is there, with other options: its score would be taken for this one's.
+    """
     there = trials(study, TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
-    known = {trial.user_attrs["cell"] for trial in there}
-    for cell in cells:
-        if cell not in known:
-            study.enqueue_trial({}, user_attrs={"cell": cell})
+    known = {trial.user_attrs["cell"]: trial.user_attrs["digest"] for trial in there}
+    for cell, digest in cells.items():
+        if known.setdefault(cell, digest) != digest:
+            raise UserError(
+                f"'{cell}' was run with other options, or of another recipe; --out names another folder for "
+                "the grid as it is now, or call the row otherwise"
+            )
+    on_their_way = {trial.user_attrs["cell"] for trial in there}
+    for cell, digest in cells.items():
+        if cell not in on_their_way:
+            study.enqueue_trial({}, user_attrs={"cell": cell, "digest": digest})
 
 
 def has_twin(study: optuna.Study, trial: optuna.Trial) -> bool:
@@ -253,7 +276,7 @@ def compare(path: str, out: Path, url: str | None = None, heartbeat: int = 20) -
         trial.set_user_attr("results", results)
         return float(results[results["metric"]])
 
-    enqueue(study, list(cells))
+    enqueue(study, {cell: grid.digest(*place) for cell, place in cells.items()})
     work(study, run_cell)
     return report(study, grid, cells, out)
 

@@ -46,6 +46,14 @@ def run(*args, cwd, **env):
     return done.returncode, done.stdout + done.stderr
 
 
+def started(command, cwd, **env):
+    """A process that runs beside the test; what it says is kept."""
+    env = {**os.environ, **CALM, **env}
+    return subprocess.Popen(
+        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -58,14 +66,7 @@ def torchrun(node, port, cwd, *args, restarts=0):
     command += ["--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", str(port)]
     command += ["--max-restarts", str(restarts), "-m", "crossformer_vision", "train", *TINY]
     command += ["--trainer.accelerator", "cpu", "--trainer.num_nodes", "2", "--trainer.devices", "1", *args]
-    return subprocess.Popen(
-        command,
-        cwd=cwd,
-        env={**os.environ, **CALM},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return started(command, cwd)
 
 
 def two_machines(tmp_path, *args):
@@ -149,14 +150,7 @@ def test_a_slurm_job_that_is_put_back_into_the_queue(tmp_path):
         "--run.save_every",
         "2",
     ]
-    job = subprocess.Popen(
-        [*CROSSFORMER, *args],
-        cwd=tmp_path,
-        env={**os.environ, **CALM, **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    job = started([*CROSSFORMER, *args], tmp_path, **env)
     folder = tmp_path / "runs/classification-crossformer_nano"
     while not (folder / "last.ckpt").exists() and job.poll() is None:
         time.sleep(0.02)
@@ -212,14 +206,7 @@ def test_a_command_that_torchrun_starts_again_goes_on(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "1", "-m", "crossformer_vision", "train", *TINY, *TWO]
     command += ["--trainer.max_epochs", "1", "--run.save_every", "2", "--data.train_images", "1600"]
-    job = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env={**os.environ, **CALM},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    job = started(command, tmp_path)
     folder = tmp_path / "runs/classification-crossformer_nano"
     while not (folder / "last.ckpt").exists() and job.poll() is None:
         time.sleep(0.02)
