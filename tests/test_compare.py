@@ -158,6 +158,7 @@ def test_twins_are_left_out(tmp_path):
     assert list(content["cells"]) == ["recipe"]
 
 
+@pytest.mark.slow
 def test_a_score_is_never_taken_for_that_of_other_options(tmp_path, capsys):
     """The grid or its recipe is edited after a cell was run."""
     out, grid = str(tmp_path / "out"), written(tmp_path / "grid.yaml", "rows: {nano: {}}")
@@ -225,6 +226,7 @@ def postgresql():
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_workers_that_share_a_postgresql_server(postgresql, tmp_path):
     """Two with folders of their own, as two machines have: each cell once, one table."""
     grid = written(tmp_path / "grid.yaml", "rows: {nano: {}, larger: {model.lr: 0.01}}\nseeds: 2")

@@ -16,7 +16,7 @@ from crossformer_vision.models.backbones import SimplePyramid, create_backbone
 from crossformer_vision.tasks.classification import Classification
 
 TASKS = ("classification", "retinanet", "mask_rcnn", "semantic_fpn", "upernet")
-FAST = ("efficientnet_b0", "hrnet_w18_small", "vit_tiny_patch16_224", "vgg11")
+FAST = ("efficientnet_b0", "hrnet_w18_small", "vit_tiny_patch16_224")
 
 
 def step(name, task):

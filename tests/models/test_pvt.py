@@ -25,7 +25,10 @@ def published(name, **kwargs):
     return model
 
 
-@pytest.mark.parametrize("name", KEYS)
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("pvt_medium", "pvt_large")]
+
+
+@pytest.mark.parametrize("name", ["pvt_tiny", "pvt_small", *LARGE])
 def test_it_computes_what_the_published_code_did(name):
     model = published(name)
     assert sum(p.numel() for p in model.parameters()) == COUNTS[name]

@@ -80,6 +80,7 @@ def two_machines(tmp_path, *args):
     return folders, [node.returncode for node in nodes], said
 
 
+@pytest.mark.slow
 def test_two_machines_that_share_no_folder(tmp_path):
     """The first one's best weights reach the other."""
     folders, codes, said = two_machines(tmp_path, "--run.folder", "run")
@@ -99,6 +100,7 @@ def test_two_machines_go_on_in_a_shared_folder_alone(tmp_path):
     assert 0 not in codes and any("not every machine sees what it holds" in text for text in said), said
 
 
+@pytest.mark.slow
 def test_fewer_validation_images_than_processes(tmp_path):
     code, said = run(
         "train",
@@ -164,6 +166,7 @@ def test_a_slurm_job_that_is_put_back_into_the_queue(tmp_path):
     assert (folder / "results.json").exists() and len(list(tmp_path.glob("runs/*/results.json"))) == 1
 
 
+@pytest.mark.slow
 def test_validation_in_slurm_is_of_the_weights_it_names(tmp_path, monkeypatch, capsys):
     """Not of a checkpoint that a job before has left in the working directory."""
     monkeypatch.chdir(tmp_path)
@@ -219,6 +222,7 @@ def test_a_command_that_torchrun_starts_again_goes_on(tmp_path):
     assert len(list(tmp_path.glob("runs/*"))) == 1 and (folder / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_a_small_file_that_cannot_be_written(tmp_path):
     """A disk that is full when a run goes on: the file is named, and is as it was."""
     code, said = run("train", *TINY, "--trainer.max_epochs", "1", "--run.folder", "run", cwd=tmp_path)
