@@ -173,16 +173,17 @@ def test_other_images_are_validated_whole(tmp_path, capsys):
 
 
 def test_a_run_that_is_trained_by_another_is_left_alone(tmp_path, capsys):
-    import fcntl
-
     options = ["--data.train_images", "16", "--data.val_images", "4", *TINY]
     assert main(["train", *options, "--run.folder", str(tmp_path / "run")]) == 0
-    with (tmp_path / "run/config.yaml").open("a") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+    holds = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    command = [sys.executable, "-c", holds, str(tmp_path / "run/.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
         before = (tmp_path / "run/config.yaml").read_text()
         assert main(["train", "--resume", str(tmp_path / "run"), "--trainer.max_epochs", "2"]) == 1
         assert "another process is training in it" in capsys.readouterr().err
         assert (tmp_path / "run/config.yaml").read_text() == before
+        other.communicate(b"\n")
     assert main(["train", "--resume", str(tmp_path / "run"), "--trainer.max_epochs", "2"]) == 0
 
 

@@ -68,7 +68,7 @@ def test_a_run_leaves_its_folder(detector, kinds, tmp_path, capsys):
     with open(folder / "classes.csv") as file:
         assert [row["class"] for row in csv.DictReader(file)] == ["a", "b"]
     assert main(["validate", str(folder)]) == 0
-    assert f"{kinds[-1]} AP {results[f'val_{kinds[-1]}_ap']:.4f}" in capsys.readouterr().out
+    assert f"val_{kinds[-1]}_ap {results[f'val_{kinds[-1]}_ap']:.4f}" in capsys.readouterr().out
 
     # what it left starts another run, whose classes are others, and is not taken for one of the same
     other = [
