@@ -119,6 +119,7 @@ def test_killed_and_resumed_is_as_left_alone(tmp_path):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     """RetinaNet, which draws no samples; seven validation images, of which one process has one more.
 

@@ -30,7 +30,7 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("segmenter", ["semantic_fpn", "upernet"])
+@pytest.mark.parametrize("segmenter", ["semantic_fpn", pytest.param("upernet", marks=pytest.mark.slow)])
 def test_a_run_leaves_its_folder(segmenter, tmp_path, capsys):
     """On images of several sizes on disk; what it left validates to the same, and starts another run."""
     root, folder = tmp_path / "maps", tmp_path / "run"
