@@ -27,6 +27,15 @@ def find_model(name: str) -> PretrainedCfg:
     return cfg
 
 
+def made(model: str, **keywords: Any) -> Any:
+    """A timm model to be asked: of shapes alone, unless it computes with its weights when it is made."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(model, **keywords)
+    except (RuntimeError, NotImplementedError):
+        return timm.create_model(model, **keywords)
+
+
 def fixed_size(model: str, image_size: int | None) -> dict[str, Any]:
     """The keyword of a timm model of fixed size for another one; none for its own, or if it takes any.
 
@@ -38,8 +47,7 @@ def fixed_size(model: str, image_size: int | None) -> dict[str, Any]:
     if image_size in (None, own) or not cfg.fixed_input_size:
         return {}
     try:
-        with torch.device("meta"):
-            timm.create_model(model, img_size=image_size)
+        made(model, img_size=image_size)
     except Exception as error:  # its own words for it, of any kind
         why = "" if "img_size" in str(error) else f" ({(str(error) or type(error).__name__).splitlines()[0]})"
         raise UserError(
@@ -57,8 +65,7 @@ def drop_path(model: str, rate: float) -> dict[str, Any]:
     if not rate:
         return {}
     try:
-        with torch.device("meta"):
-            timm.create_model(model, drop_path_rate=rate)
+        made(model, drop_path_rate=rate)
     except TypeError as error:
         if "drop_path_rate" not in str(error):
             raise

@@ -16,7 +16,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from crossformer_vision.errors import UserError
-from crossformer_vision.models import find_model, pvt, variants
+from crossformer_vision.models import find_model, made, pvt, variants
 
 STRIDES = (4, 8, 16, 32)
 
@@ -54,12 +54,7 @@ def create_backbone(name: str, pretrained: bool = False, **backbone_args: Any) -
     strides = model.feature_info.reduction()
     # A list of a model's stages forgets what the model keeps from weight decay.
     if not hasattr(getattr(model, "model", model), "no_weight_decay"):
-        whole: Any
-        try:
-            with torch.device("meta"):
-                whole = timm.create_model(name, **any_size, **backbone_args)
-        except (RuntimeError, NotImplementedError):  # it computes with its weights when it is made
-            whole = timm.create_model(name, **any_size, **backbone_args)
+        whole = made(name, **any_size, **backbone_args)
         named = whole.no_weight_decay() if hasattr(whole, "no_weight_decay") else set()
         model.spared = {n for name in named for n in (name, name.replace(".", "_", 1))}
     if set(STRIDES) <= set(strides):
