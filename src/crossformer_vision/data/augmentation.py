@@ -14,16 +14,7 @@ Steps = Callable[..., Any] | list[Callable[..., Any]]
 
 def composed(steps: Steps) -> Callable[..., Any]:
     """One callable of a user's augmentation: it, or all of a list one after the other."""
-    if callable(steps):
-        return steps
-
-    def all_steps(*sample: Any) -> Any:
-        for step in steps:
-            result = step(*sample)
-            sample = result if isinstance(result, tuple) else (result,)
-        return sample if len(sample) > 1 else sample[0]
-
-    return all_steps
+    return steps if callable(steps) else v2.Compose(steps)
 
 
 class PhotometricDistortion(v2.Transform):

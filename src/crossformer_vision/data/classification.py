@@ -20,7 +20,7 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from crossformer_vision.data import digits
-from crossformer_vision.data.augmentation import composed
+from crossformer_vision.data.augmentation import Steps, composed
 from crossformer_vision.data.images import EXTENSIONS, Names, is_hidden, names_below, upright
 from crossformer_vision.data.loading import (
     SYNONYMS,
@@ -253,7 +253,7 @@ class ClassificationData(ResumableData):
         auto_augment: str | None = None,
         color_jitter: float | None = None,
         erasing: float = 0.0,
-        augmentation: Callable[[Any], Any] | list[Callable[[Any], Any]] | None = None,
+        augmentation: Steps | None = None,
         crop_pct: float | None = None,
         interpolation: str | None = None,
         train_images: int = 4000,

@@ -18,7 +18,7 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
 from crossformer_vision.data import digits
-from crossformer_vision.data.augmentation import PhotometricDistortion, composed
+from crossformer_vision.data.augmentation import PhotometricDistortion, Steps, composed
 from crossformer_vision.data.images import upright
 from crossformer_vision.data.loading import ReadImages, ResumableData, SeededLoader
 from crossformer_vision.errors import NoSuchSplit, UserError, check_names
@@ -399,7 +399,7 @@ class DetectionData(ResumableData):
         vflip: float = 0.0,
         scale_jitter: tuple[float, float] | None = None,
         photometric: bool = False,
-        augmentation: Callable[..., Any] | list[Callable[..., Any]] | None = None,
+        augmentation: Steps | None = None,
         skip_empty: bool = False,
         image_size: int = 128,
         train_images: int = 1000,

@@ -405,7 +405,7 @@ class SegmentationData(ResumableData):
         max_share: float = 0.75,
         hflip: float = 0.5,
         photometric: bool = True,
-        augmentation: Callable[..., Any] | list[Callable[..., Any]] | None = None,
+        augmentation: Steps | None = None,
         batch_size: int = 2,
         num_workers: int | None = None,
         train_images: int = 1000,

@@ -107,8 +107,8 @@ class Segmentation(Task):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         log: dict[str, Any] = dict(on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
-        synced = any(isinstance(m, nn.SyncBatchNorm) for m in self.net.modules())
-        if isinstance(self.net, UPerNet) and len(images) == 1 and not synced:
+        alone = isinstance(self.net, UPerNet) and len(images) == 1
+        if alone and not any(isinstance(m, nn.SyncBatchNorm) for m in self.net.modules()):
             raise UserError("upernet normalises over a batch: take --data.batch_size 2 or more")
         if isinstance(self.net, UPerNet) and self.auxiliary_weight:
             logits, auxiliary = self.net.forward_auxiliary(images)
