@@ -112,7 +112,7 @@ def test_images_of_any_channels_are_shown(channels):
 def test_no_box_crosses_a_label():
     """The second's box runs through the label of the first, which is drawn as if it were alone."""
     objects = {
-        "boxes": np.array([[10, 60, 90, 90], [30, 30, 150, 140]], np.float32),
+        "boxes": np.array([[10, 60, 90, 90], [20, 30, 150, 140]], np.float32),
         "labels": np.array([1, 2]),
     }
     alone = {name: values[:1] for name, values in objects.items()}
