@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-# The 150 classes of ADE20K's scene parsing benchmark, in the order of their indices (objectInfo150.txt).
+# The 150 classes of ADE20K's scene parsing benchmark, by index, as OpenMMLab calls them.
 ADE20K = tuple(
     """wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,
     person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf,
