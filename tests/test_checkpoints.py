@@ -473,3 +473,22 @@ def test_weights_of_the_whole_network_into_its_first_stages(tmp_path):
         assert torch.allclose(first(images)[1], expected, atol=1e-5)
     first.set_grad_checkpointing(True)
     assert all(stage.grad_checkpointing for stage in first.model.stages)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "swin_tiny_patch4_window7_224",
+        "pvt_v2_b0",
+        "convnext_atto",
+        "twins_svt_small",
+        "deit_tiny_patch16_224",
+    ],
+)
+def test_a_classifier_of_any_family_starts_a_dense_model(name: str):
+    # timm calls the stages of a backbone otherwise than the classifier's, by family.
+    classifier = timm.create_model(name, num_classes=3)
+    dense = create_segmenter("semantic_fpn", name, 2, width=16)
+    report = load_checkpoint(dense, classifier.state_dict())
+    body = {n for n, _ in dense.backbone.body.named_parameters() if not n.startswith("scales.")}
+    assert {f"backbone.body.{n}" for n in body} <= set(report.loaded)

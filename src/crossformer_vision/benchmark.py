@@ -1,10 +1,53 @@
 """How fast networks are, beside one another."""
 
+import ast
+import csv
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
 
+import timm
 import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from crossformer_vision.errors import UserError
+from crossformer_vision.info import DETECTORS, count_macs
+from crossformer_vision.models import find_model, fixed_size
+from crossformer_vision.models.backbones import create_backbone, feature_maps
+from crossformer_vision.models.detectors import create_detector
+from crossformer_vision.models.segmenters import create_segmenter
+
+SEGMENTERS = ("semantic_fpn", "upernet")
+STEPS = ("inference", "training")
+ENGINES: dict[str, dict[str, Any] | None] = {  # -> keywords of torch.compile
+    "eager": None,
+    "compiled": {},
+    "frozen": {},
+    "reduce-overhead": {"mode": "reduce-overhead"},
+    "max-autotune": {"mode": "max-autotune"},
+}
+DTYPES = {  # -> of the weights and images, of autocast
+    "float32": (torch.float32, None),
+    "bfloat16": (torch.bfloat16, None),
+    "float16": (torch.float16, None),
+    "amp-bfloat16": (torch.float32, torch.bfloat16),
+    "amp-float16": (torch.float32, torch.float16),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Timing
+# ------------------------------------------------------------------------------------------------------------
 
 
 def interleaved(
@@ -26,6 +69,8 @@ def interleaved(
     began = time.perf_counter()
     for done in range(max(3, rounds) * 50):
         for name, call in calls.items():
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             start = time.perf_counter()
             call()
             if torch.cuda.is_available():
@@ -39,3 +84,409 @@ def interleaved(
 def images_per_second(times: list[float], batch: int) -> float:
     """Of the median call."""
     return batch / statistics.median(times)
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a call holds at its peak beyond what was there before, by torch's allocator."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as seen:
+        call()
+    changes = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+        if event.name() == "[memory]"
+    )
+    held = peak = 0
+    for _, size in changes:
+        held += size
+        peak = max(peak, held)
+    return peak
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rows
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is timed, and how.
+
+    Attributes:
+        what: a timm model; `features:` one, its maps; `retinanet:`, `mask_rcnn:`, `semantic_fpn:` or
+            `upernet:` one; with keywords of the model: `crossformer_small,lda_span=region`.
+        size: H, W of the images.
+        step: `inference`, or `training`: forward, backward, AdamW.
+        engine: a name in `ENGINES`.
+        dtype: a name in `DTYPES`.
+        batch: images at a time.
+    """
+
+    what: str
+    size: tuple[int, int] = (224, 224)
+    step: str = "inference"
+    engine: str = "eager"
+    dtype: str = "float32"
+    batch: int = 8
+
+    @property
+    def mode(self) -> tuple[Any, ...]:
+        """All but what is timed."""
+        return self.size, self.step, self.engine, self.dtype, self.batch
+
+    @property
+    def training(self) -> bool:
+        return self.step == "training"
+
+    def __str__(self) -> str:
+        height, width = self.size
+        return " ".join([self.what, f"{height}x{width}", self.step, self.engine, self.dtype, str(self.batch)])
+
+
+def parsed(what: str) -> tuple[str, str, dict[str, Any]]:
+    """The head, the timm model and its keywords that a `Row.what` names.
+
+    >>> parsed("features:crossformer_small,lda_span=region,group_size=(14,14,7,7)")
+    ('features', 'crossformer_small', {'lda_span': 'region', 'group_size': (14, 14, 7, 7)})
+
+    Raises:
+        UserError: an unknown head or model, a keyword without a value.
+    """
+    name, *keywords = re.split(r",(?=\s*\w+=)", what)
+    head, colon, model = name.rpartition(":")
+    known = ("features", *DETECTORS, *SEGMENTERS)
+    if colon and head not in known:
+        raise UserError(f"'{what}': no head '{head}'; there are {', '.join(known)}, as in features:{model}")
+    find_model(model)
+    values: dict[str, Any] = {}
+    for keyword in keywords:
+        key, _, value = keyword.partition("=")
+        try:
+            values[key.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[key.strip()] = value
+    return head, model, values
+
+
+def image_size(given: str) -> tuple[int, int]:
+    """H, W of `"224"` or `"800x1280"`.
+
+    Raises:
+        UserError: anything else.
+    """
+    sides = given.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise UserError(f"size '{given}': it is a number of pixels, or height x width, as 800x1280")
+    return int(sides[0]), int(sides[-1])
+
+
+class Features(nn.Module):
+    """The maps of a backbone."""
+
+    def __init__(self, model: str, keywords: dict[str, Any]) -> None:
+        super().__init__()
+        self.body = create_backbone(model, **keywords)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return feature_maps(self.body, x)
+
+
+def network(row: Row) -> nn.Module:
+    """The network of a row, in float32, with the same random weights each time."""
+    head, model, keywords = parsed(row.what)
+    torch.manual_seed(0)
+    if head == "features":
+        return Features(model, keywords)
+    if head in DETECTORS:
+        short, long = sorted(row.size)
+        sizes = dict(min_size=short, max_size=long)
+        return create_detector(head, model, backbone_args=keywords, **sizes)  # type: ignore[arg-type]
+    if head:
+        return create_segmenter(head, model, backbone_args=keywords)  # type: ignore[arg-type]
+    square = row.size[0] == row.size[1]
+    return timm.create_model(model, **(fixed_size(model, row.size[0]) if square else {}), **keywords)
+
+
+class Step:
+    """One call of a row on images of noise: `step()`."""
+
+    def __init__(self, row: Row, device: torch.device) -> None:
+        self.row, self.device = row, device
+        weights, self.autocast = DTYPES[row.dtype]
+        self.net = network(row).to(device, weights).train(row.training)
+        draw = torch.Generator().manual_seed(0)
+        self.images = torch.randn(row.batch, 3, *row.size, generator=draw).to(device, weights)
+        self.detector = parsed(row.what)[0] in DETECTORS
+        if self.detector:
+            self.images = self.images.sigmoid()
+        if row.training:
+            self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-5, fused=True)
+        keywords = ENGINES[row.engine]
+        self.run: Callable[..., Any] = self.net if keywords is None else torch.compile(self.net, **keywords)
+
+    def __call__(self) -> Any:
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            if not self.row.training:
+                with torch.no_grad():
+                    return self.run(list(self.images) if self.detector else self.images)
+            loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return None
+
+    def loss(self) -> Tensor:
+        if self.detector:
+            height, width = self.row.size
+            boxes = torch.tensor([[0.1, 0.1, 0.5, 0.5], [0.3, 0.3, 0.9, 0.9]], device=self.device)
+            boxes = boxes * torch.tensor([width, height, width, height], device=self.device)
+            masks = torch.ones(2, height, width, dtype=torch.uint8, device=self.device)
+            target = {"boxes": boxes, "labels": torch.tensor([1, 2], device=self.device), "masks": masks}
+            return sum(self.run(list(self.images), [target] * len(self.images)).values())
+        out = self.run(self.images)
+        outs = [out] if isinstance(out, Tensor) else list(out.values() if isinstance(out, dict) else out)
+        outs = [o for o in outs if o is not None]
+        return torch.stack([F.cross_entropy(o, torch.zeros_like(o[:, 0]).long()) for o in outs]).sum()
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """What holds while the first call compiles."""
+        import torch._dynamo
+        import torch._inductor.config as inductor
+
+        with (
+            torch._dynamo.config.patch(recompile_limit=256),  # rows share the code of their classes
+            inductor.patch(freezing=self.row.engine == "frozen"),
+        ):
+            yield
+
+
+def outputs(out: Any) -> list[Tensor]:
+    """The tensors of a network's output that can be compared with another's."""
+    if isinstance(out, Tensor):
+        return [out.detach().float()]
+    if isinstance(out, (list, tuple)) and all(isinstance(o, Tensor) for o in out):
+        return [o.detach().float() for o in out]
+    return []
+
+
+def difference(out: Any, reference: Any) -> float | None:
+    """Largest difference of two outputs, over the largest value; None where they are no maps or logits."""
+    pairs = list(zip(outputs(out), outputs(reference)))
+    if not pairs:
+        return None
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The benchmark
+# ------------------------------------------------------------------------------------------------------------
+
+
+def benchmark(
+    rows: list[Row],
+    device: torch.device,
+    rounds: int = 7,
+    seconds: float = 2.0,
+    log: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Time all rows in one interleaved run.
+
+    Returns:
+        A dictionary a row: what `Row` says; `images_per_second`; `ms_median`, `ms_90`, `ms_99` of a call;
+        `ratio` to the first row and `ratio_in_mode` to the first row of the same mode; `memory`, bytes at the
+        peak of a step; `parameters`; `macs` of an image; `peak_share` of what this machine's matrix product
+        gives in that type in the same run, counting a training step as three forward passes;
+        `first_call`, seconds; `difference` from the eager float32 outputs, over the largest of them;
+        `error`, why a row could not be run, and nothing else then.
+    """
+    found: list[dict[str, Any]] = []
+    calls: dict[str, Callable[[], object]] = {}
+    references: dict[tuple[Any, ...], Any] = {}
+    for row in rows:
+        log(f"  {row}")
+        entry: dict[str, Any] = {**row.__dict__, "size": list(row.size)}
+        found.append(entry)
+        try:
+            step = Step(row, device)
+            began = time.perf_counter()
+            with step.compiling():
+                out = step()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                entry["first_call"] = round(time.perf_counter() - began, 2)
+                step()  # training may compile again for the gradients
+            if not row.training:
+                key = (row.what, row.size, row.batch)
+                if key not in references:
+                    plain = Row(row.what, row.size, batch=row.batch)
+                    references[key] = out if plain == row else Step(plain, device)()
+                entry["difference"] = difference(out, references[key])
+            entry["memory"] = peak_memory(step, device)
+            entry["parameters"] = sum(p.numel() for p in step.net.parameters())
+            entry["macs"] = macs(row)
+            calls[str(row)] = step
+        except UserError:
+            raise
+        except Exception as error:  # the others are still compared
+            entry["error"] = (str(error) or type(error).__name__).splitlines()[0]
+    times = interleaved(calls | products(rows, device), seconds, rounds)
+    medians = {name: statistics.median(spent) for name, spent in times.items()}
+    firsts: dict[tuple[Any, ...], float] = {}
+    for row, entry in zip(rows, found):
+        if "error" in entry:
+            continue
+        spent = sorted(times[str(row)])
+        rate = row.batch / medians[str(row)]
+        firsts.setdefault(row.mode, rate)
+        firsts.setdefault((), rate)
+        entry["images_per_second"] = rate
+        entry |= {f"ms_{p}": 1e3 * spent[min(len(spent) - 1, len(spent) * p // 100)] for p in (90, 99)}
+        entry["ms_median"] = 1e3 * medians[str(row)]
+        entry["ratio"], entry["ratio_in_mode"] = rate / firsts[()], rate / firsts[row.mode]
+        if entry["macs"]:
+            flops = 2 * entry["macs"] * rate * (3 if row.training else 1)
+            entry["peak_share"] = flops / (2 * SIDE**3 / medians[product_of(row)])
+    return found
+
+
+SIDE = 2048  # of the matrix product that stands for the machine's peak
+
+
+def product_of(row: Row) -> str:
+    weights, autocast = DTYPES[row.dtype]
+    return f"matrix product {autocast or weights}"
+
+
+def products(rows: list[Row], device: torch.device) -> dict[str, Callable[[], object]]:
+    """A matrix product for each type that rows compute in."""
+    calls: dict[str, Callable[[], object]] = {}
+    for row in rows:
+        weights, autocast = DTYPES[row.dtype]
+        x = torch.randn(SIDE, SIDE, device=device).to(autocast or weights)
+        calls[product_of(row)] = partial(torch.mm, x, x)
+    return calls
+
+
+def macs(row: Row) -> float | None:
+    """Multiply-accumulates of an image; None of a network that cannot be counted without its weights."""
+    try:
+        with torch.device("meta"):
+            return count_macs(network(row).eval(), *row.size)
+    except Exception:  # networks may refuse tensors without data in any way
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is written
+# ------------------------------------------------------------------------------------------------------------
+
+
+def markdown(found: list[dict[str, Any]]) -> list[str]:
+    """A table's lines."""
+    first = found[0]["what"]
+    head = ["", "mode", "images/s", "ratio", f"ratio to {first} in the mode", "ms (90 %, 99 %)", "memory"]
+    head += ["parameters", "MACs", "share of the peak", "first call", "difference"]
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
+    for entry in found:
+        height, width = entry["size"]
+        mode = f"{entry['step']}, {entry['engine']}, {entry['dtype']}, {entry['batch']} of {height}x{width}"
+        if "error" in entry:
+            cells = [entry["what"], mode, f"not run: {entry['error']}".replace("|", "/"), *[""] * 9]
+        else:
+            latency = f"{entry['ms_median']:.1f} ({entry['ms_90']:.1f}, {entry['ms_99']:.1f})"
+            share, gap, count = entry.get("peak_share"), entry.get("difference"), entry["macs"]
+            cells = [
+                entry["what"],
+                mode,
+                f"{entry['images_per_second']:.1f}",
+                f"{entry['ratio']:.2f}",
+                f"{entry['ratio_in_mode']:.2f}",
+                latency,
+                f"{entry['memory'] / 2**20:.0f} MiB",
+                f"{entry['parameters'] / 1e6:.1f} M",
+                "" if count is None else f"{count / 1e9:.2f} G",
+                "" if share is None else f"{share:.2f}",
+                f"{entry['first_call']:.1f} s",
+                "" if gap is None else f"{gap:.0e}",
+            ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def plot(found: list[dict[str, Any]], path: Path) -> None:
+    """Throughput by multiply-accumulates, a marker a mode."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    timed = [entry for entry in found if entry.get("macs") and "error" not in entry]
+    keys = ("step", "engine", "dtype", "batch", "size")
+    varied = [key for key in keys if len({str(entry[key]) for entry in timed}) > 1]
+    modes = list(dict.fromkeys(tuple(str(entry[key]) for key in varied) for entry in timed))
+    for mode, marker in zip(modes, "os^Dv<>PX*" * len(modes)):
+        some = [e for e in timed if tuple(str(e[key]) for key in varied) == mode]
+        places = [(e["macs"] / 1e9, e["images_per_second"]) for e in some]
+        axis.plot(*zip(*places), marker, label=", ".join(mode) or None)
+    for what in dict.fromkeys(entry["what"] for entry in timed):  # the name once, at its fastest
+        best = max((e for e in timed if e["what"] == what), key=lambda e: e["images_per_second"])
+        place = best["macs"] / 1e9, best["images_per_second"]
+        axis.annotate(what, place, xytext=(0, 7), textcoords="offset points", fontsize=8, ha="center")
+    axis.set(xlabel="multiply-accumulates of an image (G)", ylabel="images a second", yscale="log")
+    axis.margins(x=0.2, y=0.15)
+    axis.grid(alpha=0.3, which="both")
+    if varied:
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def run(
+    whats: list[str],
+    sizes: list[tuple[int, int]],
+    steps: list[str],
+    engines: list[str],
+    dtypes: list[str],
+    batches: list[int],
+    device: torch.device,
+    rounds: int,
+    out: Path,
+) -> list[dict[str, Any]]:
+    """Print the table of all combinations, and write it to `out` as JSON, Markdown, CSV and a plot."""
+    from crossformer_vision.tasks.run import about
+    from crossformer_vision.tasks.run.files import write_json, write_text
+
+    rows = [
+        Row(w, z, s, e, d, b) for z, s, e, d, b, w in product(sizes, steps, engines, dtypes, batches, whats)
+    ]
+    for row in rows:
+        parsed(row.what)
+    print(f"{len(rows)} rows on {device}:")
+    found = benchmark(rows, device, rounds)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "benchmark.json", {"rows": found, "threads": torch.get_num_threads(), **about()})
+    lines = markdown(found)
+    write_text(out / "benchmark.md", "\n".join(lines) + "\n")
+    with (out / "benchmark.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for entry in found for key in entry)))
+        writer.writeheader()
+        writer.writerows(found)
+    if any(entry.get("macs") for entry in found):
+        plot(found, out / "benchmark.png")
+    head, _, *body = [[cell.strip() for cell in line[1:-1].split(" | ")] for line in lines]
+    shown, narrow = Table(box=None), (2, 4, 6)  # what a terminal of 80 columns has room for
+    shown.add_column("", overflow="fold")
+    for column in narrow:
+        shown.add_column(head[column] if column != 4 else "in mode", justify="right", overflow="fold")
+    for cells in body:
+        shown.add_row(f"{cells[0]}\n  {cells[1]}", *[cells[column] for column in narrow])
+    Console().print(shown)
+    print(f"benchmark.md, .json, .csv and .png in {out}")
+    return found

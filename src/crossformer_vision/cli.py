@@ -16,6 +16,7 @@ CrossFormer and CrossFormer++: train and evaluate vision models on images of you
   validate    evaluate a checkpoint, and draw what it gets right and wrong
   predict     what a trained checkpoint sees in images and folders: pictures and JSON
   compare     a grid of runs: models and options x seeds; their table, on one machine or many
+  benchmark   how fast models are, side by side: inference and training, eager and compiled
   info        parameters and operations of a model, beside the published ones
   download    bring published weights into torch's cache
 
@@ -31,6 +32,7 @@ examples
   crossformer train --resume runs/classification-crossformer_small
   crossformer validate runs/classification-crossformer_small
   crossformer predict runs/classification-crossformer_small photo.jpg more_photos/
+  crossformer benchmark crossformer_small swin_tiny_patch4_window7_224 --engine eager compiled
   crossformer info crossformer_small --detector mask_rcnn
   crossformer download crossformer_small
 
@@ -63,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         "validate": validate,
         "predict": predict,
         "compare": compare,
+        "benchmark": benchmark,
         "info": info,
         "download": download,
     }
@@ -261,6 +264,72 @@ does what lacks; called several times at once, on one machine or many, the calls
         compare.search(given.grid, out, given.search, given.storage, given.heartbeat)
     else:
         compare.compare(given.grid, out, given.storage, given.heartbeat)
+
+
+def benchmark(args: list[str]) -> None:
+    """`crossformer benchmark`"""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        "crossformer benchmark",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="""\
+Time models side by side in one interleaved run. Options of several values make a row of each combination.
+
+  crossformer benchmark crossformer_small swin_tiny_patch4_window7_224 --step inference training
+  crossformer benchmark crossformer_small convnext_tiny --engine eager compiled --dtype float32 bfloat16
+  crossformer benchmark features:crossformer_small,lda_span=region features:resnet50 \\
+    --size 800x1280 --batch 1""",
+    )
+    parser.add_argument(
+        "what",
+        nargs="+",
+        help="timm models; features:MODEL, its maps; retinanet:MODEL, mask_rcnn:, semantic_fpn:, upernet:, "
+        "with keywords of the model: MODEL,key=value",
+    )
+    parser.add_argument("--size", nargs="+", default=["224"], help="of the images: 224, or HxW (224)")
+    parser.add_argument("--step", nargs="+", default=["inference"], choices=("inference", "training"))
+    parser.add_argument(
+        "--engine",
+        nargs="+",
+        default=["eager"],
+        choices=("eager", "compiled", "frozen", "reduce-overhead", "max-autotune"),
+        help="how it is run: as it is (eager, the default), or by torch.compile; frozen, with its weights as "
+        "constants, is for inference on CPUs",
+    )
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        default=["float32"],
+        choices=("float32", "bfloat16", "float16", "amp-bfloat16", "amp-float16"),
+        help="of weights and images; amp- keeps the weights in float32, by autocast",
+    )
+    parser.add_argument("--batch", nargs="+", type=int, default=[8], help="images at a time (8)")
+    parser.add_argument("--device", help="cpu, cuda, …; the best there is, if not given")
+    parser.add_argument("--rounds", type=int, default=7, help="each row once in each; at least so many (7)")
+    parser.add_argument("--threads", type=int, help="of a CPU; all cores if not given")
+    parser.add_argument("--out", default="runs/benchmark", help="folder of its table (runs/benchmark)")
+    given = parser.parse_args(args)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # of torch's profiler, which measures memory
+    import torch
+
+    from crossformer_vision import benchmark
+    from crossformer_vision.predict import best_device
+
+    sizes = [benchmark.image_size(size) for size in given.size]
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    benchmark.run(
+        given.what,
+        sizes,
+        given.step,
+        given.engine,
+        given.dtype,
+        given.batch,
+        best_device(given.device),
+        given.rounds,
+        Path(given.out),
+    )
 
 
 def info(args: list[str]) -> None:

@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import Format
-from timm.models import FeatureInfo
+from timm.models import FeatureInfo, FeatureListNet
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
@@ -241,7 +241,16 @@ class DenseModel(nn.Module):
 
 
 def under_own_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The published weights of a backbone under the names that this library's model has for them."""
+    """The weights of a classifier under the names that a backbone here has for them.
+
+    Published ones get this library's names; and timm's list of a model's stages calls `layers.0` `layers_0`.
+    """
+    if isinstance(model, SimplePyramid):
+        model = model.body
+    if isinstance(model, FeatureListNet):
+        own = model.state_dict().keys()
+        flat = {name: re.sub(r"^(\w+)\.(\d+)\.", r"\1_\2.", name) for name in state}
+        return {flat[name] if flat[name] in own else name: value for name, value in state.items()}
     model = getattr(model, "model", model)  # in a features_only wrapper
     if isinstance(model, pvt.PyramidVisionTransformer):
         return pvt.checkpoint_filter_fn(state)

@@ -169,6 +169,12 @@ class Predictor:
         return Detected(name, picture, self.classes, boxes, labels, scores, masks, self.category_ids)
 
 
+def best_device(given: str | torch.device | None) -> torch.device:
+    """The device that was asked for, or else the best there is."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    return usable(given or ("cuda" if cuda else "mps" if mps else "cpu"))
+
+
 def usable(device: str | torch.device) -> torch.device:
     """The device, if a tensor can be on it; a UserError otherwise."""
     try:
@@ -207,8 +213,4 @@ def load_predictor(
         source, content = str(path), named or read_checkpoint(path)
     else:
         content = read_checkpoint(io.BytesIO(checkpoint) if isinstance(checkpoint, bytes) else checkpoint)
-    if device is None:
-        device = (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
-    return Predictor(content, source, usable(device), score)
+    return Predictor(content, source, best_device(device), score)
