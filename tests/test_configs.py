@@ -14,7 +14,7 @@ from crossformer_vision.models.variants import FOURTEENS, published_groups
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
-GRIDS = [name for name in FILES if name.startswith("ablations/")]
+GRIDS = [name for name in FILES if name.startswith(("ablations/", "rivals/"))]
 RECIPES = [name for name in FILES if name not in GRIDS]
 
 
