@@ -1,19 +1,16 @@
-"""Shared by all tests: one thread in each of two test processes, the oracle's records."""
+"""Shared by all tests: one thread in each of two test processes and in those that they start, the oracle's records."""
 
 import json
+import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
 import pytest
-import torch
 
 import crossformer_vision  # noqa: F401  (registers the models)
 
 PARITY = Path(__file__).parent / "parity"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def threads() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from crossformer_vision.errors import UserError
+from crossformer_vision.errors import UserError, check_range
 from crossformer_vision.info import DETECTORS, count_macs
 from crossformer_vision.models import find_model, fixed_size
 from crossformer_vision.models.backbones import create_backbone, feature_maps
@@ -468,6 +468,7 @@ def run(
     ]
     for row in rows:
         parsed(row.what)
+        check_range("batch", row.batch, 1)
     print(f"{len(rows)} rows on {device}:")
     found = benchmark(rows, device, rounds)
     out.mkdir(parents=True, exist_ok=True)

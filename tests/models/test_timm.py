@@ -186,7 +186,9 @@ def test_fx(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("bounded", [False, True], ids=["auto", "bounded"])
+@pytest.mark.parametrize(
+    "bounded", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["auto", "bounded"]
+)
 def test_export_with_dynamic_sizes(name, bounded):
     model = timm.create_model(name, num_classes=5).eval()
     if bounded:

@@ -79,7 +79,9 @@ def test_early_stop_half_precision_and_any_timm_model(tmp_path):
     assert len(rows(folder)) < 9
 
 
-@pytest.mark.parametrize("save_every", [0, 1], ids=["at epochs", "every step"])
+@pytest.mark.parametrize(
+    "save_every", [pytest.param(0, marks=pytest.mark.slow), 1], ids=["at epochs", "every step"]
+)
 def test_killed_and_resumed_is_as_left_alone(tmp_path, save_every):
     """SIGKILL in the middle of an epoch; the resumed run ends with the same weights, bit for bit."""
     threads = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -54,7 +54,7 @@ def test_a_run_leaves_its_folder(segmenter, tmp_path, capsys):
     assert mean == pytest.approx(results["val_miou"], abs=1e-4)
     assert main(["validate", str(folder)]) == 0
     assert f"val_miou {results['val_miou']:.4f}" in capsys.readouterr().out
-    tested = "--model.test_scales [1.0,1.5] --model.test_flip true --model.window 40".split()
+    tested = "--model.test_scales [1.0,1.5] --model.test_flip true --model.window 160".split()
     assert main(["validate", str(folder), *tested, "--run.folder", str(tmp_path / "tested")]) == 0
     assert f"loss {results['val_loss']:.4f}" not in capsys.readouterr().out
     assert (tmp_path / "tested/predictions.png").exists()
