@@ -425,6 +425,7 @@ def markdown(found: list[dict[str, Any]]) -> list[str]:
 def plot(found: list[dict[str, Any]], path: Path) -> None:
     """Throughput by multiply-accumulates, a marker a mode."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axis = figure.subplots()
@@ -436,11 +437,16 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         some = [e for e in timed if tuple(str(e[key]) for key in varied) == mode]
         places = [(e["macs"] / 1e9, e["images_per_second"]) for e in some]
         axis.plot(*zip(*places), marker, label=", ".join(mode) or None)
-    for what in dict.fromkeys(entry["what"] for entry in timed):  # the name once, at its fastest
-        best = max((e for e in timed if e["what"] == what), key=lambda e: e["images_per_second"])
-        place = best["macs"] / 1e9, best["images_per_second"]
-        axis.annotate(what, place, xytext=(0, 7), textcoords="offset points", fontsize=8, ha="center")
+    by_macs = sorted(dict.fromkeys((entry["macs"], entry["what"]) for entry in timed))
+    for n, (count, what) in enumerate(
+        by_macs
+    ):  # names by turns above and below, so that neighbours do not meet
+        rates = [entry["images_per_second"] for entry in timed if entry["what"] == what]
+        place, shift = (count / 1e9, min(rates) if n % 2 else max(rates)), -15 if n % 2 else 8
+        axis.annotate(what, place, xytext=(0, shift), textcoords="offset points", fontsize=8, ha="center")
     axis.set(xlabel="multiply-accumulates of an image (G)", ylabel="images a second", yscale="log")
+    for labels in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        labels(StrMethodFormatter("{x:g}"))
     axis.margins(x=0.2, y=0.15)
     axis.grid(alpha=0.3, which="both")
     if varied:

@@ -16,6 +16,7 @@ CrossFormer and CrossFormer++: train and evaluate vision models on images of you
   validate    evaluate a checkpoint, and draw what it gets right and wrong
   predict     what a trained checkpoint sees in images and folders: pictures and JSON
   compare     a grid of runs: models and options x seeds; their table, on one machine or many
+  export      a trained classifier or segmenter as ONNX, for any image size
   benchmark   how fast models are, side by side: inference and training, eager and compiled
   info        parameters and operations of a model, beside the published ones
   download    bring published weights into torch's cache
@@ -32,6 +33,7 @@ examples
   crossformer train --resume runs/classification-crossformer_small
   crossformer validate runs/classification-crossformer_small
   crossformer predict runs/classification-crossformer_small photo.jpg more_photos/
+  crossformer export crossformer_nano.cifar10 --out nano.onnx
   crossformer benchmark crossformer_small swin_tiny_patch4_window7_224 --engine eager compiled
   crossformer info crossformer_small --detector mask_rcnn
   crossformer download crossformer_small
@@ -65,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         "validate": validate,
         "predict": predict,
         "compare": compare,
+        "export": export,
         "benchmark": benchmark,
         "info": info,
         "download": download,
@@ -200,7 +203,8 @@ def predict(args: list[str]) -> None:
     parser.add_argument(
         "what",
         help="run folder, whose best.ckpt is taken, or a checkpoint file of a run; or the name of published "
-        "weights, as crossformer_nano.cifar10, which come along, resnet18, mask_rcnn_crossformer_small",
+        "weights, as crossformer_nano.cifar10, which come along, resnet18, mask_rcnn_crossformer_small; or "
+        "an exported ONNX file",
     )
     parser.add_argument("images", nargs="+", help="image files, or folders of them")
     parser.add_argument(
@@ -266,6 +270,26 @@ does what lacks; called several times at once, on one machine or many, the calls
         compare.compare(given.grid, out, given.storage, given.heartbeat)
 
 
+def export(args: list[str]) -> None:
+    """`crossformer export`"""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        "crossformer export",
+        description="Write a trained classifier or segmenter as one ONNX graph for any batch, height "
+        "and width, and hold it against the network at several sizes. Takes some minutes.",
+    )
+    parser.add_argument("what", help="a run, a checkpoint of one, or the name of published weights")
+    parser.add_argument("--out", help="the file (the name of what is exported, and .onnx)")
+    given = parser.parse_args(args)
+    from crossformer_vision import export
+
+    path = Path(given.what)
+    named = path.parent if path.suffix == ".ckpt" else path
+    out = given.out or f"{named.name}.onnx"
+    print(export.describe(export.export(given.what, out), out))
+
+
 def benchmark(args: list[str]) -> None:
     """`crossformer benchmark`"""
     import argparse
@@ -276,6 +300,7 @@ def benchmark(args: list[str]) -> None:
         description="""\
 Time models side by side in one interleaved run. Options of several values make a row of each combination.
 
+  crossformer export crossformer_nano.cifar10 --out nano.onnx
   crossformer benchmark crossformer_small swin_tiny_patch4_window7_224 --step inference training
   crossformer benchmark crossformer_small convnext_tiny --engine eager compiled --dtype float32 bfloat16
   crossformer benchmark features:crossformer_small,lda_span=region features:resnet50 \\

@@ -129,7 +129,7 @@ class CrossScaleEmbedding(nn.Module):
             x = self.norm(x)
         # From 8 channels on, large kernels are three times faster channels last; but the gradient of a single
         # image oneDNN then computes 20 times slower.
-        if self.many_channels and (x.shape[0] > 1 or not torch.is_grad_enabled()):
+        if self.many_channels and (not torch.is_grad_enabled() or x.shape[0] > 1):
             x = x.contiguous()
         x = x.permute(0, 3, 1, 2)  # a view: NCHW as the convolutions index it, channels last in memory
         x = pad_to_multiple(x, self.stride)
@@ -251,9 +251,15 @@ class LongShortAttention(nn.Module):
 
     def layout(self, H: int, W: int) -> Layout:
         """How this block cuts an H x W map."""
+        return self.small_layout(H, W) if min(H, W) <= self.group_size else self.large_layout(H, W)
+
+    def small_layout(self, H: int, W: int) -> Layout:
+        """Of a map no wider or no higher than a group: SDA in squares of the shorter side, or one group."""
+        return neighbours(H, W, min(H, W)) if self.lda_span == "map" else across_map(H, W, 1)
+
+    def large_layout(self, H: int, W: int) -> Layout:
+        """Of any other map."""
         G, interval = self.group_size, self.interval
-        if min(H, W) <= G:  # small: SDA in squares of the shorter side, or the map as one group
-            return neighbours(H, W, min(H, W)) if self.lda_span == "map" else across_map(H, W, 1)
         if interval is None:
             interval = ceil_div(max(H, W), G)
         if interval == 0:
@@ -261,8 +267,11 @@ class LongShortAttention(nn.Module):
         return across_map(H, W, interval) if self.lda_span == "map" else across_regions(H, W, G, interval)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.grouped(x, self.layout(x.shape[1], x.shape[2]))
+
+    def grouped(self, x: Tensor, layout: Layout) -> Tensor:
+        """Attention in the groups of a layout."""
         B, H, W, _ = x.shape
-        layout = self.layout(H, W)
         x = group(x, layout)
         biases = self.position_bias(layout.gh, layout.gw, x)
         if torch.jit.is_scripting():

@@ -60,42 +60,57 @@ class Predictor:
     """
 
     def __init__(self, checkpoint: dict[str, Any], source: str, device: torch.device, score: float) -> None:
-        if "task" not in checkpoint or "hyper_parameters" not in checkpoint:
+        if "task" not in checkpoint or not {"hyper_parameters", "net"} & checkpoint.keys():
             raise UserError(f"{source}: not a checkpoint of a run; predict needs its best.ckpt or last.ckpt")
         self.task = checkpoint["task"]
         self.classes: list[str] = checkpoint["classes"]
         self.category_ids: list[Any] | None = checkpoint.get("category_ids") or None
         self.values: list[int] | None = checkpoint.get("values") or None
         self.device, self.score = device, score
+        self.image: dict[str, Any] = checkpoint.get("image") or {}  # how one is prepared
+        if "net" in checkpoint:  # of an exported file
+            net = checkpoint["net"]
+            self.test: dict[str, Any] = checkpoint.get("test") or {}
+            self.test_scales: Any = checkpoint.get("test_scales") or []
+        else:
+            net = self._built(checkpoint, source)
+        if self.task == "classification":
+            from timm.data import create_transform
+
+            self.transform = create_transform(**self.image)
+            self.whole = self.image.get("crop_mode") == "squash"
+        elif self.task == "segmentation":
+            from crossformer_vision.data.segmentation import ToInput
+
+            self.transform = ToInput(**self.image)
+        self.net = net.to(device).eval()
+        self.dtype = torch.float32
+
+    def _built(self, checkpoint: dict[str, Any], source: str) -> torch.nn.Module:
+        """The network of a run, with its weights."""
         options = {k: v for k, v in checkpoint["hyper_parameters"].items() if not k.startswith("_")}
         options |= {"pretrained": False, "checkpoint": None}
         if span := span_of_a_run(checkpoint, source):
             options["model_args"] = {**(options["model_args"] or {}), **span}
+        net: Any
         if self.task == "classification":
-            from timm.data import create_transform
-
             from crossformer_vision.tasks.classification import Classification
 
             net = Classification(**options).net
-            self.transform = create_transform(**checkpoint["image"])
-            self.whole = checkpoint["image"].get("crop_mode") == "squash"
         elif self.task == "segmentation":
-            from crossformer_vision.data.segmentation import ToInput
             from crossformer_vision.tasks.segmentation import Segmentation
 
             task = Segmentation(**options)
             net, self.test, self.test_scales = task.net, task.test, task.test_scales
-            self.transform = ToInput(**checkpoint["image"])
         else:
             from crossformer_vision.tasks.detection import Detection
 
             net = Detection(**options).net
             # The detector itself keeps nothing below a score of its own.
             scored = getattr(net, "roi_heads", net)
-            scored.score_thresh = min(scored.score_thresh, score)
+            scored.score_thresh = min(scored.score_thresh, self.score)
         load_checkpoint(net, checkpoint["state_dict"], adapt_classifier=False)
-        self.net = net.to(device).eval()
-        self.dtype = torch.float32
+        return net
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Predictor":
         """This predictor, on another device or computing in another type.
@@ -195,7 +210,7 @@ def load_predictor(
         checkpoint: a run's folder, whose `best.ckpt` is taken, or one of its checkpoint files; such a file in
             memory, as its bytes, an open file, or what it holds; or the name of published weights: of a timm
             model (`crossformer_nano.cifar10`, which come with the library), a detector or a segmenter
-            (`mask_rcnn_crossformer_small`).
+            (`mask_rcnn_crossformer_small`); or an ONNX file of `crossformer export`, for the CPU.
         device: `cpu`, `cuda`, …; the best there is if None.
         score: least score of an object, for detectors.
 
@@ -209,8 +224,13 @@ def load_predictor(
     elif isinstance(checkpoint, (str, os.PathLike)):
         path = Path(checkpoint)
         path = path / "best.ckpt" if path.is_dir() else path
-        named = None if path.exists() else as_checkpoint(str(checkpoint))
-        source, content = str(path), named or read_checkpoint(path)
+        source = str(path)
+        if path.suffix == ".onnx" and path.is_file():
+            from crossformer_vision.export import read_exported
+
+            return Predictor(read_exported(path), source, usable("cpu"), score)
+        named = None if path.exists() else as_checkpoint(source)
+        content = named or read_checkpoint(path)
     else:
         content = read_checkpoint(io.BytesIO(checkpoint) if isinstance(checkpoint, bytes) else checkpoint)
     return Predictor(content, source, best_device(device), score)
