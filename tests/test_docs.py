@@ -1,5 +1,6 @@
 """The docs: each Python snippet runs as pasted, page by page; each command line is understood, by zsh too."""
 
+import itertools
 import logging
 import re
 import shlex
@@ -13,6 +14,7 @@ from PIL import Image
 from test_checkpoints import state_dict_of_2021
 
 from crossformer_vision import published
+from crossformer_vision.benchmark import parsed
 from crossformer_vision.cli import main
 from crossformer_vision.compare import read_grid
 
@@ -61,7 +63,14 @@ def desk(tmp_path_factory):
 
 
 # The Chinese pages have the same code, see below.
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python") and ".zh" not in p])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(p, marks=pytest.mark.slow) if p == "docs/export.md" else p  # two minutes
+        for p in PAGES
+        if blocks(p, "python") and ".zh" not in p
+    ],
+)
 def test_snippets_run_as_pasted(page, desk, monkeypatch):
     monkeypatch.chdir(desk)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(desk / "hub"))
@@ -90,6 +99,12 @@ def test_commands_are_understood(page, desk, monkeypatch, capsys):
         args = shlex.split(line, comments=True)[1:]
         if args[0] == "compare":  # it would take long
             read_grid(args[1])
+            continue
+        if args[0] == "benchmark":  # likewise; the names are understood
+            for what in itertools.takewhile(lambda arg: not arg.startswith("-"), args[1:]):
+                parsed(what)
+            continue
+        if args[0] == "export" or args[1].endswith(".onnx"):  # minutes: test_export.py
             continue
         if args[0] == "train" and "--resume" not in args and "--help" not in args:
             args.append("--print_config")
