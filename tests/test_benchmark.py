@@ -14,11 +14,11 @@ from crossformer_vision.errors import UserError
 def test_rows_of_all_kinds(tmp_path, capsys):
     whats = ["crossformer_nano", "resnet18,channels=(8,8,8,8)", "features:crossformer_nano,lda_span=region"]
     whats += ["retinanet:crossformer_nano", "semantic_fpn:crossformer_nano"]
-    options = "--size 64 32x96 --batch 2 --step inference training --dtype float32 amp-bfloat16 --rounds 3 --device cpu"
+    options = "--size 32x64 --batch 2 --step inference training --dtype float32 amp-bfloat16 --rounds 3 --device cpu"
     assert main(["benchmark", *whats, *options.split(), "--out", str(tmp_path)]) == 0
     assert "in mode" in capsys.readouterr().out
     rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
-    assert len(rows) == 5 * 2 * 2 * 2
+    assert len(rows) == 5 * 2 * 2
     for row in rows:
         assert "error" not in row, row
         assert row["images_per_second"] > 0 and row["ms_median"] <= row["ms_90"] <= row["ms_99"]

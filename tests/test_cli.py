@@ -49,7 +49,11 @@ def test_import_registers_and_names_are_public():
 @pytest.mark.parametrize(
     "args, code, message",
     [
-        ("fly", 2, "no verb 'fly'; there are: train, validate, predict, compare, info, download"),
+        (
+            "fly",
+            2,
+            "no verb 'fly'; there are: train, validate, predict, compare, export, benchmark, info, download",
+        ),
         ("train --data.root nowhere", 1, "nowhere: no such folder"),
         (
             "train --model.model crossformer_smal",

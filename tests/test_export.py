@@ -74,6 +74,8 @@ def test_onnx_of_any_size(span, tmp_path):
     photo = picture(tmp_path / "photo.png")
     theirs, ours = load_predictor(file)(photo), load_predictor(content)(photo)
     np.testing.assert_allclose(theirs.probabilities, ours.probabilities, atol=1e-5)
+    with pytest.raises(UserError, match="exported file already"):
+        export(file, tmp_path / "again.onnx")
     assert main(["predict", str(file), str(photo), "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "predictions.json").exists()
 

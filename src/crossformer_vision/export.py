@@ -53,6 +53,8 @@ def export(what: Any, out: str | os.PathLike[str]) -> dict[str, Any]:
     predictor = what if isinstance(what, Predictor) else load_predictor(what, "cpu")
     if predictor.task == "detection":
         raise UserError("detectors cannot be exported yet: classifiers and segmenters can")
+    if isinstance(predictor.net, OnnxNetwork):
+        raise UserError(f"{what}: is an exported file already")
     net = copy.deepcopy(predictor.net).cpu().float().eval()
     for module in net.modules():
         if hasattr(module, "fused_attn"):
