@@ -46,6 +46,8 @@ def test_a_row_that_cannot_be_run_stops_no_other(tmp_path, capsys):
     nano, other = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
     assert nano["images_per_second"] > 0 and "nonsense" in other["error"]
     assert "not run" in (tmp_path / "benchmark.md").read_text()
+    assert main(["benchmark", "features:vgg11,nonsense=1", *options, str(tmp_path)]) == 1
+    assert "none of the rows could be run: features:vgg11,nonsense=1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -492,3 +492,5 @@ def test_a_classifier_of_any_family_starts_a_dense_model(name: str):
     report = load_checkpoint(dense, classifier.state_dict())
     body = {n for n, _ in dense.backbone.body.named_parameters() if not n.startswith("scales.")}
     assert {f"backbone.body.{n}" for n in body} <= set(report.loaded)
+    values = {float(p.double().sum()) for p in classifier.parameters()}
+    assert {float(p.double().sum()) for n, p in dense.backbone.body.named_parameters() if n in body} <= values

@@ -17,8 +17,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from crossformer_vision import UserError, compare, options
+from crossformer_vision import UserError, compare
 from crossformer_vision.cli import main
+from crossformer_vision.options.arguments import find_config
 
 TINY = """
 recipe: quickstart/classification.yaml
@@ -167,7 +168,7 @@ def test_a_score_is_never_taken_for_that_of_other_options(tmp_path, capsys):
     assert main(["compare", grid, "--out", out]) == 1
     assert "'nano, seed 0' was run with other options, or of another recipe" in capsys.readouterr().err
     recipe = tmp_path / "recipe.yaml"
-    shutil.copy(options.find_config("quickstart/classification.yaml"), recipe)
+    shutil.copy(find_config("quickstart/classification.yaml"), recipe)
     text = (TINY + "rows: {nano: {}}").replace("quickstart/classification.yaml", str(recipe))
     (tmp_path / "grid.yaml").write_text(text)
     out = str(tmp_path / "other")

@@ -13,7 +13,8 @@ from timm.data import resolve_model_data_config
 
 from crossformer_vision import UserError, create_segmenter, load_predictor
 from crossformer_vision.cli import main
-from crossformer_vision.export import KEY, export
+from crossformer_vision.export import export
+from crossformer_vision.predict.exported import KEY
 
 SMALL = {"depths": (1, 2, 1, 1), "embed_dim": 16, "num_heads": (1, 1, 2, 4)}
 NAMES = ["cat", "dog", "猫"]

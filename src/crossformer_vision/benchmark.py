@@ -9,26 +9,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from crossformer_vision import info
 from crossformer_vision.errors import UserError, check_range
 from crossformer_vision.info import DETECTORS, count_macs
 from crossformer_vision.models import find_model, fixed_size
 from crossformer_vision.models.backbones import create_backbone, feature_maps
-from crossformer_vision.models.detectors import create_detector
-from crossformer_vision.models.segmenters import create_segmenter
 
 SEGMENTERS = ("semantic_fpn", "upernet")
-STEPS = ("inference", "training")
 ENGINES: dict[str, dict[str, Any] | None] = {  # -> keywords of torch.compile
     "eager": None,
     "compiled": {},
@@ -205,14 +201,11 @@ def network(row: Row) -> nn.Module:
     torch.manual_seed(0)
     if head == "features":
         return Features(model, keywords)
+    short, long = sorted(row.size)
     if head in DETECTORS:
-        short, long = sorted(row.size)
-        sizes = dict(min_size=short, max_size=long)
-        return create_detector(head, model, backbone_args=keywords, **sizes)  # type: ignore[arg-type]
-    if head:
-        return create_segmenter(head, model, backbone_args=keywords)  # type: ignore[arg-type]
-    square = row.size[0] == row.size[1]
-    return timm.create_model(model, **(fixed_size(model, row.size[0]) if square else {}), **keywords)
+        return info.network(model, head, keywords, min_size=short, max_size=long)
+    sized = fixed_size(model, short) if not head and short == long else {}
+    return info.network(model, head, {**sized, **keywords})
 
 
 class Step:
@@ -227,6 +220,11 @@ class Step:
         self.detector = parsed(row.what)[0] in DETECTORS
         if self.detector:
             self.images = self.images.sigmoid()
+            height, width = row.size
+            boxes = torch.tensor([[0.1, 0.1, 0.5, 0.5], [0.3, 0.3, 0.9, 0.9]], device=device)
+            boxes = boxes * torch.tensor([width, height, width, height], device=device)
+            masks = torch.ones(2, height, width, dtype=torch.uint8, device=device)
+            self.target = {"boxes": boxes, "labels": torch.tensor([1, 2], device=device), "masks": masks}
         if row.training:
             self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-5, fused=True)
         keywords = ENGINES[row.engine]
@@ -245,12 +243,7 @@ class Step:
 
     def loss(self) -> Tensor:
         if self.detector:
-            height, width = self.row.size
-            boxes = torch.tensor([[0.1, 0.1, 0.5, 0.5], [0.3, 0.3, 0.9, 0.9]], device=self.device)
-            boxes = boxes * torch.tensor([width, height, width, height], device=self.device)
-            masks = torch.ones(2, height, width, dtype=torch.uint8, device=self.device)
-            target = {"boxes": boxes, "labels": torch.tensor([1, 2], device=self.device), "masks": masks}
-            return sum(self.run(list(self.images), [target] * len(self.images)).values())
+            return sum(self.run(list(self.images), [self.target] * len(self.images)).values())
         out = self.run(self.images)
         outs = [out] if isinstance(out, Tensor) else list(out.values() if isinstance(out, dict) else out)
         outs = [o for o in outs if o is not None]
@@ -354,11 +347,13 @@ def benchmark(
         entry["ratio"], entry["ratio_in_mode"] = rate / firsts[()], rate / firsts[row.mode]
         if entry["macs"]:
             flops = 2 * entry["macs"] * rate * (3 if row.training else 1)
-            entry["peak_share"] = flops / (2 * SIDE**3 / medians[product_of(row)])
+            entry["peak_share"] = flops / (2 * product_side(device) ** 3 / medians[product_of(row)])
     return found
 
 
-SIDE = 2048  # of the matrix product that stands for the machine's peak
+def product_side(device: torch.device) -> int:
+    """Of the matrix product that stands for the peak; a GPU is called longer than it computes a small one."""
+    return 2048 if device.type == "cpu" else 8192
 
 
 def product_of(row: Row) -> str:
@@ -369,9 +364,10 @@ def product_of(row: Row) -> str:
 def products(rows: list[Row], device: torch.device) -> dict[str, Callable[[], object]]:
     """A matrix product for each type that rows compute in."""
     calls: dict[str, Callable[[], object]] = {}
+    side = product_side(device)
     for row in rows:
         weights, autocast = DTYPES[row.dtype]
-        x = torch.randn(SIDE, SIDE, device=device).to(autocast or weights)
+        x = torch.randn(side, side, device=device).to(autocast or weights)
         calls[product_of(row)] = partial(torch.mm, x, x)
     return calls
 
@@ -438,9 +434,8 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         places = [(e["macs"] / 1e9, e["images_per_second"]) for e in some]
         axis.plot(*zip(*places), marker, label=", ".join(mode) or None)
     by_macs = sorted(dict.fromkeys((entry["macs"], entry["what"]) for entry in timed))
-    for n, (count, what) in enumerate(
-        by_macs
-    ):  # names by turns above and below, so that neighbours do not meet
+    for n, (count, what) in enumerate(by_macs):
+        # Names by turns above and below, so that neighbours do not meet.
         rates = [entry["images_per_second"] for entry in timed if entry["what"] == what]
         place, shift = (count / 1e9, min(rates) if n % 2 else max(rates)), -15 if n % 2 else 8
         axis.annotate(what, place, xytext=(0, shift), textcoords="offset points", fontsize=8, ha="center")
@@ -454,24 +449,15 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def run(
-    whats: list[str],
-    sizes: list[tuple[int, int]],
-    steps: list[str],
-    engines: list[str],
-    dtypes: list[str],
-    batches: list[int],
-    device: torch.device,
-    rounds: int,
-    out: Path,
-) -> list[dict[str, Any]]:
-    """Print the table of all combinations, and write it to `out` as JSON, Markdown, CSV and a plot."""
+def run(rows: list[Row], device: torch.device, rounds: int, out: Path) -> list[dict[str, Any]]:
+    """Print the table of all rows, and write it to `out` as JSON, Markdown, CSV and a plot.
+
+    Raises:
+        UserError: what a row names is not there; or, at the end, no row could be run.
+    """
     from crossformer_vision.tasks.run import about
     from crossformer_vision.tasks.run.files import write_json, write_text
 
-    rows = [
-        Row(w, z, s, e, d, b) for z, s, e, d, b, w in product(sizes, steps, engines, dtypes, batches, whats)
-    ]
     for row in rows:
         parsed(row.what)
         check_range("batch", row.batch, 1)
@@ -496,4 +482,6 @@ def run(
         shown.add_row(f"{cells[0]}\n  {cells[1]}", *[cells[column] for column in narrow])
     Console().print(shown)
     print(f"benchmark.md, .json, .csv and .png in {out}")
+    if all("error" in entry for entry in found):
+        raise UserError(f"none of the rows could be run: {rows[0]}: {found[0]['error']}")
     return found

@@ -108,8 +108,9 @@ def main(argv: list[str] | None = None) -> int:
 def train(args: list[str]) -> None:
     """`crossformer train`"""
     from crossformer_vision import options
+    from crossformer_vision.options.arguments import take
 
-    resume = options.take(args, "--resume")
+    resume = take(args, "--resume")
     from crossformer_vision import visualize
     from crossformer_vision.tasks import run
     from crossformer_vision.tasks.run.folder import command, restarted
@@ -156,8 +157,9 @@ def validate(args: list[str]) -> None:
     """`crossformer validate`"""
     from crossformer_vision import options
     from crossformer_vision.errors import UserError
+    from crossformer_vision.options.arguments import has, take
 
-    checkpoint = options.take(args, "--checkpoint")
+    checkpoint = take(args, "--checkpoint")
     fixed: dict[str, Any] = {}
     folder = None
     if args and not args[0].startswith("-"):
@@ -166,9 +168,9 @@ def validate(args: list[str]) -> None:
             folder, checkpoint = str(Path(folder).parent), checkpoint or folder
         checkpoint = checkpoint or f"{folder}/best.ckpt"
         given, fixed, _ = options.from_run(folder, checkpoint)
-        if options.has(args, "--data.root"):  # other images: all of them, where they are not split
+        if has(args, "--data.root"):  # other images: all of them, where they are not split
             fixed.pop("data.val_list", None)
-            if not options.has(args, "--data.val_share"):
+            if not has(args, "--data.val_share"):
                 fixed["data.val_share"] = 1.0
         args = [*given, *args]
     elif checkpoint:
@@ -300,7 +302,6 @@ def benchmark(args: list[str]) -> None:
         description="""\
 Time models side by side in one interleaved run. Options of several values make a row of each combination.
 
-  crossformer export crossformer_nano.cifar10 --out nano.onnx
   crossformer benchmark crossformer_small swin_tiny_patch4_window7_224 --step inference training
   crossformer benchmark crossformer_small convnext_tiny --engine eager compiled --dtype float32 bfloat16
   crossformer benchmark features:crossformer_small,lda_span=region features:resnet50 \\
@@ -335,6 +336,8 @@ Time models side by side in one interleaved run. Options of several values make 
     parser.add_argument("--threads", type=int, help="of a CPU; all cores if not given")
     parser.add_argument("--out", default="runs/benchmark", help="folder of its table (runs/benchmark)")
     given = parser.parse_args(args)
+    from itertools import product
+
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # of torch's profiler, which measures memory
     import torch
 
@@ -344,17 +347,9 @@ Time models side by side in one interleaved run. Options of several values make 
     sizes = [benchmark.image_size(size) for size in given.size]
     if given.threads:
         torch.set_num_threads(given.threads)
-    benchmark.run(
-        given.what,
-        sizes,
-        given.step,
-        given.engine,
-        given.dtype,
-        given.batch,
-        best_device(given.device),
-        given.rounds,
-        Path(given.out),
-    )
+    modes = product(sizes, given.step, given.engine, given.dtype, given.batch)
+    rows = [benchmark.Row(what, *mode) for mode in modes for what in given.what]
+    benchmark.run(rows, best_device(given.device), given.rounds, Path(given.out))
 
 
 def info(args: list[str]) -> None:

@@ -32,6 +32,7 @@ from crossformer_vision import options
 from crossformer_vision.benchmark import images_per_second, interleaved
 from crossformer_vision.errors import UserError
 from crossformer_vision.info import count_macs
+from crossformer_vision.options.arguments import find_config
 from crossformer_vision.predict import load_predictor
 from crossformer_vision.tasks import run
 from crossformer_vision.tasks.run.files import write_json
@@ -80,7 +81,7 @@ def read_grid(path: str) -> Grid:
     Raises:
         UserError: a file that is missing or no grid; the message says what is wrong.
     """
-    path = options.find_config(path)
+    path = find_config(path)
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -107,7 +108,7 @@ def read_grid(path: str) -> Grid:
     if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
         raise UserError(f"{path}: seeds is a number of them, or a list of whole numbers")
     recipe = content["recipe"] if isinstance(content["recipe"], list) else [content["recipe"]]
-    return Grid([options.find_config(str(name)) for name in recipe], product, seeds, *parts)
+    return Grid([find_config(str(name)) for name in recipe], product, seeds, *parts)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -10,15 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from crossformer_vision.errors import UserError
 from crossformer_vision.models.crossformer import LongShortAttention
 from crossformer_vision.predict import Predictor, load_predictor
+from crossformer_vision.predict.exported import KEY, OnnxNetwork
 
-KEY = "crossformer_vision"  # of what a file says of itself
 SIZES = ((64, 64), (97, 130), (225, 300), (64, 259), (231, 200))  # at which a graph is held against eager
 TOLERANCE = 1e-3  # of the largest output
 
@@ -120,11 +119,8 @@ def traced(net: nn.Module, size: tuple[int, int], fixed: bool) -> torch.export.E
         size = (max(size[0], 256), max(size[1], 320))  # of no special case: not square, larger than a group
     shapes = {0: any_value} if fixed else {0: any_value, 2: any_value, 3: any_value}
     patch: Any = config.patch  # type: ignore[attr-defined]
-    with (
-        torch.no_grad(),
-        warnings.catch_warnings(),
-        patch(backed_size_oblivious=True),
-    ):  # 1 is no special size
+    oblivious = patch(backed_size_oblivious=True)  # 1 is no special size
+    with torch.no_grad(), warnings.catch_warnings(), oblivious:
         warnings.simplefilter("ignore")
         return torch.export.export(net, (torch.randn(2, 3, *size),), dynamic_shapes=(shapes,))
 
@@ -141,11 +137,6 @@ def difference(net: nn.Module, call: Callable[[Tensor], Tensor], size: tuple[int
             return float("inf")
         found = max(found, float((got - expected).abs().max() / expected.abs().max()))
     return found
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Formats
-# ------------------------------------------------------------------------------------------------------------
 
 
 def write_onnx(
@@ -167,44 +158,6 @@ def write_onnx(
     program.model.metadata_props[KEY] = json.dumps(said)
     program.save(path)
     return OnnxNetwork(path)
-
-
-class OnnxNetwork(nn.Module):
-    """An ONNX file as a network on the CPU, by ONNX Runtime."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-    def said(self) -> str | None:
-        return self.session.get_modelmeta().custom_metadata_map.get(KEY)
-
-    def forward(self, images: Tensor) -> Tensor:
-        (logits,) = self.session.run(None, {"images": np.ascontiguousarray(images.cpu().numpy())})
-        return torch.from_numpy(logits)
-
-
-def read_exported(path: Path) -> dict[str, Any]:
-    """An exported ONNX file in the form of a run's checkpoint, with its network.
-
-    Raises:
-        UserError: a file that is damaged, or not of `export`; a library that is not installed.
-    """
-    try:
-        network = OnnxNetwork(path)
-        content = json.loads(network.said() or "{}")
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed: pip install 'crossformer-vision[export]'") from None
-    except Exception as error:  # of other libraries
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as an exported network ({line})") from None
-    if not isinstance(content, dict) or "task" not in content:
-        raise UserError(f"{path}: does not say what it is; predict takes files of crossformer export")
-    return {**content, "net": network}
 
 
 def describe(said: dict[str, Any], out: Sequence[str] | str) -> str:

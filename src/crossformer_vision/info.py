@@ -53,14 +53,20 @@ DETECTORS = ("retinanet", "mask_rcnn")
 # ------------------------------------------------------------------------------------------------------------
 
 
+def network(model: str, head: str | None, backbone_args: dict[str, Any], **detector_args: Any) -> nn.Module:
+    """A classifier, or a detector or segmenter of as many classes as published."""
+    named: Any = head
+    if head in DETECTORS:
+        return create_detector(named, model, backbone_args=backbone_args, **detector_args)
+    if head:
+        return create_segmenter(named, model, backbone_args=backbone_args)
+    return timm.create_model(model, **backbone_args)
+
+
 def build(model: str, head: str | None, backbone_args: dict[str, Any]) -> nn.Module:
-    """A classifier, or a detector or segmenter of as many classes as published; shapes alone."""
+    """The `network` as shapes alone, in evaluation."""
     with torch.device("meta"):
-        if head in DETECTORS:
-            return create_detector(head, model, backbone_args=backbone_args).eval()  # type: ignore[arg-type]
-        if head:
-            return create_segmenter(head, model, backbone_args=backbone_args).eval()  # type: ignore[arg-type]
-        return timm.create_model(model, **backbone_args).eval()
+        return network(model, head, backbone_args).eval()
 
 
 @torch.no_grad()

@@ -226,7 +226,7 @@ def load_predictor(
         path = path / "best.ckpt" if path.is_dir() else path
         source = str(path)
         if path.suffix == ".onnx" and path.is_file():
-            from crossformer_vision.export import read_exported
+            from crossformer_vision.predict.exported import read_exported
 
             return Predictor(read_exported(path), source, usable("cpu"), score)
         named = None if path.exists() else as_checkpoint(source)

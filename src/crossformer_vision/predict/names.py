@@ -47,7 +47,7 @@ def _classifier(name: str) -> dict[str, Any]:
 
 def _dense(name: str) -> dict[str, Any]:
     """A published detector or segmenter, whose groups and sizes are those of its recipe."""
-    from crossformer_vision.options import find_config
+    from crossformer_vision.options.arguments import find_config
     from crossformer_vision.tasks.detection import Detection
     from crossformer_vision.tasks.segmentation import Segmentation
 

@@ -1,26 +1,21 @@
-"""The options of `crossformer train` and `validate`: defaults that hold, help in order, errors in words.
+"""The options of `crossformer train` and `validate`: defaults that hold, help in order.
 
 Lightning's parser on our task, data and trainer: every option is where its argument is documented.
 """
 
-import difflib
 import glob
 import logging
-import math
 import os
-import re
 import sys
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Sequence
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import yaml
-from jsonargparse import get_loader
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -28,6 +23,8 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from crossformer_vision import published
 from crossformer_vision.checkpoints import read_checkpoint, span_of_a_run
 from crossformer_vision.errors import UserError
+from crossformer_vision.options.arguments import content_of, find_config, has, in_utf8, suggest, take
+from crossformer_vision.options.words import explain
 from crossformer_vision.tasks.run import Run, quiet
 from crossformer_vision.tasks.run.files import AtomicCheckpoints
 from crossformer_vision.tasks.run.folder import VAL_LIST, Progress, command, of_this_job
@@ -101,47 +98,10 @@ FIXED = (
 )
 
 
-def find_config(name: str) -> str:
-    """A configuration file: a path, or a name among those that come with the library."""
-    if Path(name).is_file():
-        return name
-    here = Path(__file__).parent
-    below = name.split("configs/", 1)[-1]
-    known: list[str] = []
-    for folder in (here / "configs", here.parents[1] / "configs"):  # installed, or a checkout
-        if below and (folder / below).is_file():
-            return str(folder / below)
-        known += [path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml")]
-    raise UserError(f"{name}: no such configuration file{_suggest(name, known)}")
-
-
-def _suggest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1, 0.6)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def take(args: list[str], option: str) -> str | None:
-    """Remove `option VALUE` or `option=VALUE` from `args` and return the value."""
-    for i, arg in enumerate(args):
-        if arg == option:
-            if i + 1 == len(args):
-                raise ArgumentError(None, f"{option} needs a value")
-            del args[i]
-            return args.pop(i)
-        if arg.startswith(option + "="):
-            return args.pop(i).split("=", 1)[1]
-    return None
-
-
-def has(args: Sequence[str], *options: str) -> bool:
-    """Whether one of the options is given."""
-    return any(arg.split("=", 1)[0] in options for arg in args)
-
-
 def task_of(args: list[str], configs: Sequence[str]) -> str:
     """The task of a command line: `--task`, or a configuration's, or that whose options it has."""
     name = take(list(args), "--task")
-    contents = [_content(config) for config in configs]
+    contents = [content_of(config) for config in configs]
     for content in contents:
         name = name or content.get("task")
     for task, parts in TASKS.items():
@@ -151,30 +111,8 @@ def task_of(args: list[str], configs: Sequence[str]) -> str:
             name = task
     name = name or "classification"
     if name not in TASKS:
-        raise UserError(f"no task '{name}'; there are: {', '.join(TASKS)}{_suggest(str(name), list(TASKS))}")
+        raise UserError(f"no task '{name}'; there are: {', '.join(TASKS)}{suggest(str(name), list(TASKS))}")
     return name
-
-
-def _in_utf8(config: str) -> str:
-    """A configuration's path, or where it is not of ASCII alone its content, escaped, in a line.
-
-    The parser takes either, but reads files in the system's encoding, which need not be that of the file.
-    """
-    try:
-        text = Path(config).read_text(encoding="utf-8-sig")
-        content = {} if text.isascii() else get_loader("yaml")(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # the parser will say it
-        return config
-    return yaml.safe_dump(content, default_flow_style=True, width=math.inf) if content else config
-
-
-def _content(config: str) -> dict[str, Any]:
-    """Of a configuration; empty where it cannot be read, which the parser will say."""
-    try:
-        content = yaml.safe_load(Path(config).read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def recipe(task: str, args: Sequence[str]) -> tuple[str, str]:
@@ -233,7 +171,7 @@ def parse(
     args = [find_config(a) if i and args[i - 1] == "--config" else a for i, a in enumerate(args)]
     configs = [a for i, a in enumerate(args) if i and args[i - 1] == "--config"]
     task = task_of(args, configs)
-    args = [_in_utf8(a) if i and args[i - 1] == "--config" else a for i, a in enumerate(args)]
+    args = [in_utf8(a) if i and args[i - 1] == "--config" else a for i, a in enumerate(args)]
     defaults = configs if has(args, "--help", "-h") else []
     if not configs:
         name, line = recipe(task, args)
@@ -397,7 +335,7 @@ def _cli(
                 return
             before, now = (
                 _flat(content)
-                for content in (_content(str(folder / "config.yaml")), yaml.safe_load(self.text))
+                for content in (content_of(str(folder / "config.yaml")), yaml.safe_load(self.text))
             )
             for key in before.keys() & now.keys():
                 if before[key] != now[key] and key != "run.folder":
@@ -408,7 +346,7 @@ def _cli(
             raise GoOn(str(folder))
 
         def _say_what_changed(self, folder: Path) -> None:
-            before = _flat(_content(str(folder / "config.yaml")))
+            before = _flat(content_of(str(folder / "config.yaml")))
             if upgraded:
                 before["model.model_args"] = {**(before.get("model.model_args") or {}), **upgraded}
             now = _flat(yaml.safe_load(self.text))
@@ -461,84 +399,3 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat.update(_flat(value, f"{name}.") if isinstance(value, dict) and prefix == "" else {name: value})
     return flat
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Errors in words
-# ------------------------------------------------------------------------------------------------------------
-
-
-def explain(message: str, parser: Any, args: Sequence[str], configs: Sequence[str]) -> str:
-    """The parser's message as a person would put it: the option, the file, what was meant or is wanted."""
-    message = " ".join(message.split())
-    types = {action.dest: getattr(action, "_typehint", None) or action.type for action in parser._actions}
-    shown = [action.dest for action in parser._actions if action.help != SUPPRESS]
-    if found := re.search(r"unrecognized arguments: (\S+)", message):
-        word = found[1]
-        name = word.removeprefix("--").split("=")[0]
-        if not word.startswith("-"):
-            return f"'{word}' is not understood; options are given as --data.root FOLDER"
-        return f"no option --{name}{_suggest_option(name, shown, '--')}"
-    if found := re.search(r"Group '(\S+)' does not accept option '(\S+)'", message):
-        return _unknown(f"{found[1]}.{found[2]}", shown, configs)
-    if found := re.search(r"Option '(\S+)' is not accepted", message):
-        return _unknown(found[1], shown, configs)
-    if found := re.search(r'Parser key "([^"]+)":.*?(?:Got|Given) value: (.*)$', message):
-        name, value = found[1], found[2].strip()
-        wanted = _in_words(types.get(name))
-        place = f"--{name}" if has(args, f"--{name}") else f"{_file_of(name, configs)}: {name}"
-        return (
-            f"{place}: '{value}' is not {wanted}" if wanted else f"{place}: '{value}' is not a value for it"
-        )
-    if "Unexpected config" in message and configs:
-        return f"{configs[-1]}: not a configuration, which has options such as 'data: {{root: images}}'"
-    if (("Problem" in message and "pars" in message) or "can't decode" in message) and configs:
-        return f"{configs[-1]}: not a configuration ({message})"
-    return message
-
-
-def _unknown(name: str, shown: Sequence[str], configs: Sequence[str]) -> str:
-    return f"{_file_of(name, configs)}: no option {name}{_suggest_option(name, shown, '')}"
-
-
-def _suggest_option(name: str, shown: Sequence[str], dashes: str) -> str:
-    close = difflib.get_close_matches(name, shown, 1, 0.75)
-    last = name.rsplit(".", 1)[-1]
-    close = close or [option for option in shown if option.rsplit(".", 1)[-1] == last]
-    close = close or difflib.get_close_matches(name, shown, 1, 0.6)
-    return f"; did you mean {dashes}{close[0]}?" if close else "; --help shows all"
-
-
-def _file_of(name: str, configs: Sequence[str]) -> str:
-    """The configuration that has a key."""
-    for config in configs:
-        content: Any = _content(config)
-        for part in name.split("."):
-            content = content.get(part, SUPPRESS) if isinstance(content, dict) else SUPPRESS
-        if content is not SUPPRESS:
-            return config
-    return configs[-1] if configs else "the options"
-
-
-def _in_words(kind: Any) -> str:
-    """What a type wants: `int | None` is an integer or null."""
-    plain = {
-        int: "an integer",
-        float: "a number",
-        bool: "true or false",
-        str: "a text",
-        NoneType: "null",
-        dict: "a mapping such as {name: value}",
-    }
-    if kind in plain:
-        return plain[kind]
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(filter(None, map(_in_words, inner))))
-    if origin is Literal:
-        return f"one of {', '.join(map(str, inner))}"
-    if origin in (list, tuple):
-        return "a list such as [1, 2]"
-    if origin is dict:
-        return plain[dict]
-    return ""

@@ -1,0 +1,86 @@
+"""The parser's errors in words: the option, the file, what was meant or is wanted."""
+
+import difflib
+import re
+from argparse import SUPPRESS
+from collections.abc import Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from crossformer_vision.options.arguments import content_of, has
+
+
+def explain(message: str, parser: Any, args: Sequence[str], configs: Sequence[str]) -> str:
+    """The parser's message as a person would put it: the option, the file, what was meant or is wanted."""
+    message = " ".join(message.split())
+    types = {action.dest: getattr(action, "_typehint", None) or action.type for action in parser._actions}
+    shown = [action.dest for action in parser._actions if action.help != SUPPRESS]
+    if found := re.search(r"unrecognized arguments: (\S+)", message):
+        word = found[1]
+        name = word.removeprefix("--").split("=")[0]
+        if not word.startswith("-"):
+            return f"'{word}' is not understood; options are given as --data.root FOLDER"
+        return f"no option --{name}{_suggest_option(name, shown, '--')}"
+    if found := re.search(r"Group '(\S+)' does not accept option '(\S+)'", message):
+        return _unknown(f"{found[1]}.{found[2]}", shown, configs)
+    if found := re.search(r"Option '(\S+)' is not accepted", message):
+        return _unknown(found[1], shown, configs)
+    if found := re.search(r'Parser key "([^"]+)":.*?(?:Got|Given) value: (.*)$', message):
+        name, value = found[1], found[2].strip()
+        wanted = _in_words(types.get(name))
+        place = f"--{name}" if has(args, f"--{name}") else f"{_file_of(name, configs)}: {name}"
+        return (
+            f"{place}: '{value}' is not {wanted}" if wanted else f"{place}: '{value}' is not a value for it"
+        )
+    if "Unexpected config" in message and configs:
+        return f"{configs[-1]}: not a configuration, which has options such as 'data: {{root: images}}'"
+    if (("Problem" in message and "pars" in message) or "can't decode" in message) and configs:
+        return f"{configs[-1]}: not a configuration ({message})"
+    return message
+
+
+def _unknown(name: str, shown: Sequence[str], configs: Sequence[str]) -> str:
+    return f"{_file_of(name, configs)}: no option {name}{_suggest_option(name, shown, '')}"
+
+
+def _suggest_option(name: str, shown: Sequence[str], dashes: str) -> str:
+    close = difflib.get_close_matches(name, shown, 1, 0.75)
+    last = name.rsplit(".", 1)[-1]
+    close = close or [option for option in shown if option.rsplit(".", 1)[-1] == last]
+    close = close or difflib.get_close_matches(name, shown, 1, 0.6)
+    return f"; did you mean {dashes}{close[0]}?" if close else "; --help shows all"
+
+
+def _file_of(name: str, configs: Sequence[str]) -> str:
+    """The configuration that has a key."""
+    for config in configs:
+        content: Any = content_of(config)
+        for part in name.split("."):
+            content = content.get(part, SUPPRESS) if isinstance(content, dict) else SUPPRESS
+        if content is not SUPPRESS:
+            return config
+    return configs[-1] if configs else "the options"
+
+
+def _in_words(kind: Any) -> str:
+    """What a type wants: `int | None` is an integer or null."""
+    plain = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        NoneType: "null",
+        dict: "a mapping such as {name: value}",
+    }
+    if kind in plain:
+        return plain[kind]
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(filter(None, map(_in_words, inner))))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if origin in (list, tuple):
+        return "a list such as [1, 2]"
+    if origin is dict:
+        return plain[dict]
+    return ""
