@@ -52,7 +52,7 @@ def test_import_registers_and_names_are_public():
         (
             "fly",
             2,
-            "no verb 'fly'; there are: train, validate, predict, compare, export, benchmark, info, download",
+            "no verb 'fly'; there are: train, validate, predict, inspect, compare, export, share, benchmark, demo, info, download",
         ),
         ("train --data.root nowhere", 1, "nowhere: no such folder"),
         (

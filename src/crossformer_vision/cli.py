@@ -15,9 +15,12 @@ CrossFormer and CrossFormer++: train and evaluate vision models on images of you
   train       train a model; without options, the quickstart: some minutes on handwritten digits
   validate    evaluate a checkpoint, and draw what it gets right and wrong
   predict     what a trained checkpoint sees in images and folders: pictures and JSON
+  inspect     what is inside a network on a photo: groups, attention, class activation
   compare     a grid of runs: models and options x seeds; their table, on one machine or many
   export      a trained classifier or segmenter as ONNX, for any image size
+  share       a trained classifier as a folder or a repository that timm and transformers open
   benchmark   how fast models are, side by side: inference and training, eager and compiled
+  demo        a page in the browser: a photo, what a network sees, what a point attends to
   info        parameters and operations of a model, beside the published ones
   download    bring published weights into torch's cache
 
@@ -33,6 +36,7 @@ examples
   crossformer train --resume runs/classification-crossformer_small
   crossformer validate runs/classification-crossformer_small
   crossformer predict runs/classification-crossformer_small photo.jpg more_photos/
+  crossformer inspect crossformer_nano.cifar10 photo.jpg
   crossformer export crossformer_nano.cifar10 --out nano.onnx
   crossformer benchmark crossformer_small swin_tiny_patch4_window7_224 --engine eager compiled
   crossformer info crossformer_small --detector mask_rcnn
@@ -66,9 +70,12 @@ def main(argv: list[str] | None = None) -> int:
         "train": train,
         "validate": validate,
         "predict": predict,
+        "inspect": inspect,
         "compare": compare,
         "export": export,
+        "share": share,
         "benchmark": benchmark,
+        "demo": demo,
         "info": info,
         "download": download,
     }
@@ -208,20 +215,72 @@ def predict(args: list[str]) -> None:
         "weights, as crossformer_nano.cifar10, which come along, resnet18, mask_rcnn_crossformer_small; or "
         "an exported ONNX file",
     )
-    parser.add_argument("images", nargs="+", help="image files, or folders of them")
+    parser.add_argument("images", nargs="+", help="image files, folders, 'patterns*.jpg', videos")
     parser.add_argument(
         "--out",
         default="predictions",
         help="folder for pictures and JSON, which replace those of an earlier call (predictions)",
     )
+    parser.add_argument(
+        "--save",
+        choices=("all", "results", "nothing"),
+        default="all",
+        help="what is written below --out: pictures and results (all, the default), results, or nothing",
+    )
+    parser.add_argument("--json", action="store_true", help="print results as JSON, one a line, not as words")
     parser.add_argument("--score", type=float, default=0.5, help="least score of an object (0.5)")
+    parser.add_argument(
+        "--tile",
+        type=int,
+        metavar="PIXELS",
+        help="side of overlapping tiles, in which a detector goes over larger images for small objects",
+    )
     parser.add_argument("--device", help="cpu, cuda, …; the best there is, if not given")
     options = parser.parse_args(args)
     from crossformer_vision import load_predictor
     from crossformer_vision.predict.files import predict_files
 
-    predictor = load_predictor(options.what, options.device, options.score)
-    predict_files(predictor, options.images, Path(options.out))
+    predictor = load_predictor(options.what, options.device, options.score, options.tile)
+    out = None if options.save == "nothing" else Path(options.out)
+    predict_files(predictor, options.images, out, options.save == "all", options.json)
+
+
+def inspect(args: list[str]) -> None:
+    """`crossformer inspect`"""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        "crossformer inspect",
+        description="Draw what is inside a CrossFormer on a photo: the patches of an embedding, the groups "
+        "of SDA and of both LDAs, what a position attends to, attention rollout, class activation, position "
+        "biases, and the activations' amplitude by block.",
+    )
+    parser.add_argument("what", help="a run, a checkpoint of one, or the name of published weights")
+    parser.add_argument("photo", help="an image file")
+    parser.add_argument("--out", default="inspect.png", help="the page that is drawn (inspect.png)")
+    parser.add_argument("--point", default="0.5,0.5", help="X,Y in shares of the photo (0.5,0.5: its middle)")
+    parser.add_argument("--stage", type=int, default=3, help="of the network, from 1 (3)")
+    parser.add_argument("--block", type=int, help="of the stage, from 1, with its neighbour (the last)")
+    parser.add_argument("--head", type=int, help="of the attention, from 1 (the mean of all)")
+    parser.add_argument(
+        "--size", type=int, help="shorter side of the photo in pixels (the classifier's; 448)"
+    )
+    parser.add_argument("--beside", metavar="WHAT", help="another network, whose amplitudes are drawn, too")
+    parser.add_argument("--device", help="cpu, cuda, …; the best there is, if not given")
+    given = parser.parse_args(args)
+    from crossformer_vision import inspect, load_predictor
+    from crossformer_vision.data.images import read
+    from crossformer_vision.errors import UserError
+
+    try:
+        x, y = (float(share) for share in given.point.split(","))
+    except ValueError:
+        raise UserError(f"--point {given.point}: two shares of the photo, such as 0.5,0.25") from None
+    photo = read(given.photo, given.photo)
+    beside = (given.beside, load_predictor(given.beside, given.device)) if given.beside else None
+    block, head = (None if number is None else number - 1 for number in (given.block, given.head))
+    at = dict(point=(x, y), stage=given.stage - 1, block=block, head=head, size=given.size, beside=beside)
+    print(inspect.sheet(load_predictor(given.what, given.device), photo, given.out, **at))
 
 
 def compare(args: list[str]) -> None:
@@ -292,6 +351,22 @@ def export(args: list[str]) -> None:
     print(export.describe(export.export(given.what, out), out))
 
 
+def share(args: list[str]) -> None:
+    """`crossformer share`"""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        "crossformer share",
+        description="Write a trained classifier as timm and transformers open it, with a model card.",
+    )
+    parser.add_argument("what", help="a run, a checkpoint of one, or the name of published weights")
+    parser.add_argument("--to", required=True, help="a new folder, or hf:owner/name on Hugging Face")
+    given = parser.parse_args(args)
+    from crossformer_vision import share
+
+    print(f'timm.create_model("{share.share(given.what, given.to)}", pretrained=True)')
+
+
 def benchmark(args: list[str]) -> None:
     """`crossformer benchmark`"""
     import argparse
@@ -350,6 +425,29 @@ Time models side by side in one interleaved run. Options of several values make 
     modes = product(sizes, given.step, given.engine, given.dtype, given.batch)
     rows = [benchmark.Row(what, *mode) for mode in modes for what in given.what]
     benchmark.run(rows, best_device(given.device), given.rounds, Path(given.out))
+
+
+def demo(args: list[str]) -> None:
+    """`crossformer demo`"""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        "crossformer demo",
+        description="Serve a page: upload a photo, see what trained networks see in it, click a point and "
+        "see what it attends to.",
+    )
+    parser.add_argument(
+        "what",
+        nargs="*",
+        help="runs, checkpoints, names of published weights (crossformer_nano.cifar10, which come along)",
+    )
+    parser.add_argument("--port", type=int, help="the first free one from 7860 if not given")
+    parser.add_argument("--host", default="127.0.0.1", help="address (127.0.0.1: this machine alone)")
+    parser.add_argument("--device", help="cpu, cuda, …; the best there is, if not given")
+    given = parser.parse_args(args)
+    from crossformer_vision import demo
+
+    demo.serve(given.what or ["crossformer_nano.cifar10"], given.host, given.port, given.device)
 
 
 def info(args: list[str]) -> None:

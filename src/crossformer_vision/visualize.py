@@ -38,14 +38,14 @@ def called(metric: str) -> str:
     return CALLED.get(name, name.replace("_ap", " AP").replace("_", " "))
 
 
-def _figure(width: float, height: float, rows: int = 1, cols: int = 1) -> tuple[Any, Any]:
+def subplots(width: float, height: float, rows: int = 1, cols: int = 1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, cols, squeeze=False)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     """As a PNG; matplotlib writes none with a side of 2^16 pixels."""
     figure.savefig(path, dpi=min(110, 20000 / max(figure.get_size_inches())))
 
@@ -91,7 +91,7 @@ def curves(rows: Sequence[dict[str, float]], path: Path | None, monitor: str) ->
     names = [name for name in {k: 0 for row in rows for k in row} if name.startswith(("train_", "val_"))]
     losses = [name for name in names if name.endswith("loss")]
     metrics = sorted((name for name in names if not name.endswith("loss")), key=lambda name: name != monitor)
-    figure, axes = _figure(15, 3.8, 1, 3)
+    figure, axes = subplots(15, 3.8, 1, 3)
     for axis, title, group in zip(
         axes[0], ("loss", "validation", "learning rate"), (losses, metrics, ["lr"])
     ):
@@ -120,7 +120,7 @@ def curves(rows: Sequence[dict[str, float]], path: Path | None, monitor: str) ->
         if group and group != ["lr"]:
             axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
     if path is not None:
-        _save(figure, path)
+        save_figure(figure, path)
     return figure
 
 
@@ -133,7 +133,7 @@ def confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], path: Pa
 def _confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], path: Path) -> None:
     n = len(classes)
     side = max(4.5, min(12.0, 1.5 + 0.5 * n))
-    figure, axes = _figure(side, side)
+    figure, axes = subplots(side, side)
     axis = axes[0][0]
     shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
     figure.colorbar(
@@ -150,7 +150,7 @@ def _confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], path: P
                 if matrix[i, j]:
                     colour = "white" if shares[i, j] > 0.5 else "black"
                     axis.text(j, i, str(matrix[i, j]), ha="center", va="center", fontsize=7, color=colour)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def predictions(shown: Sequence[tuple[NDArray[np.float32], str, str, float]], path: Path) -> None:
@@ -168,7 +168,7 @@ def predictions(shown: Sequence[tuple[NDArray[np.float32], str, str, float]], pa
 def _predictions(shown: Sequence[tuple[NDArray[np.float32], str, str, float]], path: Path) -> None:
     cols = min(8, len(shown))
     rows = -(-len(shown) // cols)
-    figure, axes = _figure(1.6 * cols, 1.9 * rows, rows, cols)
+    figure, axes = subplots(1.6 * cols, 1.9 * rows, rows, cols)
     for axis in axes.flat:
         axis.axis("off")
     for axis, (image, true, predicted, probability) in zip(axes.flat, shown):
@@ -177,7 +177,7 @@ def _predictions(shown: Sequence[tuple[NDArray[np.float32], str, str, float]], p
         title = f"{shortened(predicted, 18)} {probability:.0%}"
         title += "" if right else f"\nnot {shortened(true, 18)}"
         axis.set_title(title, fontsize=8, color="darkgreen" if right else "crimson")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def precision_recall(kinds: dict[str, dict[str, NDArray[np.float64]]], path: Path) -> None:
@@ -192,7 +192,7 @@ def precision_recall(kinds: dict[str, dict[str, NDArray[np.float64]]], path: Pat
 
 
 def _precision_recall(kinds: dict[str, dict[str, NDArray[np.float64]]], path: Path) -> None:
-    figure, axes = _figure(7 * len(kinds), 4.6, 1, len(kinds))
+    figure, axes = subplots(7 * len(kinds), 4.6, 1, len(kinds))
     for axis, (kind, classes) in zip(axes[0], kinds.items()):
         lines, labels = [], []
         shown = {name: values for name, values in classes.items() if (values >= 0).any()}
@@ -217,7 +217,7 @@ def _precision_recall(kinds: dict[str, dict[str, NDArray[np.float64]]], path: Pa
             ylim=(0, 1.02),
         )
         axis.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_objects(image: Image.Image, objects: dict[str, NDArray[Any]], classes: Sequence[str]) -> Image.Image:
@@ -299,7 +299,7 @@ def detections(
     """
     lines = -(-len(rows) // 2)
     tallest = min(3.0, max(pixels.shape[0] / pixels.shape[1] for pixels, _, _ in rows))
-    figure, axes = _figure(13, (3.2 * tallest + 0.3) * lines, lines, 4)
+    figure, axes = subplots(13, (3.2 * tallest + 0.3) * lines, lines, 4)
     for axis in axes.flat:
         axis.axis("off")
     for k, (pixels, truth, found) in enumerate(rows):
@@ -310,7 +310,7 @@ def detections(
             axis = axes[k // 2][2 * (k % 2) + column]
             axis.imshow(draw_objects(*enlarged(image, objects, factor), classes))
             axis.set_title(title, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def enlarged(
@@ -406,7 +406,7 @@ def _segmentations(
     from matplotlib.patches import Patch
 
     heights = [min(3.0, r[0].shape[0] / r[0].shape[1]) + 0.06 for r in rows]
-    figure, axes = _figure(11, 0.6 + 11 / 3 * sum(heights), len(rows), 3)
+    figure, axes = subplots(11, 0.6 + 11 / 3 * sum(heights), len(rows), 3)
     present: set[int] = set()
     for line, (pixels, true, predicted) in zip(axes, rows):
         height, width = true.shape
@@ -424,7 +424,7 @@ def _segmentations(
     columns = max(1, min(8, len(listed), 120 // min(NAME, longest + 6)))
     place = dict(loc="outside lower center", ncols=columns, fontsize=8)
     _legend(figure, patches, [classes[k] for k in listed], **place)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def class_bars(classes: Sequence[str], values: NDArray[np.float64], name: str, path: Path) -> None:
@@ -444,7 +444,7 @@ def _class_bars(classes: Sequence[str], values: NDArray[np.float64], name: str, 
     order = [
         int(k) for k in np.argsort(-np.nan_to_num(values, nan=-1), kind="stable") if not np.isnan(values[k])
     ]
-    figure, axes = _figure(7, 1.2 + 0.22 * len(order))
+    figure, axes = subplots(7, 1.2 + 0.22 * len(order))
     axis = axes[0][0]
     axis.barh(range(len(order)), values[order], color=palette(len(classes))[order] / 255)
     axis.set_yticks(range(len(order)), [classes[k] for k in order])
@@ -456,4 +456,4 @@ def _class_bars(classes: Sequence[str], values: NDArray[np.float64], name: str, 
         axis.set_title(f"mean {name} {mean:.4f}")
     axis.set(xlabel=name, xlim=(0, 1.08))
     axis.invert_yaxis()
-    _save(figure, path)
+    save_figure(figure, path)

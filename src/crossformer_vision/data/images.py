@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from crossformer_vision.errors import UserError
 
@@ -113,6 +113,8 @@ def reason(error: Exception) -> str:
     """Why an image cannot be read, in some words. Decoders raise errors of any kind."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
+    if isinstance(error, UnidentifiedImageError):  # whose own words repeat the path
+        return "it is of no kind that is known, or damaged"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 

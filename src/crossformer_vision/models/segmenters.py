@@ -259,8 +259,8 @@ def sliding_window(net: Net, images: Tensor, window: int, stride: int) -> Tensor
         return net(images)
     total: Any = None
     count = images.new_zeros(1, 1, H, W)
-    for y in _starts(H, window, stride):
-        for x in _starts(W, window, stride):
+    for y in starts(H, window, stride):
+        for x in starts(W, window, stride):
             area = (..., slice(y, y + window), slice(x, x + window))
             logits = net(images[area])
             if total is None:
@@ -270,7 +270,8 @@ def sliding_window(net: Net, images: Tensor, window: int, stride: int) -> Tensor
     return total / count
 
 
-def _starts(length: int, window: int, stride: int) -> list[int]:
+def starts(length: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along a side; the last one ends with it."""
     last = max(0, length - window)
     return [min(start, last) for start in range(0, last + stride, stride)]
 

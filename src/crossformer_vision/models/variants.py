@@ -108,7 +108,8 @@ def _create_crossformer(variant: str, pretrained: bool = False, **kwargs: Any) -
     if pretrained and read_weights is not None:
         overlay = kwargs.get("pretrained_cfg_overlay") or {}
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
-        if not cfg.state_dict and (cfg.file or cfg.url == PUBLISHED_PAGE):
+        shared = cfg.source in ("local-dir", "hf-hub")  # in timm's own format
+        if not (cfg.state_dict or shared) and (cfg.file or cfg.url == PUBLISHED_PAGE):
             # timm's own reader refuses the published files for what they hold beside weights.
             state = read_weights(variant, cfg.file)
             kwargs["pretrained_cfg_overlay"] = {**overlay, "state_dict": state}

@@ -18,6 +18,9 @@ from crossformer_vision.fonts import shortened as shortened
 from crossformer_vision.models.segmenters import segment
 from crossformer_vision.predict.names import as_checkpoint
 from crossformer_vision.predict.results import Classified, Detected, Result, Segmented
+from crossformer_vision.predict.tiles import detect_in_tiles
+
+BATCH = 8  # images that a classifier takes together
 
 
 def squares(image: Image.Image) -> list[Image.Image]:
@@ -57,17 +60,26 @@ class Predictor:
         source: its name, for errors.
         device: to compute on.
         score: least score of an object.
+        tile: side of overlapping tiles in which a detector goes over larger images; None for whole ones.
     """
 
-    def __init__(self, checkpoint: dict[str, Any], source: str, device: torch.device, score: float) -> None:
+    def __init__(
+        self,
+        checkpoint: dict[str, Any],
+        source: str,
+        device: torch.device,
+        score: float,
+        tile: int | None = None,
+    ) -> None:
         if "task" not in checkpoint or not {"hyper_parameters", "net"} & checkpoint.keys():
             raise UserError(f"{source}: not a checkpoint of a run; predict needs its best.ckpt or last.ckpt")
         self.task = checkpoint["task"]
         self.classes: list[str] = checkpoint["classes"]
         self.category_ids: list[Any] | None = checkpoint.get("category_ids") or None
         self.values: list[int] | None = checkpoint.get("values") or None
-        self.device, self.score = device, score
+        self.device, self.score, self.tile = device, score, tile
         self.image: dict[str, Any] = checkpoint.get("image") or {}  # how one is prepared
+        self.options: dict[str, Any] = {}  # of the task; an exported file has none
         if "net" in checkpoint:  # of an exported file
             net = checkpoint["net"]
             self.test: dict[str, Any] = checkpoint.get("test") or {}
@@ -92,6 +104,7 @@ class Predictor:
         options |= {"pretrained": False, "checkpoint": None}
         if span := span_of_a_run(checkpoint, source):
             options["model_args"] = {**(options["model_args"] or {}), **span}
+        self.options = options
         net: Any
         if self.task == "classification":
             from crossformer_vision.tasks.classification import Classification
@@ -139,7 +152,6 @@ class Predictor:
     def __call__(self, image: Picture) -> Result: ...
     @overload
     def __call__(self, image: list[Any]) -> list[Result]: ...
-    @torch.inference_mode()
     def __call__(self, image: Picture | list[Any]) -> Result | list[Result]:
         """What is in an image, or in each of a list of them.
 
@@ -151,34 +163,57 @@ class Predictor:
             UserError: a file that is missing or no image, an array of another shape.
         """
         if isinstance(image, list):
-            return [self(one) for one in image]
+            opened = [self.opened(one) for one in image]
+            return [
+                result for n in range(0, len(opened), BATCH) for result in self.results(opened[n : n + BATCH])
+            ]
+        return self.results([self.opened(image)])[0]
+
+    def opened(self, image: Picture) -> tuple[Image.Image, str]:
+        """An image as `results` takes it, and its name; see `__call__`."""
         named = image if isinstance(image, (str, os.PathLike)) else getattr(image, "name", None)
         name = str(named or "image")
         if isinstance(image, bytes):
             image = io.BytesIO(image)
         if isinstance(image, (np.ndarray, Tensor)):
             image = _from_array(image)
-        picture = images.read(image, name)
+        return images.read(image, name), name
+
+    @torch.inference_mode()
+    def results(self, opened: list[tuple[Image.Image, str]]) -> list[Result]:
+        """What is in images that are upright and RGB, with their names; a classifier takes them together."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self._result(picture, name)
+            if self.task == "classification":
+                return self._classified(opened)
+            return [self._result(picture, name) for picture, name in opened]
+
+    def _classified(self, opened: list[tuple[Image.Image, str]]) -> list[Result]:
+        parts = [[picture] if self.whole else squares(picture) for picture, _ in opened]
+        pixels: Any = torch.stack([self.transform(part) for of_one in parts for part in of_one])
+        logits: Tensor = self.net(pixels.to(self.device)).float()
+        of_each = logits.softmax(1).split([len(of_one) for of_one in parts])
+        return [
+            Classified(name, picture, self.classes, probabilities.mean(0).cpu().numpy())
+            for (picture, name), probabilities in zip(opened, of_each, strict=True)
+        ]
 
     def _result(self, picture: Image.Image, name: str) -> Result:
-        if self.task == "classification":
-            parts = [picture] if self.whole else squares(picture)
-            pixels: Any = torch.stack([self.transform(part) for part in parts])
-            logits: Tensor = self.net(pixels.to(self.device)).float()
-            return Classified(name, picture, self.classes, logits.softmax(1).mean(0).cpu().numpy())
         if self.task == "segmentation":
             views = [self.transform(picture, scale)[None].to(self.device) for scale in self.test_scales]
             size = (picture.height, picture.width)
             class_map = segment(self.net, views, size=size, **self.test)[0].argmax(0)
             indices = class_map.cpu().numpy().astype(np.uint8)
             return Segmented(name, picture, self.classes, indices, self.values)
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(self.device) / 255
-        (found,) = self.net([pixels])
-        kept = found["scores"] >= self.score
-        found = {name: value[kept].cpu() for name, value in found.items()}
-        masks = (found["masks"].squeeze(1) > 0.5).numpy().astype(np.uint8) if "masks" in found else None
+        if self.tile and max(picture.size) > self.tile:
+            found = detect_in_tiles(self.net, picture, self.tile, self.score, self.device)
+        else:
+            pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(self.device) / 255
+            (found,) = self.net([pixels])
+            kept = found["scores"] >= self.score
+            found = {name: value[kept].cpu() for name, value in found.items()}
+            if "masks" in found:
+                found["masks"] = found["masks"].squeeze(1) > 0.5
+        masks = found["masks"].numpy().astype(np.uint8) if "masks" in found else None
         boxes, labels, scores = (found[key].float().numpy() for key in ("boxes", "labels", "scores"))
         labels = labels.astype(np.int64)
         return Detected(name, picture, self.classes, boxes, labels, scores, masks, self.category_ids)
@@ -203,6 +238,7 @@ def load_predictor(
     checkpoint: str | os.PathLike[str] | bytes | BinaryIO | dict[str, Any],
     device: str | torch.device | None = None,
     score: float = 0.5,
+    tile: int | None = None,
 ) -> Predictor:
     """A trained network, ready for images.
 
@@ -213,11 +249,15 @@ def load_predictor(
             (`mask_rcnn_crossformer_small`); or an ONNX file of `crossformer export`, for the CPU.
         device: `cpu`, `cuda`, …; the best there is if None.
         score: least score of an object, for detectors.
+        tile: side, in pixels, of overlapping tiles in which a detector goes over larger images, and so finds
+            what would be too small in the whole one; None for whole images.
 
     Raises:
         UserError: a file that is no checkpoint of a run, a device that is not there, a score beyond 0 to 1.
     """
     check_range("score", score, 0, 1)
+    if tile is not None:
+        check_range("tile", tile, 64)
     source = "checkpoint"
     if isinstance(checkpoint, dict):
         content = checkpoint
@@ -228,9 +268,9 @@ def load_predictor(
         if path.suffix == ".onnx" and path.is_file():
             from crossformer_vision.predict.exported import read_exported
 
-            return Predictor(read_exported(path), source, usable("cpu"), score)
+            return Predictor(read_exported(path), source, usable("cpu"), score, tile)
         named = None if path.exists() else as_checkpoint(source)
         content = named or read_checkpoint(path)
     else:
         content = read_checkpoint(io.BytesIO(checkpoint) if isinstance(checkpoint, bytes) else checkpoint)
-    return Predictor(content, source, best_device(device), score)
+    return Predictor(content, source, best_device(device), score, tile)

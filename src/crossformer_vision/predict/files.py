@@ -1,10 +1,14 @@
-"""Predicting files and folders: pictures and results below a folder of their own."""
+"""Predicting files, folders and videos: pictures and results below a folder of their own."""
 
+import glob
 import itertools
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,8 +16,8 @@ from PIL import Image
 
 from crossformer_vision.data import images
 from crossformer_vision.errors import UserError
-from crossformer_vision.predict import Predictor
-from crossformer_vision.predict.results import Segmented
+from crossformer_vision.predict import BATCH, Predictor, video
+from crossformer_vision.predict.results import Result, Segmented
 
 LARGEST = 2048  # longer side of a picture that is written, in pixels
 OURS = ".crossformer-predictions"  # in a folder of predictions: the files that the last call wrote
@@ -30,18 +34,24 @@ def _written(folder: Path) -> list[Path]:
 
 
 def find_images(paths: Iterable[str]) -> Iterator[tuple[Path, Path]]:
-    """(file, its name below the folder that was given) of image files and of those in folders, sorted.
+    """(file, its name below the folder that was given) of images and videos, sorted; folders, patterns too.
 
     In folders, what is hidden and what earlier predictions drew is left out.
     """
+    known = images.EXTENSIONS | video.EXTENSIONS
     for text in paths:
         path = Path(text)
+        if glob.has_magic(text) and not path.exists():  # a shell leaves patterns alone that are quoted
+            matches = [Path(match) for match in sorted(glob.glob(text, recursive=True))]  # noqa: PTH207
+            matches = [match for match in matches if match.is_file() and match.suffix.lower() in known]
+            if not matches:
+                raise UserError(f"{text}: no image or video has such a name")
+            yield from ((match, Path(match.name)) for match in matches)
+            continue
         if path.is_dir():
             drawn = {file.resolve() for mark in path.rglob(OURS) for file in _written(mark.parent)}
             files = [
-                p
-                for p in images.files_below(path)
-                if p.suffix.lower() in images.EXTENSIONS and p.resolve() not in drawn
+                p for p in images.files_below(path) if p.suffix.lower() in known and p.resolve() not in drawn
             ]
             if not files:
                 raise UserError(f"{path}: no images in this folder")
@@ -134,54 +144,184 @@ class OutFolder:
         return path
 
 
-def predict_files(predictor: Predictor, paths: Sequence[str], out: Path) -> None:
-    """Predict images and folders: a picture of each below `out`, and all results in `predictions.json`.
+class Ready:
+    """Images that threads read while the network is at work, in order: (file, name, picture or error)."""
+
+    def __init__(
+        self, pool: ThreadPoolExecutor, predictor: Predictor, files: Iterable[tuple[Path, Path]]
+    ) -> None:
+        self.pool, self.predictor = pool, predictor
+        self.files = iter(files)
+        self.waiting: deque[tuple[Path, Path, Future[Any]]] = deque()
+
+    def __iter__(self) -> Iterator[list[tuple[Path, Path, Any]]]:
+        """Batches of them; a video is a batch of its own."""
+        while True:
+            while len(self.waiting) < 2 * BATCH and (found := next(self.files, None)):
+                self.waiting.append((*found, self.pool.submit(self._read, found[0])))
+            if not self.waiting:
+                return
+            batch: list[tuple[Path, Path, Any]] = []
+            while self.waiting and len(batch) < BATCH:
+                file, name, reading = self.waiting.popleft()
+                batch.append((file, name, reading.result()))
+            yield batch
+
+    def _read(self, file: Path) -> Any:
+        if file.suffix.lower() in video.EXTENSIONS:
+            return None
+        try:
+            return self.predictor.opened(file)
+        except Exception as error:  # of this image; the rest is done
+            return _named(error, file)
+
+
+def _named(error: Exception, file: Path) -> UserError:
+    return error if isinstance(error, UserError) else UserError(f"{file}: {images.reason(error)}")
+
+
+def _results(predictor: Predictor, opened: list[tuple[Image.Image, str]]) -> list[Any]:
+    """The results of a batch; if it fails, of each image by itself, or its error."""
+    try:
+        return list(predictor.results(opened))
+    except Exception as error:
+        if len(opened) == 1:
+            return [_named(error, Path(opened[0][1]))]
+        return [_results(predictor, [one])[0] for one in opened]
+
+
+class Writer:
+    """What becomes of results: pictures, class maps, a line of JSON each, a line for the person.
+
+    Args:
+        out: the folder; None to write nothing.
+        pictures: draw them.
+        as_json: print results as JSON, one a line, in place of words.
+        ids: of the images, for detections.
+    """
+
+    def __init__(
+        self, pool: ThreadPoolExecutor, out: Path | None, pictures: bool, as_json: bool, ids: CocoIds | None
+    ) -> None:
+        self.pool, self.pictures, self.as_json, self.ids = pool, pictures, as_json, ids
+        self.folder = OutFolder(out) if out else None
+        self.lines = self.folder.claim("predictions.jsonl") if self.folder else None
+        self.stream = self.lines.open("w", encoding="utf-8") if self.lines else None
+        self.drawing: deque[Future[None]] = deque()
+        self.done = 0
+
+    def add(self, result: Result, file: Path, name: Path, **more: Any) -> None:
+        """A result of an image; `more` goes into its JSON."""
+        if self.folder and self.pictures:
+            jpeg = file.suffix.lower() in (".jpg", ".jpeg")
+            picture = self.folder.claim(name.with_suffix(".jpg" if jpeg else ".png"))
+            class_map = None
+            if isinstance(result, Segmented):
+                below = picture.relative_to(self.folder.folder).with_suffix(".png")
+                class_map = self.folder.claim(Path("class_maps") / below)
+            self.drawing.append(self.pool.submit(draw, result, picture, class_map))
+            while len(self.drawing) > BATCH:  # pictures wait in memory
+                self.drawing.popleft().result()
+        self.say(result, file, name, more)
+
+    def say(self, result: Result, file: Path, name: Path, more: dict[str, Any]) -> None:
+        self.done += 1
+        content = result.to_dict() | more
+        if self.ids is not None:
+            content |= self.ids.of(file, name)
+        line = json.dumps(content, ensure_ascii=False)
+        if self.stream:
+            self.stream.write(line + "\n")
+            self.stream.flush()
+        say(line if self.as_json else str(result))
+
+    def close(self, predictor: Predictor) -> None:
+        """Put the results in place."""
+        for drawn in self.drawing:
+            drawn.result()
+        if not (self.folder and self.stream and self.lines):
+            return
+        self.stream.close()
+        if self.done:
+            target = self.folder.claim("predictions.json")
+            with target.open("w", encoding="utf-8") as whole:
+                write_results(self.lines, whole, predictor.classes, predictor.category_ids)
+            if not self.as_json:
+                pictures = f"{self.done} picture{'s' * (self.done != 1)} and " if self.pictures else ""
+                say(f"{pictures}{target.name} in {self.folder.folder}")
+        self.lines.unlink()
+
+
+def draw(result: Result, picture: Path, class_map: Path | None) -> None:
+    drawn = result.plot()
+    drawn.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    drawn.save(picture, quality=90)  # of JPEG; PNG has none
+    if class_map and isinstance(result, Segmented):
+        result.to_png().save(class_map)
+
+
+def predict_video(predictor: Predictor, file: Path, name: Path, writer: Writer) -> None:
+    """Predict each frame; the frames, drawn, are an MP4 file, whose results are `<name>#<frame>`."""
+    with ExitStack() as closing:
+        append: Any = None
+        for number, (seconds, frame) in enumerate(video.frames(file)):
+            (result,) = predictor.results([(frame, f"{file}#{number}")])
+            if writer.folder and writer.pictures:
+                if append is None:
+                    path = writer.folder.claim(name.with_suffix(".mp4"))
+                    append = closing.enter_context(video.written(path, video.rate(file)))
+                drawn = result.plot()
+                drawn.thumbnail((LARGEST, LARGEST), Image.Resampling.BICUBIC)
+                append(drawn)
+            writer.say(result, file, name.with_name(f"{name.name}#{number}"), {"seconds": round(seconds, 3)})
+
+
+def predict_files(
+    predictor: Predictor, paths: Sequence[str], out: Path | None, pictures: bool = True, as_json: bool = False
+) -> None:
+    """Predict images, folders and videos: a picture of each below `out`, all results in `predictions.json`.
 
     Detections are written as a COCO file, whose annotations have a `score`; class maps as PNGs in
     `class_maps/`, too. Results come into `predictions.jsonl` one by one, and become `predictions.json` at the
     end: a call that is stopped leaves those that are done. An image that cannot be predicted is left out; the
-    others are done, then the error is raised.
+    others are done, then the error is raised. Memory does not grow with the number of images.
+
+    Args:
+        predictor: see `load_predictor`.
+        paths: files, folders, patterns such as `photos/*.jpg`.
+        out: the folder; None to write nothing.
+        pictures: draw them.
+        as_json: print results as JSON, one a line, in place of words.
     """
-    from rich.progress import track
+    from rich.console import Console
+    from rich.progress import Progress
 
     files = list(find_images(paths))
     ids = CocoIds(file for file, _ in files) if predictor.task == "detection" else None
-    folder = OutFolder(out)
-    lines = folder.claim("predictions.jsonl")
     failed: list[UserError] = []
-    done = 0
-    with lines.open("w", encoding="utf-8") as stream:
-        for file, name in track(files, "predicting", transient=True):
-            try:
-                result = predictor(file)
-            except Exception as error:  # of this image; the rest is done
-                named = (
-                    error if isinstance(error, UserError) else UserError(f"{file}: {images.reason(error)}")
-                )
-                failed.append(named)
-                print(f"left out: {named}", file=sys.stderr, flush=True)
-                continue
-            done += 1
-            jpeg = file.suffix.lower() in (".jpg", ".jpeg")
-            picture = folder.claim(name.with_suffix(".jpg" if jpeg else ".png"))
-            drawn = result.plot()
-            drawn.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-            drawn.save(picture, quality=90)  # of JPEG; PNG has none
-            if isinstance(result, Segmented):
-                class_map = folder.claim(Path("class_maps") / picture.relative_to(out).with_suffix(".png"))
-                result.to_png().save(class_map)
-            content = result.to_dict()
-            if ids is not None:
-                content |= ids.of(file, name)
-            stream.write(json.dumps(content, ensure_ascii=False) + "\n")
-            stream.flush()
-            say(str(result))
-    if done:
-        target = folder.claim("predictions.json")
-        with target.open("w", encoding="utf-8") as whole:
-            write_results(lines, whole, predictor.classes, predictor.category_ids)
-        say(f"{done} picture{'s' * (done != 1)} and {target.name} in {out}")
-    lines.unlink()
+
+    console = Console(stderr=True) if as_json else None
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        writer = Writer(pool, out, pictures, as_json, ids)
+        with Progress(transient=True, console=console) as bar:
+            task = bar.add_task("predicting", total=len(files))
+            for batch in Ready(pool, predictor, files):
+                opened = [one for _, _, one in batch if isinstance(one, tuple)]
+                results = iter(_results(predictor, opened) if opened else [])
+                for file, name, one in batch:
+                    found = next(results) if isinstance(one, tuple) else one
+                    try:
+                        if found is None:
+                            predict_video(predictor, file, name, writer)
+                        elif isinstance(found, UserError):
+                            raise found
+                        else:
+                            writer.add(found, file, name)
+                    except UserError as error:  # of this file; the rest is done
+                        failed.append(error)
+                        print(f"left out: {error}", file=sys.stderr, flush=True)
+                    bar.advance(task)
+        writer.close(predictor)
     if failed:
         raise UserError(f"{failed[0]}; {len(failed)} of {len(files)} images {were(len(failed))} left out")
 

@@ -1,0 +1,157 @@
+"""The page in a real browser: upload, example, click, a picture that changes, errors, a narrow screen."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio")
+pytest.importorskip("selenium")
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+needs_a_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="Debian: chromium and chromium-driver")
+
+
+@pytest.fixture(scope="module")
+def url():
+    command = [sys.executable, "-m", "crossformer_vision", "demo", "--device", "cpu"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/")
+    yield re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())[0]
+    server.terminate()
+    server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run"):
+        options.add_argument(f"--{flag}")
+    for flag in ("disable-background-networking", "disable-component-update", "disable-sync", "disable-quic"):
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('browser')}")
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    driver.set_window_size(1280, 1400)
+    yield driver
+    driver.quit()
+
+
+def shown(browser, element):
+    """The address of a picture on the page, or None."""
+    found = browser.find_elements(By.CSS_SELECTOR, f"#{element} img")
+    return found[0].get_attribute("src") if found else None
+
+
+def wait(browser, condition):
+    return WebDriverWait(browser, 90, ignored_exceptions=()).until(lambda _: condition())
+
+
+def upload(browser, path):
+    clear = browser.find_elements(
+        By.CSS_SELECTOR, "#photo button[aria-label='Clear'], #photo button[title='Clear']"
+    )
+    if clear:
+        clear[0].click()
+    field = wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#photo input[type=file]"))
+    field[0].send_keys(str(path))
+
+
+@needs_a_browser
+def test_upload_click_and_errors(url, browser, tmp_path):
+    if folder := os.environ.get("CROSSFORMER_SCREENSHOTS"):
+        from pathlib import Path
+
+        folder = Path(folder)
+    browser.get(url)
+    wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#photo input[type=file]"))
+    assert browser.title == "CrossFormer"
+
+    # An example, by a click.
+    wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, ".gallery-item img, .gallery img"))
+    browser.find_elements(By.CSS_SELECTOR, ".gallery-item img, .gallery img")[1].click()
+    first = wait(browser, lambda: shown(browser, "result"))
+    words = browser.find_element(By.CSS_SELECTOR, "#words textarea, #words input")
+    wait(browser, lambda: "%" in words.get_attribute("value"))
+
+    # A click on the photo: what that point attends to, and another for another point.
+    photo = wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#photo img"))[0]
+    photo.click()
+    middle = wait(browser, lambda: shown(browser, "attention"))
+    ActionChains(browser).move_to_element_with_offset(photo, -60, -40).click().perform()
+    wait(browser, lambda: shown(browser, "attention") not in (None, middle))
+    if folder:
+        time.sleep(1)
+        browser.save_screenshot(str(folder / "demo.png"))
+
+    # An upload changes the result.
+    pixels = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((640, 480)).save(tmp_path / "mine.jpg")
+    upload(browser, tmp_path / "mine.jpg")
+    wait(browser, lambda: shown(browser, "result") not in (None, first))
+
+    # A file that is no image: one line, and the page goes on.
+    (tmp_path / "broken.png").write_bytes(b"this is no image")
+    upload(browser, tmp_path / "broken.png")
+    toast = wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, ".toast-body"))[0]
+    wait(browser, lambda: "broken.png" in toast.text)
+    assert "cannot read this image" in toast.text and "Traceback" not in toast.text
+    if folder:
+        browser.save_screenshot(str(folder / "demo-error.png"))
+    upload(browser, tmp_path / "mine.jpg")
+    wait(browser, lambda: shown(browser, "result"))
+
+    # Nothing hangs over the edge of a telephone.
+    browser.set_window_size(420, 900)
+    time.sleep(1)
+    if folder:
+        browser.save_screenshot(str(folder / "demo-narrow.png"))
+    wide = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+    assert wide <= 0
+    severe = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not [e for e in severe if "127.0.0.1" not in e["message"] and "http" in e["message"]]
+
+
+def test_what_cannot_be(tmp_path, capsys):
+    import socket
+
+    from crossformer_vision.cli import main
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["demo", "--port", str(port)]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"--port {port} on 127.0.0.1: cannot be served" in line
+    assert main(["demo", str(tmp_path / "absent.ckpt")]) == 1
+    assert "absent.ckpt: no such checkpoint file" in capsys.readouterr().err
+
+
+@needs_a_browser
+def test_other_files_of_the_machine_are_not_shown(url, tmp_path):
+    import json
+    from urllib.request import Request, urlopen
+
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "secret.png")
+
+    def asked(path):
+        sent = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+        body = json.dumps({"data": [sent, "crossformer_nano.cifar10", 0.5]}).encode()
+        call = Request(f"{url}/gradio_api/call/predicted", body, {"Content-Type": "application/json"})
+        with urlopen(call) as answer:
+            event = json.load(answer)["event_id"]
+        with urlopen(f"{url}/gradio_api/call/predicted/{event}") as answer:
+            return answer.read().decode()
+
+    said = asked(tmp_path / "secret.png")
+    assert "%" not in said and ("[null" in said or "error" in said)

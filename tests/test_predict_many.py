@@ -1,0 +1,198 @@
+"""Predicting much: patterns, batches, videos, tiles, JSON for programs, memory that does not grow."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_export import classifier
+from test_inspect import detector
+from torch import nn
+from torchvision.ops import box_iou
+
+from crossformer_vision import load_predictor
+from crossformer_vision.cli import main
+from crossformer_vision.predict.tiles import detect_in_tiles
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("many") / "best.ckpt"
+    torch.save(classifier("crossformer_nano"), path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Images of several sizes, a panorama among them, and what is none."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for n, (width, height) in enumerate([(70, 90), (64, 50), (200, 60), (33, 40)] * 5):
+        pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"photos/{n:02d}.png")
+    (tmp_path / "photos/07.png").write_bytes(b"no image")
+    (tmp_path / "photos/notes.txt").write_text("no image either")
+    return tmp_path / "photos"
+
+
+def test_a_batch_is_as_one_by_one(checkpoint, photos, tmp_path, capsys):
+    predictor = load_predictor(checkpoint, "cpu")
+    paths = sorted(p for p in photos.glob("*.png") if p.name != "07.png")
+    for path, result in zip(paths, predictor(paths), strict=True):
+        np.testing.assert_allclose(result.probabilities, predictor(path).probabilities, atol=1e-5)
+        assert result.name == str(path)
+    assert main(["predict", str(checkpoint), str(photos), "--out", str(tmp_path / "out")]) == 1
+    assert "1 of 20 images was left out" in capsys.readouterr().err
+    written = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert [entry["image"] for entry in written] == [str(path) for path in paths]
+    assert len(list((tmp_path / "out").glob("*.png"))) == 19
+
+
+def test_patterns_json_and_what_is_saved(checkpoint, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    what = ["predict", str(checkpoint), "photos/0[0-3].*"]
+    assert main([*what, "--json", "--save", "nothing"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["image"] for line in lines] == [f"photos/0{n}.png" for n in range(4)]
+    assert not (tmp_path / "predictions").exists()
+    assert main([*what, "--save", "results"]) == 0
+    assert [p.name for p in (tmp_path / "predictions").iterdir() if not p.name.startswith(".")] == [
+        "predictions.json"
+    ]
+    assert main(["predict", str(checkpoint), "photos/**/x*.jpg"]) == 1
+    assert "photos/**/x*.jpg: no image or video has such a name" in capsys.readouterr().err
+    (tmp_path / "photos/[1].png").write_bytes((tmp_path / "photos/00.png").read_bytes())
+    assert main(["predict", str(checkpoint), "photos/[1].png"]) == 0  # a file of that name, no pattern
+
+
+@pytest.mark.parametrize("make", [lambda: classifier("crossformer_nano"), detector])
+def test_a_video(make, tmp_path, capsys):
+    av = pytest.importorskip("av")
+    torch.save(make(), tmp_path / "best.ckpt")
+    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for n in range(7):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 96, 3), 30 * n, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    out = tmp_path / "out"
+    assert main(["predict", str(tmp_path / "best.ckpt"), str(tmp_path / "clip.mp4"), "--out", str(out)]) == 0
+    written = json.loads((out / "predictions.json").read_text())
+    entries = written["images"] if isinstance(written, dict) else written
+    names = [entry.get("file_name") or entry["image"].rpartition("/")[2] for entry in entries]
+    assert names == [f"clip.mp4#{n}" for n in range(7)]
+    with av.open(str(out / "clip.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 7
+    (tmp_path / "broken.mp4").write_bytes(b"no video" * 100)
+    assert (
+        main(["predict", str(tmp_path / "best.ckpt"), str(tmp_path / "broken.mp4"), "--out", str(out)]) == 1
+    )
+    assert "broken.mp4: cannot read this video" in capsys.readouterr().err
+
+
+class FindsRed(nn.Module):
+    """A detector without weights: red rectangles that do not touch, one in each row and column of a coarse net."""
+
+    def forward(self, images):
+        red = (images[0][0] > 0.9) & (images[0][1] < 0.1)
+        boxes = []
+        while red.any():
+            y, x = red.nonzero()[0].tolist()
+            width = int((~red[y, x:]).float().argmax()) if not red[y, x:].all() else red.shape[1] - x
+            height = int((~red[y:, x]).float().argmax()) if not red[y:, x].all() else red.shape[0] - y
+            boxes.append([x, y, x + width, y + height])
+            red[y : y + height, x : x + width] = False
+        boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
+        masks = torch.zeros(len(boxes), 1, *images[0].shape[1:])
+        for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist()):
+            mask[0, y1:y2, x1:x2] = 1
+        size = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        return [
+            {
+                "boxes": boxes,
+                "labels": torch.ones(len(boxes)).long(),
+                "scores": 1 - 1 / (2 + size),
+                "masks": masks,
+            }
+        ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tiles_find_each_object_once(seed):
+    """Small ones wherever tiles end, and one that is larger than a tile."""
+    rng = np.random.default_rng(seed)
+    pixels = np.zeros((430, 610, 3), np.uint8)
+    expected = []
+    for y in range(0, 430 - 40, 40):
+        for x in range(0, 610 - 40, 40):
+            if (x < 360 and y < 240) or rng.random() < 0.4:
+                continue
+            w, h = rng.integers(4, 20, 2).tolist()
+            left, top = x + int(rng.integers(0, 40 - w - 2)), y + int(rng.integers(0, 40 - h - 2))
+            expected.append([left, top, left + w, top + h])
+    expected.append([10, 14, 330, 220])
+    for x1, y1, x2, y2 in expected:
+        pixels[y1:y2, x1:x2, 0] = 255
+    found = detect_in_tiles(FindsRed(), Image.fromarray(pixels), 128, 0.1, CPU)
+    overlap = box_iou(found["boxes"], torch.tensor(expected, dtype=torch.float32))
+    assert len(found["boxes"]) == len(expected)
+    assert (overlap.max(0).values[:-1] == 1).all()  # small ones to the pixel
+    assert overlap.max(0).values[-1] > 0.9  # the large one from the image made small
+    masks = found["masks"].any(0).numpy()
+    assert (masks == (pixels[..., 0] > 0)).mean() > 0.97
+    assert masks[:, 370:][pixels[:, 370:, 0] > 0].all()
+
+
+def test_tiles_of_a_real_detector(tmp_path, capsys):
+    torch.save(detector(), tmp_path / "best.ckpt")
+    pixels = np.random.default_rng(0).integers(0, 255, (150, 260, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "large.png")
+    what = [
+        "predict",
+        str(tmp_path / "best.ckpt"),
+        str(tmp_path / "large.png"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main([*what, "--tile", "96", "--score", "0.005"]) == 0
+    annotations = json.loads((tmp_path / "out/predictions.json").read_text())["annotations"]
+    whole = load_predictor(tmp_path / "best.ckpt", "cpu", 0.005)(tmp_path / "large.png")
+    assert len(annotations) != len(whole.boxes)
+    for found in annotations:
+        x, y, w, h = found["bbox"]
+        assert x >= -1 and x + w <= 261 and y >= -1 and y + h <= 151
+    capsys.readouterr()
+    assert main([*what, "--tile", "5"]) == 1
+    assert "tile" in capsys.readouterr().err
+
+
+def test_memory_does_not_grow_with_the_images(checkpoint, tmp_path):
+    """Two hundred images of 3 MB each, kept or waiting to be drawn, would be 600 MB."""
+    for count in (20, 200):
+        (tmp_path / str(count)).mkdir()
+        for n in range(count):
+            target = tmp_path / f"{count}/{n}.png"
+            if n == 0:
+                Image.new("RGB", (1000, 1000), (n % 255, 80, 80)).save(target)
+            else:
+                target.hardlink_to(tmp_path / f"{count}/0.png")
+    code = f"""
+import resource
+from crossformer_vision import load_predictor
+from crossformer_vision.predict.files import predict_files
+from pathlib import Path
+predictor = load_predictor({str(checkpoint)!r}, "cpu")
+def peak(folder):
+    predict_files(predictor, [folder], Path({str(tmp_path)!r}) / "out", as_json=True)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+few = peak({str(tmp_path / "20")!r})
+print("grew by", peak({str(tmp_path / "200")!r}) - few)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout.rsplit("grew by", 1)[1]) < 80
