@@ -37,7 +37,7 @@ fuzz: setup
 
 docs: setup
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
-	$(BIN)/mkdocs build --strict
+	$(BIN)/zensical build --strict
 
 clean:
 	rm -rf .venv site

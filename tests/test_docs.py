@@ -1,6 +1,7 @@
 """The docs: each Python snippet runs as pasted, page by page; each command line is understood, by zsh too."""
 
 import itertools
+import json
 import logging
 import re
 import shlex
@@ -90,7 +91,15 @@ def test_snippets_run_as_pasted(page, desk, monkeypatch):
         logger.setLevel(level)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for cell in json.loads((ROOT / "docs/start.ipynb").read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "start.ipynb", "exec"), names)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page) and ".zh" not in page])
 def test_commands_are_understood(page, desk, monkeypatch, capsys):
     monkeypatch.chdir(desk)
     for line in commands(page):
@@ -123,7 +132,13 @@ def test_commands_are_understood(page, desk, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "english, chinese", [("README.md", "README.zh-CN.md"), ("docs/python.md", "docs/python.zh.md")]
+    "english, chinese",
+    [("README.md", "README.zh-CN.md")]
+    + [
+        (p, p.replace(".md", ".zh.md"))
+        for p in PAGES
+        if p.startswith("docs") and ".zh" not in p and p != "docs/development.md"
+    ],
 )
 def test_both_languages_give_the_same_code(english, chinese):
     def code(page):

@@ -6,7 +6,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.detection import MeanAveragePrecision
 
 from crossformer_vision import visualize
 from crossformer_vision.checkpoints import load_checkpoint
@@ -14,17 +13,10 @@ from crossformer_vision.data.detection import Batch
 from crossformer_vision.models import drop_path
 from crossformer_vision.models.detectors import MaskRCNN, create_detector
 from crossformer_vision.tasks.base import Task, starts_from_published
+from crossformer_vision.tasks.coco_metrics import CocoMetrics
 from crossformer_vision.tasks.run.files import write_csv
 
 SHOWN = 8  # validation images in the picture of predictions
-METRICS = {  # ours: torchmetrics'
-    "ap": "map",
-    "ap50": "map_50",
-    "ap75": "map_75",
-    "ap_small": "map_small",
-    "ap_medium": "map_medium",
-    "ap_large": "map_large",
-}
 
 
 class Detection(Task):
@@ -87,22 +79,12 @@ class Detection(Task):
         )
         if checkpoint:
             load_checkpoint(self.net, checkpoint)
-        self.kinds = {"box": "bbox", "mask": "segm"} if isinstance(self.net, MaskRCNN) else {"box": "bbox"}
-        self.monitor = f"val_{list(self.kinds)[-1]}_ap"
-        self.in_line = (f"{self.monitor}50", *(f"val_{kind}_ap" for kind in list(self.kinds)[:-1]))
-        self.metric = MeanAveragePrecision(
-            iou_type=tuple(self.kinds.values()),  # type: ignore[arg-type]
-            # COCO's, in float64: torchmetrics' own are rounded to float32, on the other side of some IoUs.
-            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
-            rec_thresholds=np.linspace(0, 1, 101).tolist(),
-            max_detection_thresholds=[1, 10, max_detections],
-            extended_summary=True,
-            backend="faster_coco_eval",
-            sync_on_compute=False,  # its own wants as many images of each process; see `_gather`
-        )
-        self.metrics = {**METRICS, "recall": f"mar_{max_detections}"}
+        self.kinds = ["box", "mask"] if isinstance(self.net, MaskRCNN) else ["box"]
+        self.monitor = f"val_{self.kinds[-1]}_ap"
+        self.in_line = (f"{self.monitor}50", *(f"val_{kind}_ap" for kind in self.kinds[:-1]))
+        self.metric = CocoMetrics(self.kinds, max_detections)
         self.shown: list[tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]] = []  # image, truth, found
-        self.summary: dict[str, Tensor] = {}
+        self.precisions: dict[int, dict[str, np.ndarray]] = {}  # by label and kind, at the last validation
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         """Images (3, H, W) in 0..1 -> boxes, labels, scores and masks of each; see `create_detector`."""
@@ -141,63 +123,39 @@ class Detection(Task):
         for result in found:
             if "masks" in result:
                 result["masks"] = result["masks"].squeeze(1) > 0.5
-        self.metric.update(
-            *([{k: v.cpu() for k, v in one.items()} for one in many] for many in (found, targets))
-        )
+        self.metric.update(found, targets)
         batches = self.batches_evaluated
         if batch_idx % max(1, batches // SHOWN) == 0 and len(self.shown) < SHOWN:
             self.shown += zip(images, targets, found, strict=True)
 
     def on_validation_epoch_end(self) -> None:
-        self._gather()
-        self.summary = self.metric.compute()
-        self.metric.reset()
-        for kind, theirs in self.kinds.items():
-            for name, key in self.metrics.items():
-                value = self.summary[f"{theirs}_{key}" if len(self.kinds) > 1 else key]
-                if name == "ap" or value >= 0:  # -1: no such objects
-                    self.log(
-                        f"val_{kind}_{name}",
-                        value.to(self.device, torch.float32).clamp(min=0),
-                        prog_bar=f"val_{kind}_{name}" == self.monitor,
-                    )
-
-    def _gather(self) -> None:
-        """Give the metric of each process what all processes have seen."""
         if self.trainer.world_size > 1:
-            for name, values in self.metric.metric_state.items():
-                everyone: list[Any] = [None] * self.trainer.world_size
-                torch.distributed.all_gather_object(everyone, values)
-                setattr(self.metric, name, [value for one in everyone for value in one])
+            self.metric.gather()
+        figures, self.precisions = self.metric.compute()
+        for name, value in figures.items():
+            if name.endswith("_ap") or value >= 0:  # -1: no such objects
+                self.log(
+                    f"val_{name}",
+                    torch.tensor(max(0.0, value), device=self.device),
+                    prog_bar=f"val_{name}" == self.monitor,
+                )
 
     def class_table(self, classes: list[str]) -> list[dict[str, Any]]:
         """AP and AP50 of each class at the last validation, one row a class."""
         rows: list[dict[str, Any]] = [{"class": name} for name in classes]
-        for kind in self.kinds:
-            precision = self._precision(kind)
-            for k, label in enumerate(self._labels()):
-                for name, values in (("ap", precision[..., k]), ("ap50", precision[:1, :, k])):
+        for label, of_kind in self.precisions.items():
+            for kind, precision in of_kind.items():
+                for name, values in (("ap", precision), ("ap50", precision[:1])):
                     if (values >= 0).any():
                         rows[label - 1][f"{kind}_{name}"] = round(float(values[values >= 0].mean()), 4)
         return rows
-
-    def _labels(self) -> list[int]:
-        return [int(label) for label in self.summary["classes"].flatten()]
-
-    def _precision(self, kind: str) -> Tensor:
-        """By IoU threshold, recall and class, over all sizes of object."""
-        key = f"{self.kinds[kind]}_precision" if len(self.kinds) > 1 else "precision"
-        return self.summary[key][:, :, :, 0, -1]
 
     def pictures(self, folder: Path, classes: list[str]) -> None:
         """Draw the last validation: `predictions.png`, `precision_recall.png`; its table: `classes.csv`."""
         write_csv(folder / "classes.csv", self.class_table(classes))
         visualize.precision_recall(
             {
-                kind: {
-                    classes[label - 1]: self._precision(kind)[0, :, k].numpy()
-                    for k, label in enumerate(self._labels())
-                }
+                kind: {classes[label - 1]: of_kind[kind][0] for label, of_kind in self.precisions.items()}
                 for kind in self.kinds
             },
             folder / "precision_recall.png",
