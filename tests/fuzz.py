@@ -33,7 +33,7 @@ from PIL import Image
 import crossformer_vision
 from crossformer_vision.checkpoints import read_checkpoint
 from crossformer_vision.data import images
-from crossformer_vision.data.detection import CocoImages
+from crossformer_vision.data.coco import CocoImages
 from crossformer_vision.data.loading import ReadImages
 from crossformer_vision.data.segmentation import MappedImages, read_classes, table
 from crossformer_vision.errors import UserError

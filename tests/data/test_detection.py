@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from crossformer_vision import UserError
-from crossformer_vision.data.detection import CocoImages, DetectionData, ToTensors, decode_mask
+from crossformer_vision.data.coco import CocoImages, decode_mask
+from crossformer_vision.data.detection import DetectionData, ToTensors
 
 SQUARE = [10, 10, 30, 10, 30, 40, 10, 40]
 
@@ -123,7 +124,7 @@ def test_images_without_objects_can_be_left_out_of_training(tmp_path, caplog):
         coco(tmp_path, split, edit=only_crowds)
     found = data(tmp_path, skip_empty=True)
     assert found.num_classes == 2
-    assert [image[0] for image in found.images["train"].source.images] == [101, 103]
+    assert found.images["train"].source.ids.tolist() == [101, 103]
     assert len(found.images["train"].source.sizes) == 2 and len(found.images["val"]) == 4
     assert found.images["train"].source.read(1)[1]["image_id"] == 103
     coco(tmp_path, edit=lambda content: content["annotations"].clear())
@@ -218,13 +219,13 @@ def test_what_lies_outside_is_not_trained_on_and_counted(tmp_path, caplog):
     images = CocoImages(file, tmp_path / "images/train", train=True)
     said = "3 objects outside their image or of no size are not trained on, the first: [200, 10, 20, 30] of"
     assert said in caplog.text
-    assert [len(objects) for objects in images.objects] == [0, 1, 2, 3]
-    assert images.objects[2][0]["box"] == (70, 50, 110, 90)
+    assert np.diff(images.first).tolist() == [0, 1, 2, 3]
+    assert images.read(2)[1]["boxes"][0].tolist() == [70, 50, 110, 90]
     boxes = ToTensors(lambda *pair: pair, train=True)(*images.read(2))[1]["boxes"]
     assert boxes[0].tolist() == [70, 50, 80, 60]
     # COCO's metrics take the truth as the file has it
     images = CocoImages(file, tmp_path / "images/train")
-    assert [len(objects) for objects in images.objects] == [0, 3, 3, 3]
+    assert np.diff(images.first).tolist() == [0, 3, 3, 3]
     assert ToTensors(lambda *pair: pair, train=False)(*images.read(2))[1]["boxes"][1].tolist() == [
         70,
         50,
@@ -241,7 +242,7 @@ def test_masks_without_a_pixel(tmp_path):
 
     file = coco(tmp_path, edit=edit)
     images = CocoImages(file, tmp_path / "images/train", masks=True, train=True)
-    assert [len(objects) for objects in images.objects] == [0, 1, 3, 3]
+    assert np.diff(images.first).tolist() == [0, 1, 3, 3]
     for n in range(4):
         target = ToTensors(lambda *pair: pair, train=True)(*images.read(n))[1]
         assert len(target["boxes"]) == len(target["masks"]) == (0, 0, 1, 2)[n]
@@ -297,7 +298,7 @@ def test_ids_of_other_kinds(tmp_path):
         content["images"][0]["id"] = "a hash"
 
     images = CocoImages(coco(tmp_path, edit=edit), tmp_path / "images/train")
-    assert [len(objects) for objects in images.objects] == [0, 3, 3, 3]
+    assert np.diff(images.first).tolist() == [0, 3, 3, 3]
     assert images.read(1)[1]["image_id"] == 1 and images.read(0)[1]["image_id"] == 0
 
 

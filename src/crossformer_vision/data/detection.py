@@ -1,16 +1,12 @@
 """Detection and instance segmentation: COCO files, or the digits that come with the library -> batches."""
 
-import json
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from faster_coco_eval.core import mask as rle
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
@@ -19,254 +15,14 @@ from torchvision.transforms import v2
 
 from crossformer_vision.data import digits
 from crossformer_vision.data.augmentation import PhotometricDistortion, Steps, composed
-from crossformer_vision.data.images import upright
+from crossformer_vision.data.coco import CocoImages
 from crossformer_vision.data.loading import ReadImages, ResumableData, SeededLoader
-from crossformer_vision.errors import NoSuchSplit, UserError, check_names
+from crossformer_vision.errors import NoSuchSplit, UserError
 
 log = logging.getLogger("crossformer_vision")
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 GREY = (124, 116, 104)  # ImageNet's mean, around images that do not fill their crop
-
-
-# ------------------------------------------------------------------------------------------------------------
-# COCO files
-# ------------------------------------------------------------------------------------------------------------
-
-
-class CocoImages:
-    """Images and objects of a file in COCO's format.
-
-    Boxes are kept as the file has them, over the image's border too, for COCO's metrics. Objects of which
-    nothing lies inside their image cannot be learned: they are left out of training, with one warning that
-    counts them and names the first.
-
-    Args:
-        annotations: the JSON file.
-        folder: of the images.
-        classes: names of the training file, in the order of their labels; None numbers the file's own, in the
-            order of ids.
-        masks: read the segmentations too.
-        train: leave out what cannot be learned.
-        skip_empty: leave out images in which no object but crowds is.
-
-    Attributes:
-        categories: name of each of the training file's ids; the label of the k-th is k + 1.
-        sizes: (width, height) of each image, as the file says.
-
-    Raises:
-        UserError: a file that is missing, no JSON or not COCO's; an id that stands twice; an annotation of an
-            unknown image or category, without a box, with numbers that are none, with a polygon of fewer than
-            three points or a mask of another size; in validation, a mask without a pixel in its image.
-    """
-
-    def __init__(
-        self,
-        annotations: Path,
-        folder: Path,
-        classes: list[str] | None = None,
-        masks: bool = False,
-        train: bool = False,
-        skip_empty: bool = False,
-    ) -> None:
-        self.annotations, self.folder, self.masks = annotations, folder, masks
-        content = _read_json(annotations)
-        try:
-            listed = [(_id(c["id"]), str(c["name"])) for c in content["categories"]]
-            self.images = [
-                (_id(i["id"]), str(i["file_name"]), int(i["width"]), int(i["height"]))
-                for i in content["images"]
-            ]
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(
-                f"{annotations}: not a COCO file: its images need id, file_name, width and height, its "
-                f"categories id and name ({type(error).__name__}: {error})"
-            ) from error
-        if not self.images or not listed:
-            raise UserError(f"{annotations}: lists no {'categories' if self.images else 'images'}")
-        for what, ids in (("image", [i[0] for i in self.images]), ("category", [c[0] for c in listed])):
-            if len(set(ids)) < len(ids):
-                twice = next(i for i in ids if ids.count(i) > 1)
-                raise UserError(f"{annotations}: two entries have the {what} id {twice}")
-        if all(isinstance(category, int) for category, _ in listed):
-            listed.sort()
-        self.categories = dict(listed)
-        names = list(classes or self.categories.values())
-        check_names(annotations, list(self.categories.values()))
-        self.sizes = [image[2:] for image in self.images]
-        number = {image[0]: n for n, image in enumerate(self.images)}
-        self.objects: list[list[dict[str, Any]]] = [[] for _ in self.images]
-        unseen: list[str] = []
-        for annotation in content["annotations"]:
-            if not isinstance(annotation, dict):
-                raise UserError(f"{annotations}: an annotation that is a {type(annotation).__name__}")
-            name = f"{annotations}: annotation {annotation.get('id', '?')}"
-            n = self._find(number, annotation, "image_id", name)
-            if n is None:
-                raise UserError(f"{name}: of image {annotation.get('image_id')}, which is not in the file")
-            category = self._find(self.categories, annotation, "category_id", name)
-            if category is None or category not in names:
-                what = f"{annotation.get('category_id')}{f' ({category})' if category else ''}"
-                known = [f"{i} ({c})" for i, c in self.categories.items()] if classes is None else names
-                raise UserError(f"{name}: of category {what}; known are {', '.join(known[:5])}")
-            found = self._object(name, annotation, n)
-            outside, empty = found.pop("outside"), found.pop("empty")
-            if train and (outside or empty):
-                unseen.append(f"{annotation.get('bbox')} of annotation {annotation.get('id', '?')}")
-                continue
-            if empty:
-                raise UserError(f"{name}: no pixel of its mask is inside the image; remove it from the file")
-            self.objects[n].append({**found, "label": names.index(category) + 1})
-        if skip_empty:
-            full = [n for n, objects in enumerate(self.objects) if any(not o["iscrowd"] for o in objects)]
-            if not full:
-                raise UserError(f"{annotations}: no image has an object; --data.skip_empty false keeps them")
-            self.images = [self.images[n] for n in full]
-            self.sizes = [self.sizes[n] for n in full]
-            self.objects = [self.objects[n] for n in full]
-        if unseen:
-            log.warning(
-                "%s: %d objects outside their image or of no size are not trained on, the first: %s",
-                annotations,
-                len(unseen),
-                unseen[0],
-            )
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def name(self, index: int) -> str:
-        return str(self.folder / self.images[index][1])
-
-    def read(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
-        image_id, file_name, width, height = self.images[index]
-        if Path(file_name).is_absolute() or ".." in Path(file_name).parts:  # a link may lead anywhere
-            raise UserError(f"{self.annotations}: image {image_id}: {file_name} lies outside {self.folder}")
-        path = self.folder / file_name
-        image = upright(Image.open(path), labelled=(width, height))
-        if image.size != (width, height):
-            raise UserError(
-                f"{path}: is {image.size[0]}x{image.size[1]} (turned as its EXIF orientation says), "
-                f"{self.annotations} says {width}x{height}"
-            )
-        objects = self.objects[index]
-        target: dict[str, Any] = dict(
-            image_id=image_id if isinstance(image_id, int) and abs(image_id) < 2**63 else index,
-            boxes=np.array([o["box"] for o in objects], np.float32).reshape(-1, 4),
-            labels=np.array([o["label"] for o in objects], np.int64),
-            iscrowd=np.array([o["iscrowd"] for o in objects], np.int64),
-            area=np.array([o["area"] for o in objects], np.float32),
-        )
-        if self.masks:
-            shapes = [self._mask(o, width, height) for o in objects]
-            target["masks"] = np.stack(shapes) if shapes else np.zeros((0, height, width), np.uint8)
-        return image, target
-
-    def _mask(self, found: dict[str, Any], width: int, height: int) -> NDArray[np.uint8]:
-        try:
-            return decode_mask(found["segmentation"], width, height)
-        except Exception as error:  # of the C code
-            raise UserError(f"{found['name']}: its mask cannot be decoded ({error})") from None
-
-    def _find(self, known: dict[Any, Any], annotation: dict[str, Any], key: str, name: str) -> Any:
-        try:
-            return known.get(_id(annotation.get(key)))
-        except (TypeError, ValueError, OverflowError):
-            raise UserError(f"{name}: its {key} is {annotation.get(key)!r}") from None
-
-    def _object(self, name: str, annotation: dict[str, Any], n: int) -> dict[str, Any]:
-        """Box (x1, y1, x2, y2), area, crowd and shape of an annotation; whether they are inside the image."""
-        width, height = self.sizes[n]
-        try:
-            x, y, w, h = (float(value) for value in annotation["bbox"])
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{name}: its bbox is not [x, y, width, height]") from None
-        area = annotation.get("area")
-        try:
-            area = w * h if area is None else float(area)
-            crowd = int(int(annotation.get("iscrowd") or 0) != 0)
-        except (TypeError, ValueError, OverflowError):
-            raise UserError(
-                f"{name}: its area or iscrowd is no number ({area!r}, {annotation.get('iscrowd')!r})"
-            ) from None
-        if not all(map(math.isfinite, (x, y, w, h, area))):
-            raise UserError(
-                f"{name}: its bbox or area has a number that is none: {annotation['bbox']}, {area}"
-            )
-        box = (x, y, x + w, y + h)
-        inside = w > 0 and h > 0 and min(width, box[2]) > max(0, x) and min(height, box[3]) > max(0, y)
-        shape = annotation.get("segmentation")
-        found = dict(name=name, box=box, iscrowd=crowd, area=area, outside=not inside, empty=False)
-        if self.masks:
-            found |= {"segmentation": shape, "empty": not self._check_shape(name, shape, n)}
-        return found
-
-    def _check_shape(self, name: str, shape: Any, n: int) -> bool:
-        """Whether any of it may lie inside the image."""
-        width, height = self.sizes[n]
-        if isinstance(shape, dict):
-            counts = shape.get("counts")
-            if shape.get("size") not in ([height, width], (height, width)) or not counts:
-                raise UserError(
-                    f"{name}: its mask is of size {shape.get('size')}, the image of [{height}, {width}]"
-                )
-            if isinstance(counts, (str, bytes)):
-                return True
-            if not isinstance(counts, list) or not all(isinstance(c, int) and c >= 0 for c in counts):
-                raise UserError(f"{name}: the run lengths of its mask are not whole numbers")
-            if sum(counts) != width * height:
-                raise UserError(
-                    f"{name}: the run lengths of its mask are of {sum(counts)} pixels, the image has "
-                    f"{width * height}"
-                )
-            return any(counts[1::2])
-        if not isinstance(shape, list) or not shape:
-            raise UserError(f"{name}: has no segmentation; without masks there is --model.detector retinanet")
-        if not all(isinstance(polygon, list) for polygon in shape):
-            raise UserError(f"{name}: its segmentation is not a list of polygons, [[x1, y1, x2, y2, …], …]")
-        if any(len(polygon) < 6 or len(polygon) % 2 for polygon in shape):
-            raise UserError(f"{name}: a polygon of fewer than three points in its segmentation")
-        values = [value for polygon in shape for value in polygon]
-        if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
-            raise UserError(f"{name}: its segmentation has a value that is no number")
-        if max(map(abs, values)) > 10 * max(width, height) + 10_000:  # drawing it takes memory by its length
-            farthest = max(values, key=abs)
-            raise UserError(f"{name}: its segmentation reaches to {farthest:.3g}, far outside the image")
-        return any(
-            max(p[0::2]) > 0 and min(p[0::2]) < width and max(p[1::2]) > 0 and min(p[1::2]) < height
-            for p in shape
-        )
-
-
-def _id(value: Any) -> int | str:
-    """An id to look up: whole numbers are the same as integers, floats or text."""
-    if isinstance(value, str):
-        return int(value) if value.lstrip("-").isdecimal() and value.isascii() else value
-    number = int(value)
-    if number != value:
-        raise ValueError(f"id {value}")
-    return number
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such annotation file")
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(key), list) for key in ("images", "annotations", "categories")
-    ):
-        raise UserError(f"{path}: not a COCO file: it needs the lists images, annotations and categories")
-    return content
-
-
-def decode_mask(segmentation: Any, width: int, height: int) -> NDArray[np.uint8]:
-    """Polygons or a run-length encoding, as COCO writes them, to (height, width) of 0 and 1."""
-    if isinstance(segmentation, list) or not isinstance(segmentation["counts"], (str, bytes)):
-        segmentation = rle.segmToRle(segmentation, width, height)
-    return rle.decode(segmentation)
 
 
 class DigitObjects:
@@ -493,7 +249,7 @@ class DetectionData(ResumableData):
 
     def train_dataloader(self) -> SeededLoader:
         source: Any = self.open("train").source
-        tall = [int(height > width) for width, height in source.sizes]
+        tall = [int(height > width) for width, height in np.asarray(source.sizes).tolist()]
         return self.loader("train", collate=lists, kinds=tall)
 
     def val_dataloader(self) -> SeededLoader:
