@@ -494,3 +494,18 @@ def test_a_classifier_of_any_family_starts_a_dense_model(name: str):
     assert {f"backbone.body.{n}" for n in body} <= set(report.loaded)
     values = {float(p.double().sum()) for p in classifier.parameters()}
     assert {float(p.double().sum()) for n, p in dense.backbone.body.named_parameters() if n in body} <= values
+
+
+def test_swin_of_small_images_starts_a_dense_model():
+    """Its last window is cut to the map of 2 x 2, and so is its table; a dense model has the window whole."""
+    tiny = dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), window_size=4)
+    classifier = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, num_classes=3, **tiny)
+    name = "layers.3.blocks.0.attn.relative_position_bias_table"
+    table = classifier.state_dict()[name]
+    table.copy_(torch.arange(9.0)[:, None])
+    dense = create_segmenter("semantic_fpn", "swin_tiny_patch4_window7_224", 2, width=16, backbone_args=tiny)
+    load_checkpoint(dense, classifier.state_dict())
+    resized = dense.backbone.body.state_dict()[name.replace("layers.3", "layers_3")]
+    assert table.shape == (9, 1) and resized.shape == (49, 1)
+    assert resized.view(7, 7)[3, 3] == pytest.approx(4, abs=1e-4)  # no offset, as before
+    assert (resized.view(7, 7).diff(dim=0) > 0).all() and (resized.view(7, 7).diff(dim=1) > 0).all()

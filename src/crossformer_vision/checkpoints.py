@@ -3,6 +3,7 @@
 import _codecs
 import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import safetensors.torch
 import torch
+from timm.layers import resize_rel_pos_bias_table_simple
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
@@ -183,9 +185,9 @@ def load_checkpoint(
 
     Takes files of this library and published ones (`{"model": …}`, `{"state_dict": …}` or bare; names with
     `module.` or `backbone.` in front), `.pth`, `.ckpt` or `.safetensors`. First convolutions of another
-    channel count are adapted as timm does. The head and the final norm may be absent on either side; anything
-    else must match. A detector takes files of whole detectors, and those of backbones alone, whose neck and
-    heads it keeps as they were.
+    channel count are adapted as timm does, and Swin's position tables to windows of another side. The head
+    and the final norm may be absent on either side; anything else must match. A detector takes files of whole
+    detectors, and those of backbones alone, whose neck and heads it keeps as they were.
 
     Args:
         model: a classifier, a `features_only` backbone, or a detector.
@@ -232,6 +234,8 @@ def load_checkpoint(
             continue
         if name in convs and value.shape != target[name].shape and value.shape[2:] == target[name].shape[2:]:
             value = adapt_input_conv(target[name].shape[1], value)
+        if name.endswith("relative_position_bias_table") and value.shape != target[name].shape:
+            value = _resized_table(value, target[name])
         if value.shape == target[name].shape:
             fitting[name] = value
         elif name.startswith(class_layers):
@@ -274,6 +278,14 @@ def load_checkpoint(
     model.load_state_dict(fitting, strict=False)
     log.log(logging.WARNING if report.dropped or report.missing else logging.INFO, "%s: %s", source, report)
     return report
+
+
+def _resized_table(table: Tensor, wanted: Tensor) -> Tensor:
+    """Swin's biases by offset, for windows of another side: the last ones are cut to a small image's map."""
+    side = (math.isqrt(len(wanted)) + 1) // 2
+    if table.shape[1:] != wanted.shape[1:] or (2 * side - 1) ** 2 != len(wanted):
+        return table
+    return resize_rel_pos_bias_table_simple(table, (side, side), tuple(wanted.shape))
 
 
 def _best_names(

@@ -176,6 +176,24 @@ def test_scales_and_flips_are_averaged_and_undone():
     assert torch.allclose(segment(places, views, size=(32, 48)), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("classes, width", [(3, 17), (150, 40), (1, 5)])
+def test_classes_and_logarithms_are_torch_s(classes, width):
+    """In strips, which end in the middle of a map."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, classes, 300, width)
+    labels = torch.randint(0, classes, (2, 300, width))
+    assert torch.equal(segmenters.class_map(logits), logits.argmax(1))
+    assert torch.equal(
+        segmenters.class_map(logits.round()), logits.round().max(1).indices
+    )  # the first of equals
+    expected = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(segmenters.logs_of(logits, labels), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(segmenters.softmax_(logits.clone()), logits.softmax(1))
+    held = logits.clone().requires_grad_()
+    segmenters.softmax_(held * 1).square().sum().backward()
+    assert held.grad.abs().sum() > 0 or classes == 1
+
+
 def test_an_image_that_is_too_large_goes_by_windows(monkeypatch):
     monkeypatch.setattr(segmenters, "WHOLE", 40 * 50)
     monkeypatch.setattr(segmenters, "LARGE_WINDOW", 24)
@@ -183,7 +201,7 @@ def test_an_image_that_is_too_large_goes_by_windows(monkeypatch):
 
     def net(x):
         sides.append(tuple(x.shape[2:]))
-        return x
+        return x.clone()
 
     small, large = torch.randn(1, 3, 40, 50), torch.randn(1, 3, 40, 52)
     for images, whole in ((small, True), (large, False)):

@@ -52,21 +52,12 @@ def restore_generators(states: Any) -> None:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed all generators of the CPU inside the block, and put them back after it.
-
-    Not in a loader's worker, where nobody else draws.
-    """
+def kept_generators() -> Iterator[None]:
+    """Put the CPU's generators back after the block; not in a loader's worker, where nobody else draws."""
     if get_worker_info() is not None:
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.default_generator.manual_seed(seed)
         yield
         return
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
@@ -146,9 +137,20 @@ class SeededDataset(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
-        epoch, index = key
-        with seeded(mix_seed(self.seed, epoch, index)):
-            return self.dataset[index]
+        (sample,) = self.__getitems__([key])
+        return sample
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Any]:
+        """A batch, as torch's loader asks for it: other people's random numbers are put back once for all."""
+        samples = []
+        with kept_generators():
+            for epoch, index in keys:
+                seed = mix_seed(self.seed, epoch, index)
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.default_generator.manual_seed(seed)
+                samples.append(self.dataset[index])
+        return samples
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):

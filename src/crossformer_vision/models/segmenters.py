@@ -5,7 +5,7 @@ normalised images of any size and returns logits at that size; `segment` average
 flips, as the papers test.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -267,7 +267,7 @@ def sliding_window(net: Net, images: Tensor, window: int, stride: int) -> Tensor
                 total = logits.new_zeros(*logits.shape[:2], H, W)
             total[area] += logits
             count[area] += 1
-    return total / count
+    return total.div_(count)
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:
@@ -296,15 +296,74 @@ def segment(
         stride: of the windows; two thirds of `window` if None, as published.
 
     Returns:
-        (B, classes, *size), which sum to one over the classes.
+        (B, classes, *size), which sum to one over the classes; where there is one view, and no gradient, in
+        the memory of the network's logits.
     """
     size = size or (views[0].shape[2], views[0].shape[3])
-    total: Any = 0
+    total: Any = None
     for images in views:
-        side = window or (LARGE_WINDOW if images.shape[2] * images.shape[3] > WHOLE else None)
         for mirrored in (False, True)[: 1 + flip]:
             view = images.flip(3) if mirrored else images
-            logits = sliding_window(net, view, side, stride or 2 * side // 3) if side else net(view)
-            logits = logits.flip(3) if mirrored else logits
-            total = total + resize(logits.float(), size).softmax(1)
-    return total / (len(views) * (1 + flip))
+            logits = logits_of(net, view, None, window, stride)
+            probabilities = softmax_(fitted(logits.flip(3) if mirrored else logits, size))
+            total = probabilities if total is None else total.add_(probabilities)
+    count = len(views) * (1 + flip)
+    return total if count == 1 else total.div_(count)
+
+
+def logits_of(
+    net: Net, images: Tensor, size: tuple[int, int] | None, window: int | None, stride: int | None
+) -> Tensor:
+    """Logits of one view, (B, classes, *size), in float32; arguments as of `segment`."""
+    side = window or (LARGE_WINDOW if images.shape[2] * images.shape[3] > WHOLE else None)
+    logits = sliding_window(net, images, side, stride or 2 * side // 3) if side else net(images)
+    return fitted(logits, size or (logits.shape[2], logits.shape[3]))
+
+
+def fitted(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    logits = logits.float()
+    return logits if logits.shape[2:] == size else resize(logits, size)
+
+
+# A map of all classes is hundreds of MB on a large photo: what follows makes no second one, and works on
+# strips of rows that stay in a CPU's cache.
+
+
+def strips(x: Tensor, channels: int) -> Iterator[slice]:
+    """Rows of (B, C, H, W) that make a strip of about a megabyte of so many channels."""
+    step = max(1, (1 << 18) // max(1, x.shape[0] * channels * x.shape[3]))
+    return (slice(y, y + step) for y in range(0, x.shape[2], step))
+
+
+def softmax_(logits: Tensor) -> Tensor:
+    """The softmax over the classes of (B, C, H, W), in place, unless there is a gradient."""
+    if logits.requires_grad:
+        return logits.softmax(1)
+    for rows in strips(logits, logits.shape[1]):
+        logits[:, :, rows] = logits[:, :, rows].softmax(1)
+    return logits
+
+
+def class_map(scores: Tensor) -> Tensor:
+    """The best class of each pixel, the first of equals: (B, C, H, W) -> (B, H, W) of integers.
+
+    On a CPU class by class in strips, a third of `argmax`'s time there.
+    """
+    if scores.device.type != "cpu":
+        return scores.argmax(1)
+    found = torch.zeros(scores.shape[0], *scores.shape[2:], dtype=torch.int64)
+    for rows in strips(scores, 1):
+        best = scores[:, 0, rows].clone()
+        for k in range(1, scores.shape[1]):
+            one = scores[:, k, rows]
+            found[:, rows].masked_fill_(one > best, k)
+            torch.maximum(best, one, out=best)
+    return found
+
+
+def logs_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logarithm of the softmax at each pixel's class: (B, C, H, W), (B, H, W) -> (B, H, W)."""
+    logs = logits.gather(1, labels[:, None])[:, 0]
+    for rows in strips(logits, logits.shape[1]):
+        logs[:, rows] -= logits[:, :, rows].logsumexp(1)
+    return logs

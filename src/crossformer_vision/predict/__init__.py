@@ -15,7 +15,7 @@ from crossformer_vision.checkpoints import load_checkpoint, read_checkpoint, spa
 from crossformer_vision.data import images
 from crossformer_vision.errors import UserError, check_range
 from crossformer_vision.fonts import shortened as shortened
-from crossformer_vision.models.segmenters import segment
+from crossformer_vision.models.segmenters import class_map, segment
 from crossformer_vision.predict.names import as_checkpoint
 from crossformer_vision.predict.results import Classified, Detected, Result, Segmented
 from crossformer_vision.predict.tiles import detect_in_tiles
@@ -201,8 +201,8 @@ class Predictor:
         if self.task == "segmentation":
             views = [self.transform(picture, scale)[None].to(self.device) for scale in self.test_scales]
             size = (picture.height, picture.width)
-            class_map = segment(self.net, views, size=size, **self.test)[0].argmax(0)
-            indices = class_map.cpu().numpy().astype(np.uint8)
+            best = class_map(segment(self.net, views, size=size, **self.test))[0]
+            indices = best.cpu().numpy().astype(np.uint8)
             return Segmented(name, picture, self.classes, indices, self.values)
         if self.tile and max(picture.size) > self.tile:
             found = detect_in_tiles(self.net, picture, self.tile, self.score, self.device)

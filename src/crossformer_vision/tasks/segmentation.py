@@ -1,5 +1,6 @@
 """Semantic segmentation: losses, intersection over union, and what a validation shows."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +16,19 @@ from crossformer_vision.checkpoints import load_checkpoint
 from crossformer_vision.data.segmentation import IGNORED
 from crossformer_vision.errors import UserError
 from crossformer_vision.models import drop_path, find_model
-from crossformer_vision.models.segmenters import UPerNet, create_segmenter, segment
+from crossformer_vision.models.segmenters import (
+    UPerNet,
+    class_map,
+    create_segmenter,
+    logits_of,
+    logs_of,
+    segment,
+)
 from crossformer_vision.tasks.base import Task, starts_from_published
 from crossformer_vision.tasks.run.files import write_csv
 
 SHOWN = 6  # validation images in the picture of predictions
+LEAST_LOG = math.log(1e-8)  # of a probability
 
 
 class Segmentation(Task):
@@ -141,9 +150,9 @@ class Segmentation(Task):
         if batch is None:
             return None
         if isinstance(batch, Tensor):
-            return self([batch]).argmax(1)
+            return class_map(self([batch]))
         views, labels = batch
-        return self([views] if isinstance(views, Tensor) else views, labels.shape[1:]).argmax(1)
+        return class_map(self([views] if isinstance(views, Tensor) else views, labels.shape[1:]))
 
     def describe(self) -> dict[str, Any]:
         cfg = find_model(self.hparams["model"])
@@ -157,12 +166,18 @@ class Segmentation(Task):
         if batch is None:
             return
         views, labels = batch
-        probabilities = self(views, labels.shape[1:])
-        predicted = probabilities.argmax(1)
-        counted = (labels != IGNORED).sum()
-        if counted:
-            loss = F.nll_loss(probabilities.clamp(min=1e-8).log(), labels, ignore_index=IGNORED)
-            self.loss.update(loss, counted)
+        known = labels != IGNORED
+        true = torch.where(known, labels, 0)
+        if len(views) == 1 and not self.test["flip"]:  # the probabilities of all classes are not needed
+            windows = self.test["window"], self.test["stride"]
+            size = (labels.shape[1], labels.shape[2])
+            logits = logits_of(self.net, views[0], size, *windows)
+            predicted, logs = class_map(logits), logs_of(logits, true)
+        else:
+            probabilities = self(views, labels.shape[1:])
+            predicted, logs = class_map(probabilities), probabilities.gather(1, true[:, None])[:, 0].log()
+        if counted := known.sum():
+            self.loss.update(-logs.clamp(min=LEAST_LOG)[known].mean(), counted)
             self.confusion.update(predicted, labels)
         batches = self.batches_evaluated
         if batch_idx % max(1, batches // SHOWN) == 0 and len(self.shown) < SHOWN:

@@ -1,5 +1,6 @@
 """The folder of a run as it goes: what Lightning calls at each step and epoch, and at a signal."""
 
+import math
 import os
 import shlex
 import shutil
@@ -30,6 +31,7 @@ fcntl: Any = None
 with suppress(ImportError):  # not on Windows
     import fcntl
 
+PLOTS = 10.0  # seconds from one drawing of the curves to the next, at least; and at the end
 LOCK = ".lock"  # in a run's folder: locked while it runs; names the job that started it
 VAL_LIST = "val_list.txt"  # in a run's folder: the validation images that were held out of one folder
 
@@ -123,6 +125,8 @@ class RunFolder(Callback):
         self.images, self.batches, self.seconds = 0, 0, 1e-9
         self.before = 0.0  # seconds that the run took before it was resumed
         self.began: float | None = None
+        self.drawn = -math.inf  # when the curves were, at the last time
+        self.undrawn: Task | None = None  # whose last epoch they do not have yet
         self.made = False
         self.lock: Any = None
         self.signal = 0
@@ -322,7 +326,9 @@ class RunFolder(Callback):
         return f"go on with: {command()} train --resume {shlex.quote(str(self.folder))}"
 
     def close(self) -> None:
-        """Give signals back to whom they belonged, and the folder free."""
+        """Give signals back to whom they belonged, and the folder free, with the curves of all epochs."""
+        with suppress(OSError):  # a full disk has been said before
+            self._draw()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers = {}
@@ -354,13 +360,20 @@ class RunFolder(Callback):
         self.rows = [*(r for r in self.rows if r["epoch"] < epoch), row]
         write_csv(self.folder / "metrics.csv", self.rows)
         assert isinstance(pl_module, Task)
-        visualize.curves(self.rows, self.folder / "curves.png", pl_module.monitor)
+        self.undrawn = pl_module
+        if time.monotonic() - self.drawn > PLOTS:
+            self._draw()
         print(self._line(trainer, pl_module, values), flush=True)
         skipped = getattr(getattr(trainer, "datamodule", None), "skipped", 0)
         if skipped:
             print(f"{skipped} unreadable images left out so far", flush=True)
         if self.signal and trainer.world_size == 1:
             self._stop(trainer)
+
+    def _draw(self) -> None:
+        if self.undrawn is not None:
+            visualize.curves(self.rows, self.folder / "curves.png", self.undrawn.monitor)
+            self.drawn, self.undrawn = time.monotonic(), None
 
     def _line(self, trainer: L.Trainer, task: Task, values: dict[str, float]) -> str:
         """What counts first, then the losses; all else is in metrics.csv. Two lines of 80 columns at most."""
