@@ -1,0 +1,200 @@
+"""What much data costs, beside what others take for the same: python docs/results/scale.py ROW, rows as below.
+
+folder, coco, ap, validation, windows, sample, predict. Everything is made up on the spot, in a temporary folder.
+"""
+
+import json
+import random
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def peak():
+    """Most memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def interleaved(rows, rounds=5):
+    """Median seconds of each, timed in turn."""
+    taken = {name: [] for name in rows}
+    for _ in range(rounds):
+        for name, call in rows.items():
+            start = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - start)
+    for name, seconds in taken.items():
+        print(f"{name}: {np.median(seconds):.3f} s")
+
+
+def folder(at):
+    from torchvision.datasets import ImageFolder
+
+    from crossformer_vision.data.classification import FolderImages
+
+    for c in range(200):
+        (at / f"n{c:08d}").mkdir()
+        for i in range(1280):
+            (at / f"n{c:08d}/{i}.JPEG").touch()
+    interleaved({"FolderImages": lambda: FolderImages(at, []), "ImageFolder": lambda: ImageFolder(at)})
+
+
+def coco(at):
+    """118,000 images and 860,000 objects; give `pycocotools` as a second word for its time and memory."""
+    rng = random.Random(0)
+    with open(at / "big.json", "w", encoding="utf-8") as file:
+        images = [
+            dict(id=i, file_name=f"{i:012d}.jpg", width=640, height=480, license=1) for i in range(118_000)
+        ]
+        categories = [dict(id=k, name=f"c{k}", supercategory="x") for k in range(1, 81)]
+        file.write(
+            f'{{"images": {json.dumps(images)}, "categories": {json.dumps(categories)}, "annotations": ['
+        )
+        for m in range(860_000):
+            x, y, w, h = rng.uniform(0, 500), rng.uniform(0, 400), rng.uniform(5, 120), rng.uniform(5, 70)
+            points = [
+                round(v, 2)
+                for _ in range(rng.randint(8, 36))
+                for v in (x + rng.random() * w, y + rng.random() * h)
+            ]
+            one = dict(segmentation=[points], area=w * h / 2, iscrowd=0, image_id=rng.randrange(118_000))
+            one |= dict(bbox=[round(v, 2) for v in (x, y, w, h)], category_id=rng.randint(1, 80), id=m + 1)
+            file.write(("," if m else "") + json.dumps(one))
+        file.write("]}")
+    before, start = peak(), time.perf_counter()
+    if sys.argv[2:] == ["pycocotools"]:
+        from pycocotools.coco import COCO
+
+        COCO(str(at / "big.json"))
+    else:
+        from crossformer_vision.data.coco import CocoImages
+
+        CocoImages(at / "big.json", at, masks=sys.argv[2:] == ["masks"], train=True)
+    print(f"{time.perf_counter() - start:.1f} s, {peak() - before} MB more at the peak")
+
+
+def ap(at):
+    """5,000 images with 100 boxes."""
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    from crossformer_vision.tasks.coco_metrics import CocoMetrics, _annotations, _silent
+
+    rng = np.random.default_rng(0)
+
+    def objects(count):
+        xy, wh = rng.uniform(0, 400, (count, 2)), rng.uniform(8, 200, (count, 2))
+        boxes = torch.tensor(np.concatenate([xy, xy + wh], 1), dtype=torch.float32)
+        return {"boxes": boxes, "labels": torch.tensor(rng.integers(1, 81, count))}
+
+    found = [{**objects(100), "scores": torch.rand(100)} for _ in range(5000)]
+    true = [{**objects(7), "iscrowd": torch.zeros(7), "area": torch.full((7,), 900.0)} for _ in range(5000)]
+
+    def ours():
+        metrics = CocoMetrics(["box"])
+        metrics.update(found, true)
+        return metrics.compute()
+
+    ready = CocoMetrics(["box"])
+    ready.update(found, true)
+    keys = ("image_id", "category_id", "bbox", "score")
+    results = [{k: a[k] for k in keys} for a in _annotations(ready.found, "box")]
+    truth = _annotations(ready.true, "box")
+
+    def alone():
+        reference = COCO()
+        reference.dataset = {
+            "images": [{"id": i} for i in range(5000)],
+            "categories": [{"id": k} for k in range(1, 81)],
+            "annotations": [dict(a) for a in truth],
+        }
+        reference.createIndex()
+        found = reference.loadRes([dict(a) for a in results])
+        evaluation = COCOeval_faster(reference, found, "bbox", print_function=_silent)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+
+    interleaved({"ours": ours, "faster-coco-eval alone": alone}, 3)
+
+
+def validation(at):
+    """The step of one image, 512x512, 150 classes, beside argmax and counting; the network left out."""
+    from crossformer_vision.tasks.segmentation import Segmentation
+
+    task = Segmentation("semantic_fpn", "crossformer_nano", 150, width=16).eval()
+    logits, labels = torch.randn(1, 150, 512, 512), torch.randint(0, 150, (1, 512, 512))
+    task.net = lambda images: logits.clone()
+    task.shown, type(task).batches_evaluated = [None] * 9, 1
+    views = [torch.zeros(1, 3, 512, 512)]
+    with torch.no_grad():
+        interleaved(
+            {
+                "step": lambda: task.validation_step((views, labels), 1),
+                "argmax and counting": lambda: task.confusion.update(logits.clone().argmax(1), labels),
+            }
+        )
+
+
+def windows(at):
+    """Memory of a class map of 2000x3000, 150 classes, over that of one map of all classes, in floats."""
+    from crossformer_vision.models import segmenters
+
+    before = peak()
+    with torch.inference_mode():
+        net = lambda images: images.new_zeros(1, 150, *images.shape[2:])  # noqa: E731
+        segmenters.WHOLE = 1 << 40
+        window = None if sys.argv[2:] == ["whole"] else 512
+        segmenters.class_map(segmenters.segment(net, [torch.zeros(1, 3, 2000, 3000)], window=window))
+    print(f"{(peak() - before) / (150 * 2000 * 3000 * 4 / 2**20):.2f}")
+
+
+def sample(at):
+    """320,000 samples' own cost, without decoding and transforms, without workers."""
+    from PIL import Image
+
+    from crossformer_vision.data import loading
+
+    class Source:
+        image = Image.new("RGB", (64, 64))
+
+        def __len__(self):
+            return 6400
+
+        def read(self, index):
+            return self.image, 0
+
+    data = loading.SeededDataset(loading.ReadImages(Source(), lambda image, label: 0, False), 0)
+    start = time.perf_counter()
+    for k in range(0, 6400, 64):
+        data.__getitems__([(1, k + i) for i in range(64)])
+    print(f"{(time.perf_counter() - start) * 50:.1f} s")
+
+
+def predict(at):
+    """A folder of 400 photos of 800x600."""
+    from PIL import Image
+
+    from crossformer_vision import load_predictor
+    from crossformer_vision.predict.files import predict_files
+
+    pixels = np.random.default_rng(0).integers(0, 255, (600, 800, 3), dtype=np.uint8)
+    for count in (50, 400):
+        (at / str(count)).mkdir()
+        Image.fromarray(pixels).save(at / f"{count}/0.jpg")
+        for i in range(1, count):
+            (at / f"{count}/{i}.jpg").hardlink_to(at / f"{count}/0.jpg")
+    predictor = load_predictor("crossformer_nano.cifar10", "cpu")
+    predict_files(predictor, [str(at / "50")], at / "out")
+    before, start = peak(), time.perf_counter()
+    predict_files(predictor, [str(at / "400")], at / "out")
+    print(f"{(time.perf_counter() - start) / 0.4:.1f} ms an image, {peak() - before} MB more for 350 images")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        globals()[sys.argv[1]](Path(temporary))
