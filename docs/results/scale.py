@@ -1,6 +1,6 @@
-"""What much data costs, beside what others take for the same: python docs/results/scale.py ROW, rows as below.
+"""What much data costs, beside what others take for the same: python docs/results/scale.py ROW.
 
-folder, coco, ap, validation, windows, sample, predict. Everything is made up on the spot, in a temporary folder.
+Rows: folder, coco, ap, validation, windows, sample, predict. All is made up on the spot, in a temporary folder.
 """
 
 import json
@@ -48,20 +48,15 @@ def coco(at):
     """118,000 images and 860,000 objects; give `pycocotools` as a second word for its time and memory."""
     rng = random.Random(0)
     with open(at / "big.json", "w", encoding="utf-8") as file:
-        images = [
-            dict(id=i, file_name=f"{i:012d}.jpg", width=640, height=480, license=1) for i in range(118_000)
-        ]
+        same = dict(width=640, height=480, license=1)
+        images = [dict(id=i, file_name=f"{i:012d}.jpg", **same) for i in range(118_000)]
         categories = [dict(id=k, name=f"c{k}", supercategory="x") for k in range(1, 81)]
-        file.write(
-            f'{{"images": {json.dumps(images)}, "categories": {json.dumps(categories)}, "annotations": ['
-        )
+        lists = json.dumps(dict(images=images, categories=categories))
+        file.write(f'{lists[:-1]}, "annotations": [')
         for m in range(860_000):
             x, y, w, h = rng.uniform(0, 500), rng.uniform(0, 400), rng.uniform(5, 120), rng.uniform(5, 70)
-            points = [
-                round(v, 2)
-                for _ in range(rng.randint(8, 36))
-                for v in (x + rng.random() * w, y + rng.random() * h)
-            ]
+            corners = [(x + rng.random() * w, y + rng.random() * h) for _ in range(rng.randint(8, 36))]
+            points = [round(v, 2) for corner in corners for v in corner]
             one = dict(segmentation=[points], area=w * h / 2, iscrowd=0, image_id=rng.randrange(118_000))
             one |= dict(bbox=[round(v, 2) for v in (x, y, w, h)], category_id=rng.randint(1, 80), id=m + 1)
             file.write(("," if m else "") + json.dumps(one))
@@ -128,7 +123,8 @@ def validation(at):
 
     task = Segmentation("semantic_fpn", "crossformer_nano", 150, width=16).eval()
     logits, labels = torch.randn(1, 150, 512, 512), torch.randint(0, 150, (1, 512, 512))
-    task.net = lambda images: logits.clone()
+    task.net = torch.nn.Identity()
+    task.net.forward = lambda images: logits.clone()
     task.shown, type(task).batches_evaluated = [None] * 9, 1
     views = [torch.zeros(1, 3, 512, 512)]
     with torch.no_grad():
