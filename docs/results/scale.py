@@ -1,6 +1,7 @@
 """What much data costs, beside what others take for the same: python docs/results/scale.py ROW.
 
-Rows: folder, coco, ap, validation, windows, sample, predict. All is made up on the spot, in a temporary folder.
+Rows: folder, coco, ap, validation, windows, sample, predict. All is made up on the spot, in a temporary
+folder.
 """
 
 import json
