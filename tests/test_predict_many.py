@@ -172,6 +172,7 @@ def test_tiles_of_a_real_detector(tmp_path, capsys):
     assert "tile" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_images(checkpoint, tmp_path):
     """Two hundred images of 3 MB each, kept or waiting to be drawn, would be 600 MB."""
     for count in (20, 200):

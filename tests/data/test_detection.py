@@ -350,3 +350,13 @@ def test_an_image_of_another_size_is_named(tmp_path):
         match=r"0.png: is 80x60 .turned as its EXIF orientation says., .*instances_train.json says 81x60",
     ):
         CocoImages(file, tmp_path / "images/train").read(0)
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    """In an annotation that is otherwise odd, and so read whole."""
+    file = coco(tmp_path, edit=change("annotations.2.category_id", "7"))
+    file.write_bytes(
+        file.read_bytes().replace(b'"category_id": "7"', b'"note": "\xd4\x00", "category_id": "7"')
+    )
+    with pytest.raises(UserError, match="instances_train.json: not JSON"):
+        CocoImages(file, tmp_path / "images/train")

@@ -152,7 +152,7 @@ class CocoImages:
                 shape: Any = plain.segmentation
                 own_id = plain.id
             else:
-                annotation = json.loads(bytes(entry)) if isinstance(entry, msgspec.Raw) else entry
+                annotation = self._whole(entry)
                 n, k = self._places(annotation, number, label_of, names, own)
                 name = f"{self.annotations}: annotation {annotation.get('id', '?')}"
                 xywh, surface, is_crowd = self._checked(name, annotation)
@@ -181,6 +181,13 @@ class CocoImages:
         self.shape_end = ends[self.order] if self.masks else ends
         self.seen = np.array(seen, bool)[self.order] if self.masks else np.ones(len(label), bool)
         self.shape_start = np.concatenate([[0], ends[:-1]])[self.order] if self.masks and len(ends) else ends
+
+    def _whole(self, entry: Any) -> Any:
+        """An annotation with all that it has."""
+        try:
+            return json.loads(bytes(entry)) if isinstance(entry, msgspec.Raw) else entry
+        except ValueError as error:  # bytes that are no text: msgspec does not look at what nobody asks for
+            raise UserError(f"{self.annotations}: not JSON ({error})") from None
 
     def _places(
         self, annotation: Any, number: dict[Any, int], label_of: dict[Any, int], names: list[str], own: bool
@@ -219,7 +226,7 @@ class CocoImages:
         if train and lost.any():
             place = int(self.order[lost].min())
             entry = annotations[place]
-            first = json.loads(bytes(entry)) if isinstance(entry, msgspec.Raw) else entry
+            first = self._whole(entry)
             log.warning(
                 "%s: %d objects outside their image or of no size are not trained on, the first: %s",
                 self.annotations,
