@@ -185,7 +185,10 @@ def test_fx(name):
     assert all(p.grad is not None for p in extractor.parameters())
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n == "crossformer_pp_small" else n for n in SMALL],
+)
 @pytest.mark.parametrize(
     "bounded", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["auto", "bounded"]
 )
