@@ -15,14 +15,14 @@ def test_rows_of_all_kinds(tmp_path, capsys):
     whats = ["crossformer_nano", "resnet18,channels=(8,8,8,8)", "features:crossformer_nano,lda_span=region"]
     whats += ["retinanet:crossformer_nano", "semantic_fpn:crossformer_nano"]
     options = "--size 32x64 --batch 2 --step inference training --rounds 3 --device cpu --dtype".split()
-    rows = []
+    tables = []
     for what, dtypes in ((whats, ["float32"]), (whats[:1], ["float32", "amp-bfloat16"])):
         assert main(["benchmark", *what, *options, *dtypes, "--out", str(tmp_path)]) == 0
         assert "in mode" in capsys.readouterr().out
         found = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
         assert len(found) == len(what) * 2 * len(dtypes)
-        rows.append(found)
-    for row, rows in ((row, of_one) for of_one in rows for row in of_one):
+        tables.append(found)
+    for row, rows in ((row, table) for table in tables for row in table):
         assert "error" not in row, row
         assert row["images_per_second"] > 0 and row["ms_median"] <= row["ms_90"] <= row["ms_99"]
         assert row["memory"] > 0 and row["parameters"] > 1000 and row["macs"] > 1e5
