@@ -52,7 +52,7 @@ def serve(what: Sequence[str], host: str = "127.0.0.1", port: int | None = None,
         except OSError:
             where = f"--port {port}" if port else "ports 7860 to 7959"
             raise UserError(
-                f"{where} on {host}: cannot be served, it is in use; name another --port"
+                f"{where} on {host}: cannot be served: in use, or no address of this machine; name another"
             ) from None
         print(f"{url}   (Ctrl-C ends it)", flush=True)
         try:

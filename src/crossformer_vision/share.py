@@ -46,7 +46,8 @@ def share(what: str, to: str) -> str:
     repository = to.removeprefix("hf:") if to.startswith("hf:") else None
     if repository is not None and len([part for part in repository.split("/") if part]) != 2:
         raise UserError(f"--to {to}: a repository is hf:owner/name")
-    run = Path(what) if Path(what).is_dir() else Path(what).parent
+    own = Path(what).exists()  # not published weights, which have no run
+    run = (Path(what) if Path(what).is_dir() else Path(what).parent) if own else None
     if repository is None:
         folder = Path(to)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -54,22 +55,22 @@ def share(what: str, to: str) -> str:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".share-") as new:
-                _write(predictor, what, run, Path(new) / "model", f"local-dir:{folder.name}", folder.name)
+                _write(predictor, run, Path(new) / "model", f"local-dir:{folder.name}", folder.name)
                 (Path(new) / "model").replace(folder)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
         return f"local-dir:{folder}"
     with tempfile.TemporaryDirectory() as new:
-        _write(predictor, what, run, Path(new), f"hf-hub:{repository}", repository.split("/")[1])
+        _write(predictor, run, Path(new), f"hf-hub:{repository}", repository.split("/")[1])
         _upload(Path(new), repository)
     return f"hf-hub:{repository}"
 
 
-def _write(predictor: Predictor, what: str, run: Path, folder: Path, opened: str, title: str) -> None:
+def _write(predictor: Predictor, run: Path | None, folder: Path, opened: str, title: str) -> None:
     args = dict(predictor.options.get("model_args") or {})
     net: Any = predictor.net
     prepared = dict(predictor.image)
-    if Path(what).exists():  # own weights: not the model's published ones, nor under their licence
+    if run is not None:  # own weights: not the model's published ones, nor under their licence
         prepared |= {"tag": None, "license": None}
     config = {"label_names": list(predictor.classes), "pretrained_cfg": prepared}
     save_for_hf(net, str(folder), model_config=config, model_args=args, safe_serialization=True)
@@ -79,12 +80,12 @@ def _write(predictor: Predictor, what: str, run: Path, folder: Path, opened: str
         written.get("model_args", {}).pop(name, None)
     (folder / "config.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
     results: dict[str, Any] = {}
-    if (run / "results.json").is_file():
+    if run is not None and (run / "results.json").is_file():
         results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    plots = [name for name in PLOTS if (run / name).is_file()]
-    for name in plots:
-        shutil.copy(run / name, folder / name)
-    card = model_card(predictor, title, opened, results, plots)
+    plots = [run / name for name in PLOTS if (run / name).is_file()] if run else []
+    for plot in plots:
+        shutil.copy(plot, folder)
+    card = model_card(predictor, title, opened, results, [plot.name for plot in plots])
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -127,7 +128,6 @@ def model_card(
         ("epochs", "Epochs"),
         ("date", "Trained on"),
         ("hardware", "Hardware"),
-        ("seed", "Seed"),
     ):
         if results.get(key) is not None:
             facts.append(f"- **{label}:** {results[key]}")
@@ -146,7 +146,7 @@ library_name: timm
 ---
 # {title}
 
-An image classifier, trained with crossformer-vision {__version__}.
+An image classifier, shared by crossformer-vision {__version__}.
 
 {chr(10).join(facts)}
 {pictures}

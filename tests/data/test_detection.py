@@ -182,6 +182,7 @@ def change(path, value):
         (change("categories.1.name", "b"), "a class without a name, or two of one name: 'b', 'b'"),
         (change("categories.1.name", " "), "a class without a name"),
         (change("images.1.width", float("nan")), "not a COCO file: its images need id"),
+        (change("images.1.width", 10**30), "not a COCO file: its images need id"),
         (change("categories", {}), "not a COCO file: it needs the lists images, annotations and categories"),
         (change("images.0", {"id": 1}), "not a COCO file: its images need id, file_name, width and height"),
         (change("images", []), "lists no images"),

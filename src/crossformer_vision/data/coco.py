@@ -103,6 +103,7 @@ class CocoImages:
         try:
             listed = [(_id(c["id"]), str(c["name"])) for c in content["categories"]]
             images = [(_id(i.id), str(i.file_name), int(i.width), int(i.height)) for i in content["images"]]
+            self.sizes = np.array([image[2:] for image in images], np.int64)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(_lacking(self.annotations, error)) from error
         if not images or not listed:
@@ -116,7 +117,6 @@ class CocoImages:
         self.categories = dict(listed)
         check_names(self.annotations, list(self.categories.values()))
         self.names = Names(image[1] for image in images)
-        self.sizes = np.array([image[2:] for image in images], np.int64)
         usable = [isinstance(i[0], int) and abs(i[0]) < 2**63 for i in images]
         # Ids for the metrics; those that no tensor holds are an image's place in the file.
         self.ids = np.array([i[0] if ok else n for n, (i, ok) in enumerate(zip(images, usable))], np.int64)
@@ -225,8 +225,7 @@ class CocoImages:
             )
         if train and lost.any():
             place = int(self.order[lost].min())
-            entry = annotations[place]
-            first = self._whole(entry)
+            first = self._whole(annotations[place])
             log.warning(
                 "%s: %d objects outside their image or of no size are not trained on, the first: %s",
                 self.annotations,

@@ -53,17 +53,15 @@ def restore_generators(states: Any) -> None:
 
 @contextmanager
 def kept_generators() -> Iterator[None]:
-    """Put the CPU's generators back after the block; not in a loader's worker, where nobody else draws."""
+    """Put all generators back after the block; not in a loader's worker, where nobody else draws."""
     if get_worker_info() is not None:
         yield
         return
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    states = generators()
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        restore_generators(states)
 
 
 class Source(Protocol):

@@ -304,23 +304,19 @@ def segment(
     for images in views:
         for mirrored in (False, True)[: 1 + flip]:
             view = images.flip(3) if mirrored else images
-            logits = logits_of(net, view, None, window, stride)
-            probabilities = softmax_(fitted(logits.flip(3) if mirrored else logits, size))
+            logits = logits_of(net, view, size, window, stride)
+            probabilities = softmax_(logits.flip(3) if mirrored else logits)
             total = probabilities if total is None else total.add_(probabilities)
     count = len(views) * (1 + flip)
     return total if count == 1 else total.div_(count)
 
 
 def logits_of(
-    net: Net, images: Tensor, size: tuple[int, int] | None, window: int | None, stride: int | None
+    net: Net, images: Tensor, size: tuple[int, int], window: int | None, stride: int | None
 ) -> Tensor:
     """Logits of one view, (B, classes, *size), in float32; arguments as of `segment`."""
     side = window or (LARGE_WINDOW if images.shape[2] * images.shape[3] > WHOLE else None)
     logits = sliding_window(net, images, side, stride or 2 * side // 3) if side else net(images)
-    return fitted(logits, size or (logits.shape[2], logits.shape[3]))
-
-
-def fitted(logits: Tensor, size: tuple[int, int]) -> Tensor:
     logits = logits.float()
     return logits if logits.shape[2:] == size else resize(logits, size)
 

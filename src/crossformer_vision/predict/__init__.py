@@ -78,6 +78,7 @@ class Predictor:
         self.category_ids: list[Any] | None = checkpoint.get("category_ids") or None
         self.values: list[int] | None = checkpoint.get("values") or None
         self.device, self.score, self.tile = device, score, tile
+        self.together = BATCH if self.task == "classification" else 1  # images that the network takes at once
         self.image: dict[str, Any] = checkpoint.get("image") or {}  # how one is prepared
         self.options: dict[str, Any] = {}  # of the task; an exported file has none
         if "net" in checkpoint:  # of an exported file
@@ -164,9 +165,8 @@ class Predictor:
         """
         if isinstance(image, list):
             opened = [self.opened(one) for one in image]
-            return [
-                result for n in range(0, len(opened), BATCH) for result in self.results(opened[n : n + BATCH])
-            ]
+            batches = (opened[n : n + self.together] for n in range(0, len(opened), self.together))
+            return [result for batch in batches for result in self.results(batch)]
         return self.results([self.opened(image)])[0]
 
     def opened(self, image: Picture) -> tuple[Image.Image, str]:

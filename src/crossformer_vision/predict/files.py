@@ -16,10 +16,11 @@ from PIL import Image
 
 from crossformer_vision.data import images
 from crossformer_vision.errors import UserError
-from crossformer_vision.predict import BATCH, Predictor, video
+from crossformer_vision.predict import Predictor, video
 from crossformer_vision.predict.results import Result, Segmented
 
 LARGEST = 2048  # longer side of a picture that is written, in pixels
+DRAWING = 4  # pictures that wait for a thread to draw them, in memory
 OURS = ".crossformer-predictions"  # in a folder of predictions: the files that the last call wrote
 
 
@@ -155,14 +156,15 @@ class Ready:
         self.waiting: deque[tuple[Path, Path, Future[Any]]] = deque()
 
     def __iter__(self) -> Iterator[list[tuple[Path, Path, Any]]]:
-        """Batches of them; a video is a batch of its own."""
+        """As many as the network takes at once; of a video None, as it is read frame by frame."""
+        size = self.predictor.together
         while True:
-            while len(self.waiting) < 2 * BATCH and (found := next(self.files, None)):
+            while len(self.waiting) < 2 * size and (found := next(self.files, None)):
                 self.waiting.append((*found, self.pool.submit(self._read, found[0])))
             if not self.waiting:
                 return
             batch: list[tuple[Path, Path, Any]] = []
-            while self.waiting and len(batch) < BATCH:
+            while self.waiting and len(batch) < size:
                 file, name, reading = self.waiting.popleft()
                 batch.append((file, name, reading.result()))
             yield batch
@@ -210,8 +212,8 @@ class Writer:
         self.drawing: deque[Future[None]] = deque()
         self.done = 0
 
-    def add(self, result: Result, file: Path, name: Path, **more: Any) -> None:
-        """A result of an image; `more` goes into its JSON."""
+    def add(self, result: Result, file: Path, name: Path) -> None:
+        """A result of an image."""
         if self.folder and self.pictures:
             jpeg = file.suffix.lower() in (".jpg", ".jpeg")
             picture = self.folder.claim(name.with_suffix(".jpg" if jpeg else ".png"))
@@ -220,11 +222,12 @@ class Writer:
                 below = picture.relative_to(self.folder.folder).with_suffix(".png")
                 class_map = self.folder.claim(Path("class_maps") / below)
             self.drawing.append(self.pool.submit(draw, result, picture, class_map))
-            while len(self.drawing) > BATCH:  # pictures wait in memory
+            while len(self.drawing) > DRAWING:
                 self.drawing.popleft().result()
-        self.say(result, file, name, more)
+        self.say(result, file, name, {})
 
     def say(self, result: Result, file: Path, name: Path, more: dict[str, Any]) -> None:
+        """A result's lines; `more` goes into its JSON."""
         self.done += 1
         content = result.to_dict() | more
         if self.ids is not None:
