@@ -9,6 +9,7 @@ from test_export import classifier, segmenter
 
 from crossformer_vision import UserError, create_detector, inspect, load_predictor
 from crossformer_vision.cli import main
+from crossformer_vision.inspect import page as page_of
 from crossformer_vision.models.grouping import across_map, across_regions, neighbours, pair_biases
 
 SIZE = (1, 3, 121, 150)  # maps of 31x38, 16x19, 8x10, 4x5
@@ -130,7 +131,7 @@ def detector():
 def test_the_page(checkpoint, photo, tmp_path):
     predictor = load_predictor(checkpoint(), "cpu")
     page = tmp_path / "page.png"
-    line = inspect.sheet(
+    line = page_of.sheet(
         predictor, Image.open(photo), page, point=(1, 0), stage=1, size=64, beside=("itself", predictor)
     )
     assert "stage 2, map 8x12" in line and "position 0, 11" in line

@@ -268,9 +268,10 @@ def inspect(args: list[str]) -> None:
     parser.add_argument("--beside", metavar="WHAT", help="another network, whose amplitudes are drawn, too")
     parser.add_argument("--device", help="cpu, cuda, …; the best there is, if not given")
     given = parser.parse_args(args)
-    from crossformer_vision import inspect, load_predictor
+    from crossformer_vision import load_predictor
     from crossformer_vision.data.images import read
     from crossformer_vision.errors import UserError
+    from crossformer_vision.inspect import page
 
     try:
         x, y = (float(share) for share in given.point.split(","))
@@ -280,7 +281,7 @@ def inspect(args: list[str]) -> None:
     beside = (given.beside, load_predictor(given.beside, given.device)) if given.beside else None
     block, head = (None if number is None else number - 1 for number in (given.block, given.head))
     at = dict(point=(x, y), stage=given.stage - 1, block=block, head=head, size=given.size, beside=beside)
-    print(inspect.sheet(load_predictor(given.what, given.device), photo, given.out, **at))
+    print(page.sheet(load_predictor(given.what, given.device), photo, given.out, **at))
 
 
 def compare(args: list[str]) -> None:

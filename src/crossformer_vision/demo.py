@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crossformer_vision import inspect
 from crossformer_vision.data.digits import MultiScaleDigits
 from crossformer_vision.data.images import read
 from crossformer_vision.errors import UserError
+from crossformer_vision.inspect.page import attention_page
 from crossformer_vision.predict import Predictor, load_predictor
 
 WIDEST = 1600  # pixels of a picture that is sent to the page
@@ -117,7 +117,7 @@ def page(predictors: dict[str, Predictor], folder: Path) -> Any:
         try:
             photo = read_photo(sent)
             point = ((at.index[0] + 0.5) / photo.width, (at.index[1] + 0.5) / photo.height)
-            return inspect.attention_page(predictors[name], photo, point, int(stage) - 1, 224)
+            return attention_page(predictors[name], photo, point, int(stage) - 1, 224)
         except UserError as error:
             shown_error(error)
             return None

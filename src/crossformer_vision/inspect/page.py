@@ -1,12 +1,6 @@
-"""Inside a CrossFormer: who is in a group and attends to whom, what an embedding sees, how activations grow.
-
-`record` runs a network on one image and keeps what its blocks did; the functions beside it give the rest, all
-as arrays. `sheet` draws them on one page, which `crossformer inspect` writes.
-"""
+"""What is inside a network, drawn: the page of `crossformer inspect`, and the attention of one point."""
 
 import io
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,246 +8,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from crossformer_vision import visualize
 from crossformer_vision.errors import UserError
 from crossformer_vision.fonts import shortened, written
-from crossformer_vision.models.crossformer import CrossFormer, LongShortAttention
-from crossformer_vision.models.grouping import Layout, across_map, across_regions, group, takes_blocks
+from crossformer_vision.inspect import (
+    ROLLED_OUT,
+    Map,
+    Record,
+    class_activation,
+    crossformer_in,
+    group_of,
+    patches,
+    position_bias,
+    record,
+)
+from crossformer_vision.models.grouping import across_map, across_regions
 from crossformer_vision.predict import Predictor
-
-Map = NDArray[np.float32]
-ROLLED_OUT = 4096  # most positions of a map whose attention is kept whole, (HW, HW)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Arrays
-# ------------------------------------------------------------------------------------------------------------
-
-
-def crossformer_in(net: nn.Module) -> CrossFormer:
-    """The CrossFormer that a network is, or is built on.
-
-    Raises:
-        UserError: there is none, or its attention is one of the ablations'.
-    """
-    found = next((m for m in net.modules() if isinstance(m, CrossFormer)), None)
-    if found is None:
-        raise UserError("there is no CrossFormer in this network, whose groups could be shown")
-    for stage in found.stages:
-        for block in stage.blocks:  # type: ignore[union-attr]
-            if type(block.attn) is not LongShortAttention:  # type: ignore[union-attr]
-                raise UserError("its attention is an ablation's; long and short distance attention is shown")
-    return found
-
-
-def members(H: int, W: int, layout: Layout) -> NDArray[np.int64]:
-    """The positions of each group of an H x W map, counted along its rows: (groups, L); -1 is padding."""
-    numbers = torch.arange(1, H * W + 1).view(1, H, W, 1)
-    return group(numbers, layout).squeeze(-1).numpy() - 1
-
-
-def group_of(H: int, W: int, layout: Layout, y: int, x: int) -> NDArray[np.bool_]:
-    """Who shares a group with the position (y, x): (H, W)."""
-    groups = members(H, W, layout)
-    (mine,) = groups[(groups == y * W + x).any(1)]
-    inside = np.zeros(H * W, bool)
-    inside[mine[mine >= 0]] = True
-    return inside.reshape(H, W)
-
-
-@dataclass
-class BlockAttention:
-    """What one block attended to, on one image.
-
-    Attributes:
-        size: (H, W) of its map.
-        layout: of its groups.
-        weights: (groups, h, L, L), of each query to each key.
-    """
-
-    size: tuple[int, int]
-    layout: Layout
-    weights: Map
-
-    def of(self, y: int, x: int, head: int | None = None) -> Map:
-        """What the position (y, x) attends to, in one head or on average: (H, W), of sum 1."""
-        groups = members(*self.size, self.layout)
-        (at, query) = np.argwhere(groups == y * self.size[1] + x)[0]
-        row = self.weights[at, :, query]
-        row = row.mean(0) if head is None else row[head]
-        seen = np.zeros(self.size[0] * self.size[1], np.float32)
-        real = groups[at] >= 0
-        seen[groups[at][real]] = row[real]
-        return seen.reshape(self.size)
-
-    def matrix(self) -> Map:
-        """The attention of all positions to all, on average over the heads: (HW, HW).
-
-        Raises:
-            UserError: a map of more than `ROLLED_OUT` positions.
-        """
-        H, W = self.size
-        if H * W > ROLLED_OUT:
-            raise UserError(f"a map of {H}x{W} is too large for the attention of all its positions to all")
-        groups = members(H, W, self.layout)
-        whole = np.zeros((H * W + 1, H * W + 1), np.float32)  # padding goes into the last row and column
-        whole[groups[:, :, None], groups[:, None, :]] = self.weights.mean(1)
-        return whole[:-1, :-1]
-
-
-@dataclass
-class Record:
-    """What the blocks of a network did on one image.
-
-    Attributes:
-        blocks: (stage, block), from 0 -> its attention.
-        amplitudes: (stage, block) -> mean absolute value of what it put out, before amplitude cooling.
-        cooled: (stage, block) -> the same after the amplitude cooling layer that follows it.
-    """
-
-    blocks: dict[tuple[int, int], BlockAttention] = field(default_factory=dict)
-    amplitudes: dict[tuple[int, int], float] = field(default_factory=dict)
-    cooled: dict[tuple[int, int], float] = field(default_factory=dict)
-
-    def rollout(self, stage: int) -> Map:
-        """Attention rollout (arXiv 2005.00928) through the blocks of a stage: (HW, HW), rows of sum 1.
-
-        Each block's attention, averaged over its heads, and the identity in equal parts, multiplied in the
-        order of the blocks. Stages are not rolled out together: between them the embeddings mix positions.
-
-        Raises:
-            UserError: a map of more than `ROLLED_OUT` positions.
-        """
-        rolled: Any = None
-        for _, block in sorted((k, v) for k, v in self.blocks.items() if k[0] == stage):
-            matrix = block.matrix()
-            step = 0.5 * (matrix + np.eye(len(matrix), dtype=np.float32))
-            rolled = step if rolled is None else step @ rolled
-        return rolled
-
-
-@torch.no_grad()
-def record(net: nn.Module, images: Tensor) -> Record:
-    """Run a CrossFormer on an image and keep what its blocks did.
-
-    Args:
-        net: a CrossFormer, or a network that is built on one.
-        images: (1, 3, H, W), normalised.
-
-    Raises:
-        UserError: no CrossFormer; an image so large that groups have more than 2,048 members.
-    """
-    model = crossformer_in(net)
-    kept = Record()
-
-    def keep_attention(place: tuple[int, int], attention: LongShortAttention) -> list[Any]:
-        found: dict[str, Any] = {}
-
-        def before(_: nn.Module, args: tuple[Tensor]) -> None:
-            H, W = args[0].shape[1:3]
-            layout = attention.layout(H, W)
-            if takes_blocks(layout):
-                raise UserError(f"groups of {layout.gh}x{layout.gw} members are too large: a smaller --size")
-            found.update(size=(H, W), layout=layout)
-
-        def weights(_: nn.Module, __: Any, output: Tensor) -> None:
-            kept.blocks[place] = BlockAttention(weights=output.float().cpu().numpy(), **found)
-
-        return [
-            attention.register_forward_pre_hook(before),
-            attention.attn_drop.register_forward_hook(weights),
-        ]
-
-    def keep_amplitude(place: tuple[int, int], cooling: nn.Module) -> list[Any]:
-        def after(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-            kept.amplitudes[place] = float(args[0].abs().mean())
-            if not isinstance(cooling, nn.Identity):
-                kept.cooled[place] = float(output.abs().mean())
-
-        return [cooling.register_forward_hook(after)]
-
-    attentions: list[tuple[LongShortAttention, bool]] = []
-    with ExitStack() as hooks:
-        for s, stage in enumerate(model.stages):
-            blocks: Any = stage.blocks
-            for b, block in enumerate(blocks):
-                attentions.append((block.attn, block.attn.fused_attn))
-                for hook in (*keep_attention((s, b), block.attn), *keep_amplitude((s, b), block.acl)):
-                    hooks.callback(hook.remove)
-        try:
-            for attention, _ in attentions:
-                attention.fused_attn = False  # type: ignore[misc]
-            model.forward_features(images)
-        finally:
-            for attention, fused in attentions:
-                attention.fused_attn = fused  # type: ignore[misc]
-    return kept
-
-
-def patches(net: nn.Module, stage: int, y: int, x: int) -> list[tuple[float, float, float, float]]:
-    """What the kernels of a stage's CEL see of the image for one embedding: (x1, y1, x2, y2) in pixels each.
-
-    Kernels of later stages take positions of the map before them; a position is drawn as the square of pixels
-    that it stands for, though its own kernels saw more.
-    """
-    model = crossformer_in(net)
-    embed: Any = model.stages[stage].embed
-    embed = getattr(embed, "embed", embed)  # with absolute positions
-    unit = 1 if stage == 0 else model.feature_info[stage - 1]["reduction"]
-    boxes = []
-    for conv in embed.convs:
-        k, pad = conv.kernel_size[0], conv.padding[0]
-        left, top = x * embed.stride - pad, y * embed.stride - pad
-        boxes.append((left * unit, top * unit, (left + k) * unit, (top + k) * unit))
-    return boxes
-
-
-@torch.no_grad()
-def position_bias(attention: LongShortAttention, gh: int, gw: int) -> Map:
-    """DPB of a block for groups of gh x gw: (h, 2gh - 1, 2gw - 1), by offset of query less key."""
-    like = attention.qkv.weight
-    table = attention.position_bias(gh, gw, like)
-    return table.view(-1, 2 * gh - 1, 2 * gw - 1).float().cpu().numpy()
-
-
-def class_activation(net: nn.Module, images: Tensor, label: int | None = None) -> Map:
-    """Grad-CAM (arXiv 1610.02391) of a classifier's last map, by the library of that name: (H, W) in 0..1.
-
-    Args:
-        net: any timm classifier whose last stage is a map.
-        images: (1, 3, H, W), normalised.
-        label: index of the class; None for the likeliest.
-
-    Raises:
-        UserError: the library is not installed; the last stage is no map.
-    """
-    try:
-        from pytorch_grad_cam import GradCAM
-        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed: pip install 'crossformer-vision[inspect]'") from None
-    infos: Any = getattr(net, "feature_info", None)
-    last: list[Any] = list(infos or ())
-    if not last:
-        raise UserError(f"{type(net).__name__} has no maps, on which a class could be shown")
-    layer = net.get_submodule(last[-1]["module"])
-    channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
-
-    def as_map(x: Tensor) -> Tensor:
-        if x.dim() != 4:
-            raise UserError(f"{type(net).__name__} ends in tokens, not in a map")
-        return x.permute(0, 3, 1, 2) if channels_last else x
-
-    targets = None if label is None else [ClassifierOutputTarget(label)]
-    with torch.enable_grad(), GradCAM(net, [layer], reshape_transform=as_map) as cam:
-        return np.asarray(cam(images, targets)[0], np.float32)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# One page
-# ------------------------------------------------------------------------------------------------------------
 
 
 def seen(predictor: Predictor, picture: Image.Image, size: int | None) -> tuple[Tensor, NDArray[np.uint8]]:
@@ -316,9 +88,9 @@ def sheet(
         raise UserError(f"--point {point[0]:g},{point[1]:g}: shares of width and height, from 0 to 1")
     images, pixels = seen(predictor, picture, size)
     kept = record(model, images)
-    pair = [b for b in (last - last % 2, last - last % 2 + 1) if b < len(blocks)]
+    pair = pair_of(blocks, last)
     H, W = kept.blocks[stage, pair[0]].size
-    y, x = min(H - 1, int(point[1] * H)), min(W - 1, int(point[0] * W))
+    y, x = position(point, H, W)
 
     height = 3.1 * pixels.shape[0] / pixels.shape[1]  # of a photo on the page, in inches
     figure, axes = visualize.subplots(16, 3 * min(5.0, max(3.3, height + 0.6)), 3, 5)
@@ -342,9 +114,9 @@ def sheet(
         h, w = kept.blocks[s, 0].size
         if h * w > ROLLED_OUT:
             continue
-        rolled = kept.rollout(s)[min(h - 1, int(point[1] * h)) * w + min(w - 1, int(point[0] * w))]
-        page.heat(axis, rolled.reshape(h, w), f"rollout through stage {s + 1}\nfrom the cross")
-    drawn_class = _class_activation(predictor, model, images, page, (axes[0][4], axes[1][4]))
+        rolled = kept.rollout(s).reshape(h, w, h, w)[position(point, h, w)]
+        page.heat(axis, rolled, f"rollout through stage {s + 1}\nfrom the cross")
+    drawn_class = _class_activation(predictor, images, page, (axes[0][4], axes[1][4]))
     for k, b in enumerate(pair):
         layout = kept.blocks[stage, b].layout
         biases = position_bias(blocks[b].attn, layout.gh, layout.gw)
@@ -358,7 +130,8 @@ def sheet(
             axis.imshow(values, "viridis", extent=place, vmin=middle - reach, vmax=middle + reach)
             title = f"DPB of block {b + 1}, head {number + 1}, by offset\n"
             axis.set_title(f"{title}dark {values.min():.2f}, bright {values.max():.2f}", fontsize=10)
-    _amplitudes(axes[2][4], kept, beside and (beside[0], _recorded(beside[1], picture, size)))
+    other = beside and (beside[0], record(beside[1].net, seen(beside[1], picture, size)[0]))
+    _amplitudes(axes[2][4], kept, other)
     visualize.save_figure(figure, Path(path))
     return f"{path}: {where}, blocks {' and '.join(str(b + 1) for b in pair)}, position {y}, {x}{drawn_class}"
 
@@ -378,10 +151,9 @@ def attention_page(
     blocks: Any = check_place("stage", stage, model.stages).blocks
     images, pixels = seen(predictor, picture, size)
     kept = record(model, images)
-    last = len(blocks) - 1
-    pair = [b for b in (last - last % 2, last - last % 2 + 1) if b <= last]
+    pair = pair_of(blocks, len(blocks) - 1)
     H, W = kept.blocks[stage, pair[0]].size
-    drawn = _Page(pixels, (H, W), (min(H - 1, int(point[1] * H)), min(W - 1, int(point[0] * W))))
+    drawn = _Page(pixels, (H, W), position(point, H, W))
     width, height = 5 * len(pair), 5 * pixels.shape[0] / pixels.shape[1] + 0.6
     figure, axes = visualize.subplots(width, max(1.5, min(20, height)), 1, len(pair))
     for axis in axes.flat:
@@ -392,15 +164,22 @@ def attention_page(
     return Image.open(stream)
 
 
+def pair_of(blocks: Any, block: int) -> list[int]:
+    """The SDA and the LDA of which a block is one; a stage's last may be alone."""
+    first = block - block % 2
+    return [b for b in (first, first + 1) if b < len(blocks)]
+
+
+def position(point: tuple[float, float], H: int, W: int) -> tuple[int, int]:
+    """(row, column) of a point, in shares of width and height, on an H x W map."""
+    return min(H - 1, int(point[1] * H)), min(W - 1, int(point[0] * W))
+
+
 def check_place(what: str, index: int, of: Any) -> Any:
     """`of[index]`; a UserError that counts from 1 if there is none."""
     if not 0 <= index < len(of):
         raise UserError(f"--{what} {index + 1}: there are {len(of)}, counted from 1")
     return of[index]
-
-
-def _recorded(predictor: Predictor, picture: Image.Image, size: int | None) -> Record:
-    return record(predictor.net, seen(predictor, picture, size)[0])
 
 
 def _pair(
@@ -414,9 +193,7 @@ def _pair(
         page.heat(axis, weights, f"{kind}, block {b + 1}: attended\nfrom the cross, {shown}")
 
 
-def _class_activation(
-    predictor: Predictor, model: CrossFormer, images: Tensor, page: "_Page", axes: tuple[Any, Any]
-) -> str:
+def _class_activation(predictor: Predictor, images: Tensor, page: "_Page", axes: tuple[Any, Any]) -> str:
     """Draw the photo with the likeliest classes, and where the likeliest is seen; nothing for other tasks."""
     if predictor.task != "classification":
         page.photo(axes[0], "photo")
@@ -468,11 +245,11 @@ class _Page:
 
     def group(self, axis: Any, inside: NDArray[np.bool_], title: str) -> None:
         """The members in colour on the dimmed photo, each its own square."""
+        from matplotlib.patches import Rectangle
+
         self.photo(axis, title, dimmed=True)
         ys, xs = np.nonzero(inside)
         uy, ux = self.unit
-        from matplotlib.patches import Rectangle
-
         least = 0.02 * max(self.pixels.shape[:2])  # of a side that is seen
         for y, x in zip(ys, xs):
             h, w = max(uy, least), max(ux, least)
