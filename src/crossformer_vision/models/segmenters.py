@@ -326,7 +326,7 @@ def logits_of(
 
 
 def strips(x: Tensor, channels: int) -> Iterator[slice]:
-    """Rows of (B, C, H, W) that make a strip of so many channels: 1 MB on a CPU, 256 where calls cost more."""
+    """Rows of (B, C, H, W) that make a strip of so many channels: 1 MB on a CPU, 256 elsewhere."""
     values = 1 << (18 if x.device.type == "cpu" else 26)
     step = max(1, values // max(1, x.shape[0] * channels * x.shape[3]))
     return (slice(y, y + step) for y in range(0, x.shape[2], step))
