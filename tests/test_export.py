@@ -11,12 +11,20 @@ import torch
 from PIL import Image
 from timm.data import resolve_model_data_config
 
-from crossformer_vision import UserError, create_segmenter, load_predictor
+from crossformer_vision import UserError, create_detector, create_segmenter, load_predictor
 from crossformer_vision.cli import main
 from crossformer_vision.export import export
 from crossformer_vision.predict.exported import KEY
 
 SMALL = {"depths": (1, 2, 1, 1), "embed_dim": 16, "num_heads": (1, 1, 2, 4)}
+TWO_STAGES = {
+    "depths": (1, 2),
+    "embed_dim": 16,
+    "num_heads": (1, 2),
+    "group_size": (4, 4),
+    "interval": (4, 2),
+    "merge_sizes": [[2, 4]],
+}
 NAMES = ["cat", "dog", "猫"]
 
 
@@ -29,11 +37,11 @@ def classifier(model: str, **keywords) -> dict:
     return {**content, "hyper_parameters": hyper, "lda_span": None, "state_dict": net.state_dict()}
 
 
-def segmenter(model: str, **keywords) -> dict:
+def segmenter(model: str, kind: str = "semantic_fpn", **keywords) -> dict:
     torch.manual_seed(0)
-    net = create_segmenter("semantic_fpn", model, 3, width=16, backbone_args=keywords)
+    net = create_segmenter(kind, model, 3, width=16, backbone_args=keywords)
     hyper = {
-        "segmenter": "semantic_fpn",
+        "segmenter": kind,
         "model": model,
         "num_classes": 3,
         "width": 16,
@@ -41,6 +49,24 @@ def segmenter(model: str, **keywords) -> dict:
     }
     image = {"short_side": 64, "long_side": None, "size_divisor": 1, "mean": (0.5,) * 3, "std": (0.2,) * 3}
     content = {"task": "segmentation", "classes": NAMES, "image": image, "hyper_parameters": hyper}
+    return {**content, "lda_span": None, "state_dict": net.state_dict()}
+
+
+def detector(kind: str, model: str, **keywords) -> dict:
+    """A detector whose objects have scores far enough apart that rounding does not reorder them."""
+    torch.manual_seed(0)
+    options = {"num_classes": 3, "width": 16, "min_size": 96, "max_size": 160}
+    net = create_detector(kind, model, backbone_args=keywords, **options)
+    heads = [net.head] if kind == "retinanet" else [net.rpn.head, net.roi_heads]
+    for layer in (layer for head in heads for layer in head.modules()):
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear | torch.nn.ConvTranspose2d):
+            torch.nn.init.kaiming_normal_(layer.weight)
+    if kind == "retinanet":
+        torch.nn.init.constant_(net.head.classification_head.cls_logits.bias, -1.0)
+    else:
+        torch.nn.init.normal_(net.roi_heads.box_predictor.bbox_pred.weight, std=0.05)
+    hyper = {"detector": kind, "model": model, "model_args": keywords, **options}
+    content = {"task": "detection", "classes": NAMES, "category_ids": [3, 5, 8], "hyper_parameters": hyper}
     return {**content, "lda_span": None, "state_dict": net.state_dict()}
 
 
@@ -53,7 +79,7 @@ def picture(path, width=150, height=97):
 @pytest.mark.parametrize("span", ["region", pytest.param("map", marks=pytest.mark.slow)])
 def test_onnx_of_any_size(span, tmp_path):
     file = tmp_path / "deep" / "nano.onnx"
-    content = classifier("crossformer_nano", lda_span=span, **SMALL)
+    content = classifier("crossformer_nano", lda_span=span, **TWO_STAGES)
     said = export(content, file)
     assert said["size"] is None and max(said["differences"].values()) < 1e-5
     assert [p.name for p in file.parent.iterdir()] == ["nano.onnx"]
@@ -92,6 +118,98 @@ def test_a_segmenter(tmp_path):
     assert theirs.class_map.shape == (97, 150) and (theirs.class_map == ours.class_map).all()
 
 
+def same_objects(theirs, ours) -> None:
+    assert len(ours.boxes) > 3
+    np.testing.assert_allclose(theirs.boxes, ours.boxes, atol=0.5)
+    np.testing.assert_allclose(theirs.scores, ours.scores, atol=1e-3)
+    assert (theirs.labels == ours.labels).all() and theirs.to_coco()[0]["category_id"] in (3, 5, 8)
+    if ours.masks is not None:
+        assert (theirs.masks != ours.masks).mean() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["mask_rcnn", pytest.param("retinanet", marks=pytest.mark.slow)])
+def test_a_detector(kind, tmp_path):
+    content = detector(kind, "test_resnet")
+    file = tmp_path / "objects.onnx"
+    said = export(content, file)
+    assert said["size"] is None and said["objects"] > 100 and max(said["differences"].values()) < 1e-3
+    photo = picture(tmp_path / "photo.png")
+    same_objects(load_predictor(file, score=0.05)(photo), load_predictor(content, score=0.05)(photo))
+    session = onnxruntime.InferenceSession(str(file))
+    named = {o.name: o.shape for o in session.get_outputs()}
+    assert list(named) == ["boxes", "labels", "scores", "masks"][: 4 if kind == "mask_rcnn" else 3]
+    boxes, labels, scores, *masks = session.run(None, {"images": np.zeros((2, 3, 70, 401), np.float32)})
+    assert boxes.shape == (2, 100, 4) and labels.shape == scores.shape == (2, 100)
+    assert not masks or masks[0].shape == (2, 100, 28, 28)
+    assert boxes[..., ::2].max() <= 401 and boxes[..., 1::2].max() <= 70 and (scores >= 0).all()
+    assert (scores[..., :-1] >= scores[..., 1:]).all() and ((labels > 0) == (scores > 0)).all()
+    assert main(["predict", str(file), str(photo), "--out", str(tmp_path / "out"), "--tile", "64"]) == 0
+
+
+@pytest.mark.slow
+def test_no_object_is_no_error(tmp_path):
+    content = detector("mask_rcnn", "test_resnet")
+    content["state_dict"]["roi_heads.box_predictor.cls_score.bias"][0] += 1e4  # all is background
+    said = export(content, tmp_path / "nothing.onnx")
+    assert said["objects"] == 0
+    found = load_predictor(tmp_path / "nothing.onnx")(picture(tmp_path / "photo.png"))
+    assert found.boxes.shape == (0, 4) and found.masks.shape == (0, 97, 150)
+
+
+def test_features(tmp_path):
+    content = classifier("test_resnet")
+    said = export(content, tmp_path / "maps.onnx", features=True)
+    assert said["size"] is None and said["task"] == "features"
+    session = onnxruntime.InferenceSession(str(tmp_path / "maps.onnx"))
+    maps = session.run(["stride_4", "stride_32"], {"images": np.zeros((2, 3, 97, 130), np.float32)})
+    assert maps[0].shape[2:] == (25, 33) and maps[1].shape[2:] == (4, 5)
+    with pytest.raises(UserError, match="maps.onnx: holds the features of a backbone"):
+        load_predictor(tmp_path / "maps.onnx")
+
+
+def test_openvino(tmp_path):
+    pytest.importorskip("openvino")
+    content = segmenter("test_resnet")
+    file = tmp_path / "deep" / "maps.xml"
+    said = export(content, file)
+    assert said["size"] is None and max(said["differences"].values()) < 1e-5
+    assert {p.name for p in file.parent.iterdir()} == {"maps.xml", "maps.bin"}
+    photo = picture(tmp_path / "photo.png")
+    theirs, ours = load_predictor(file)(photo), load_predictor(content)(photo)
+    assert (theirs.class_map == ours.class_map).mean() > 0.999 and theirs.classes == NAMES
+    (file.parent / "maps.bin").unlink()
+    with pytest.raises(UserError, match="maps.xml: cannot be read as an exported network"):
+        load_predictor(file)
+
+
+def test_torch(tmp_path):
+    content = classifier("test_resnet")
+    said = export(content, tmp_path / "graph.pt2")
+    assert said["size"] is None
+    about = {"crossformer_vision": ""}
+    program = torch.export.load(tmp_path / "graph.pt2", extra_files=about).module(check_guards=False)
+    assert json.loads(about["crossformer_vision"])["classes"] == NAMES
+    images = torch.randn(5, 3, 33, 500)
+    torch.testing.assert_close(program(images), load_predictor(content).net(images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".onnx", ".xml", ".pt2"])
+@pytest.mark.parametrize("span", ["region", "map"])
+@pytest.mark.parametrize("head", ["classifier", "features", "upernet", "retinanet", "mask_rcnn"])
+def test_every_task_in_every_format(head, span, suffix, tmp_path):
+    keywords = {**SMALL, "lda_span": span}
+    if head in ("classifier", "features"):
+        content = classifier("crossformer_nano", **keywords)
+    elif head == "upernet":
+        content = segmenter("crossformer_nano", head, **keywords)
+    else:
+        content = detector(head, "crossformer_nano", **keywords)
+    said = export(content, tmp_path / f"graph{suffix}", features=head == "features")
+    assert said["size"] is None and max(said["differences"].values()) < 1e-3
+    assert said["objects"] > 100 or head not in ("retinanet", "mask_rcnn")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["classifier", "segmenter"])
 @pytest.mark.parametrize("model", ["crossformer_tiny", "crossformer_pp_small", "resnet18"])
@@ -113,9 +231,13 @@ def test_what_cannot_be(tmp_path, capsys):
     for args, said in (
         (
             ["crossformer_nano.cifar10", "--out", str(tmp_path / "x.tflite")],
-            "exported files are ONNX and end in .onnx",
+            "exported files end in .onnx, .xml, .pt2",
         ),
         ([str(tmp_path / "none"), "--out", str(tmp_path / "x.onnx")], "none"),
+        (
+            ["crossformer_nano.cifar10", "--format", "openvino", "--out", str(tmp_path / "x.onnx")],
+            "a file of the format openvino ends in .xml",
+        ),
     ):
         assert main(["export", *args]) == 1
         assert said in capsys.readouterr().err

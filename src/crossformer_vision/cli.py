@@ -17,7 +17,7 @@ CrossFormer and CrossFormer++: train and evaluate vision models on images of you
   predict     what a trained checkpoint sees in images and folders: pictures and JSON
   inspect     what is inside a network on a photo: groups, attention, class activation
   compare     a grid of runs: models and options x seeds; their table, on one machine or many
-  export      a trained classifier or segmenter as ONNX, for any image size
+  export      a trained network as ONNX, OpenVINO or torch's program, for any image size
   share       a trained classifier as a folder or a repository that timm and transformers open
   benchmark   how fast models are, side by side: inference and training, eager and compiled
   demo        a page in the browser: a photo, what a network sees, what a point attends to
@@ -213,7 +213,7 @@ def predict(args: list[str]) -> None:
         "what",
         help="run folder, whose best.ckpt is taken, or a checkpoint file of a run; or the name of published "
         "weights, as crossformer_nano.cifar10, which come along, resnet18, mask_rcnn_crossformer_small; or "
-        "an exported ONNX file",
+        "an exported file, .onnx or .xml",
     )
     parser.add_argument("images", nargs="+", help="image files, folders, 'patterns*.jpg', videos")
     parser.add_argument(
@@ -338,18 +338,30 @@ def export(args: list[str]) -> None:
 
     parser = argparse.ArgumentParser(
         "crossformer export",
-        description="Write a trained classifier or segmenter as one ONNX graph for any batch, height "
+        description="Write a trained classifier, segmenter or detector as one graph for any batch, height "
         "and width, and hold it against the network at several sizes. Takes some minutes.",
     )
     parser.add_argument("what", help="a run, a checkpoint of one, or the name of published weights")
-    parser.add_argument("--out", help="the file (the name of what is exported, and .onnx)")
+    formats = ("onnx", "openvino", "torch")
+    parser.add_argument("--format", choices=formats, help="of the file (by its ending, or else onnx)")
+    parser.add_argument(
+        "--out",
+        help="the file: .onnx, .xml of OpenVINO with a .bin beside it, or .pt2 of torch (the name of what is "
+        "exported, with the ending of the format)",
+    )
+    parser.add_argument("--features", action="store_true", help="the backbone's four maps, without a head")
     given = parser.parse_args(args)
     from crossformer_vision import export
 
     path = Path(given.what)
     named = path.parent if path.suffix == ".ckpt" else path
-    out = given.out or f"{named.name}.onnx"
-    print(export.describe(export.export(given.what, out), out))
+    suffix = export.FORMATS[given.format or "onnx"]
+    out = Path(given.out or f"{named.name}{suffix}")
+    if given.format and out.suffix != suffix:
+        from crossformer_vision.errors import UserError
+
+        raise UserError(f"'{out.name}': a file of the format {given.format} ends in {suffix}")
+    print(export.describe(export.export(given.what, out, given.features), out))
 
 
 def share(args: list[str]) -> None:

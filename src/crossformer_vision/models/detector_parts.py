@@ -76,11 +76,15 @@ class Anchors(AnchorGenerator):
         return torch.stack([-w, -h, w, h], dim=1) / 2
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        return [torch.cat(self.of_levels(feature_maps))] * len(image_list.image_sizes)
+
+    def of_levels(self, feature_maps: list[Tensor]) -> list[Tensor]:
+        """The anchors of each map, (h * w * anchors of a position, 4) x1, y1, x2, y2."""
         device = feature_maps[0].device
         self.set_cell_anchors(torch.float32, device)  # in half precision a map's far end has no fine places
         strides = [[torch.tensor(s, device=device)] * 2 for s in self.strides]
-        anchors = torch.cat(self.grid_anchors([list(x.shape[-2:]) for x in feature_maps], strides))
-        return [anchors] * len(image_list.image_sizes)
+        anchors: list[Tensor] = self.grid_anchors([list(x.shape[-2:]) for x in feature_maps], strides)
+        return anchors
 
 
 class RoIAlign(MultiScaleRoIAlign):
@@ -95,9 +99,13 @@ class RoIAlign(MultiScaleRoIAlign):
     def forward(
         self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> Tensor:
-        maps = [x[name] for name in self.featmap_names]
         image = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
-        rois = torch.cat([image, torch.cat(boxes)], dim=1)
+        return self.pool(
+            [x[name] for name in self.featmap_names], torch.cat([image, torch.cat(boxes)], dim=1)
+        )
+
+    def pool(self, maps: list[Tensor], rois: Tensor) -> Tensor:
+        """Maps at strides 4, 8, 16, 32, and RoIs (n, 5) image, x1, y1, x2, y2 -> (n, C, size, size)."""
         sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0).sqrt()
         levels = torch.floor(torch.log2(sides / 56 + 1e-6)).clamp(0, len(maps) - 1)  # 112 to 224: stride 8
         rows = [torch.where(levels == level)[0] for level in range(len(maps))]
@@ -105,7 +113,8 @@ class RoIAlign(MultiScaleRoIAlign):
             roi_align(features.float(), rois[chosen], self.output_size, 1 / stride, aligned=True)
             for features, chosen, stride in zip(maps, rows, STRIDES, strict=True)
         ]
-        return torch.cat(pooled)[torch.cat(rows).argsort()]
+        found = torch.cat(pooled)
+        return found.new_zeros(rois.shape[0], *found.shape[1:]).index_put((torch.cat(rows),), found)
 
 
 def xavier(module: nn.Module) -> None:

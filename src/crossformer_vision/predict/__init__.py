@@ -246,7 +246,8 @@ def load_predictor(
         checkpoint: a run's folder, whose `best.ckpt` is taken, or one of its checkpoint files; such a file in
             memory, as its bytes, an open file, or what it holds; or the name of published weights: of a timm
             model (`crossformer_nano.cifar10`, which come with the library), a detector or a segmenter
-            (`mask_rcnn_crossformer_small`); or an ONNX file of `crossformer export`, for the CPU.
+            (`mask_rcnn_crossformer_small`); or a file of `crossformer export`, ONNX (`.onnx`) or OpenVINO
+            (`.xml`), for the CPU.
         device: `cpu`, `cuda`, …; the best there is if None.
         score: least score of an object, for detectors.
         tile: side, in pixels, of overlapping tiles in which a detector goes over larger images, and so finds
@@ -265,7 +266,7 @@ def load_predictor(
         path = Path(checkpoint)
         path = path / "best.ckpt" if path.is_dir() else path
         source = str(path)
-        if path.suffix == ".onnx" and path.is_file():
+        if path.suffix in (".onnx", ".xml") and path.is_file():
             from crossformer_vision.predict.exported import read_exported
 
             return Predictor(read_exported(path), source, usable("cpu"), score, tile)

@@ -1,0 +1,91 @@
+"""Networks as graphs that hold for every size."""
+
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from crossformer_vision.checkpoints import load_checkpoint
+from crossformer_vision.export.detectors import MaskRCNNGraph, RetinaNetGraph
+from crossformer_vision.models.backbones import STRIDES, DenseModel, create_backbone, feature_maps
+from crossformer_vision.models.crossformer import LongShortAttention
+from crossformer_vision.models.detectors import MaskRCNN, RetinaNet
+from crossformer_vision.models.grouping import pad_to_multiple
+
+SMALLEST = 32  # height and width that the networks take
+
+
+class Features(nn.Module):
+    """The maps of a network's backbone at strides 4, 8, 16 and 32, (B, C, h, w).
+
+    Args:
+        net: a classifier, segmenter or detector.
+        options: of the classifier: its `model` and `model_args`.
+    """
+
+    outputs = tuple(f"stride_{stride}" for stride in STRIDES)
+
+    def __init__(self, net: nn.Module, options: dict[str, Any]) -> None:
+        super().__init__()
+        if isinstance(net, DenseModel):
+            self.body = net.body
+        else:
+            name = options["model"].split(".")[0]
+            self.body = create_backbone(name, False, **(options["model_args"] or {})).eval()
+            load_checkpoint(self.body, net.state_dict())
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return feature_maps(self.body, pad_to_multiple(images, STRIDES[0]))
+
+
+def traced(
+    net: nn.Module, size: tuple[int, int], fixed: bool
+) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
+    """The network as a graph, of any batch, and unless it is fixed of any height and width; its outputs."""
+    import torch.fx.experimental._config as config
+
+    switched: list[LongShortAttention] = []
+    for module in net.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # type: ignore[assignment]  # a fused kernel's strides are not a graph's
+        if isinstance(module, LongShortAttention):
+            module.forward = partial(either_layout, module)  # type: ignore[method-assign]
+            switched.append(module)
+    whole = RetinaNetGraph(net) if isinstance(net, RetinaNet) else net
+    whole = MaskRCNNGraph(net) if isinstance(net, MaskRCNN) else whole
+    any_value = torch.export.Dim.DYNAMIC
+    if not fixed:
+        size = (max(size[0], 256), max(size[1], 320))  # of no special case: not square, larger than a group
+    shapes = {0: any_value} if fixed else {0: any_value, 2: any_value, 3: any_value}
+    patch: Any = config.patch  # type: ignore[attr-defined]
+    oblivious = patch(backed_size_oblivious=True)  # 1 is no special size
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), oblivious:
+            warnings.simplefilter("ignore")
+            graph = torch.export.export(whole.eval(), (torch.randn(2, 3, *size),), dynamic_shapes=(shapes,))
+    finally:
+        for module in switched:
+            del module.forward
+    # The tracer takes the branch of this size for a condition on every size; both branches are in the graph.
+    for symbol, values in graph.range_constraints.items():
+        if str(symbol).startswith("s"):
+            least = 1 if values.lower <= 2 else SMALLEST
+            graph.range_constraints[symbol] = ValueRanges(least, values.upper)
+    return graph, getattr(whole, "outputs", ("logits",))
+
+
+def either_layout(attention: LongShortAttention, x: Tensor) -> Tensor:
+    """`LongShortAttention.forward` in a graph: which of two layouts it is follows from the image at hand."""
+    H, W, G = x.shape[1], x.shape[2], attention.group_size
+    if not isinstance(H * W, torch.SymInt):
+        return attention.grouped(x, attention.layout(H, W))
+    found: Tensor = torch.cond(
+        torch.sym_min(H, W) <= G,
+        lambda x: attention.grouped(x, attention.small_layout(x.shape[1], x.shape[2])),
+        lambda x: attention.grouped(x, attention.large_layout(x.shape[1], x.shape[2])),
+        (x,),
+    )
+    return found
