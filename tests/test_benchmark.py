@@ -43,6 +43,24 @@ def test_rows_of_all_kinds(tmp_path, capsys):
     assert (tmp_path / "benchmark.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize("task", ["classification", pytest.param("detection", marks=pytest.mark.slow)])
+def test_what_the_data_bring(task, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("crossformer_vision.benchmark_data.run.__defaults__", (0.5, [0, 1]))
+    options = "--data.train_images 40 --data.val_images 4 --data.image_size 32 --data.batch_size 4".split()
+    options += ["--trainer.accelerator", "cpu", "--task", task, "--model.pretrained", "false"]
+    assert main(["benchmark", "--data", *options, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "read and decode" in said and "one waits for" in said
+    found = json.loads((tmp_path / "data.json").read_text())
+    rates = found["images_per_second_by_workers"]
+    assert list(rates) == ["0", "1"] and min(rates.values()) > 0 and found["images_per_second_trained"] > 0
+    assert (tmp_path / "data.png").stat().st_size > 3000 and "| network |" in (
+        tmp_path / "data.md"
+    ).read_text()
+    assert main(["benchmark", "--data", "--data.root", "none"]) == 1
+    assert "none: no such folder" in capsys.readouterr().err
+
+
 def test_a_row_that_cannot_be_run_stops_no_other(tmp_path, capsys):
     options = "--size 96 --batch 1 --rounds 3 --device cpu --out".split()
     assert main(["benchmark", "crossformer_nano", "features:vgg11,nonsense=1", *options, str(tmp_path)]) == 0

@@ -120,7 +120,9 @@ def test_commands_are_understood(page, desk, monkeypatch, capsys):
             if args[-1].startswith("hf:"):
                 continue
             shutil.rmtree(args[-1], ignore_errors=True)
-        if args[0] == "export" or any(arg.endswith((".onnx", ".xml")) for arg in args):  # minutes: test_export.py
+        if args[0] == "export" or any(
+            arg.endswith((".onnx", ".xml")) for arg in args
+        ):  # minutes: test_export.py
             continue
         if args[0] == "train" and "--resume" not in args and "--help" not in args:
             args.append("--print_config")

@@ -382,6 +382,9 @@ def share(args: list[str]) -> None:
 
 def benchmark(args: list[str]) -> None:
     """`crossformer benchmark`"""
+    if args and args[0] == "--data":
+        benchmark_data(args[1:])
+        return
     import argparse
 
     parser = argparse.ArgumentParser(
@@ -393,7 +396,12 @@ Time models side by side in one interleaved run. Options of several values make 
   crossformer benchmark crossformer_small swin_tiny_patch4_window7_224 --step inference training
   crossformer benchmark crossformer_small convnext_tiny --engine eager compiled --dtype float32 bfloat16
   crossformer benchmark features:crossformer_small,lda_span=region features:resnet50 \\
-    --size 800x1280 --batch 1""",
+    --size 800x1280 --batch 1
+
+With --data first, the options are those of crossformer train: how fast its images are read, by number of
+workers, how fast its network takes them, and which of the two waits.
+
+  crossformer benchmark --data --data.root my_images""",
     )
     parser.add_argument(
         "what",
@@ -438,6 +446,18 @@ Time models side by side in one interleaved run. Options of several values make 
     modes = product(sizes, given.step, given.engine, given.dtype, given.batch)
     rows = [benchmark.Row(what, *mode) for mode in modes for what in given.what]
     benchmark.run(rows, best_device(given.device), given.rounds, Path(given.out))
+
+
+def benchmark_data(args: list[str]) -> None:
+    """`crossformer benchmark --data`, with the options of `crossformer train`."""
+    from crossformer_vision import options
+    from crossformer_vision.options.arguments import take
+
+    out = Path(take(args, "--out") or "runs/benchmark")
+    cli = options.parse(args, "train")
+    from crossformer_vision import benchmark_data
+
+    benchmark_data.run(cli, out)
 
 
 def demo(args: list[str]) -> None:

@@ -182,6 +182,32 @@ def test_validation_in_slurm_is_of_the_weights_it_names(tmp_path, monkeypatch, c
     assert f"val_loss {loss:.4f}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "number, more",
+    [(signal.SIGINT, []), pytest.param(signal.SIGTERM, TWO, marks=pytest.mark.slow)],
+    ids=["Ctrl-C", "SIGTERM to two processes"],
+)
+def test_a_signal_to_all_processes_of_a_job(number, more, tmp_path):
+    """As a terminal and a scheduler send it: to the loaders' workers, too."""
+    command = [*CROSSFORMER, "train", *TINY, *more, "--data.train_images", "3200", "--run.folder", "run"]
+    job = subprocess.Popen(
+        [*command, "--run.save_every", "1"],
+        cwd=tmp_path,
+        env={**os.environ, **CALM},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    while not (tmp_path / "run/last.ckpt").exists() and job.poll() is None:
+        time.sleep(0.02)
+    os.killpg(job.pid, number)
+    said, _ = job.communicate(timeout=120)
+    assert job.returncode == 128 + number, said
+    assert "go on with" in said and "--resume run" in said and "error" not in said, said
+    assert not (tmp_path / "run/results.json").exists()
+
+
 def test_resume_auto(tmp_path, monkeypatch, capsys):
     """Starts, goes on with the same configuration, is done when it is done, refuses another."""
     monkeypatch.chdir(tmp_path)

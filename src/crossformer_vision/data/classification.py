@@ -30,6 +30,7 @@ from crossformer_vision.data.loading import (
     Source,
     mix_seed,
 )
+from crossformer_vision.data.shards import ShardImages, shards_of
 from crossformer_vision.errors import NoSuchSplit, UserError, check_choice, check_range
 from crossformer_vision.models import find_model
 
@@ -202,8 +203,8 @@ class ClassificationData(ResumableData):
     Args:
         model: timm name of the model, whose image size, normalisation and crop hold where none is given.
         root: folder with `train/<class>/…` and `val/<class>/…` (or `validation`, `test`), with tar files of
-            class folders, or with class folders alone (see `val_share`); null for the multi-scale digits that
-            come with the library.
+            class folders, with WebDataset's shards (`train/*.tar`, or `x-train-0000.tar`), or with class
+            folders alone (see `val_share`); null for the multi-scale digits that come with the library.
         dataset: a dataset by name instead of a folder: `torch/cifar10`, `hfds/ylecun/mnist`, … as timm calls
             them.
         val_share: share of the images that are held out for validation, of each class, where `root` has none
@@ -280,7 +281,7 @@ class ClassificationData(ResumableData):
     def _read(self, stage: str) -> ReadImages:
         source = self._source(stage)
         self.classes = self.classes or source.classes
-        if not isinstance(source, (FolderImages, TarImages)) and source.classes != self.classes:
+        if not isinstance(source, (FolderImages, TarImages, ShardImages)) and source.classes != self.classes:
             name = self.dataset or "the digits"
             raise UserError(f"{name}: other classes than the run's: {', '.join(self.classes[:5])}, …")
         if len(self.classes) < 2:
@@ -294,6 +295,10 @@ class ClassificationData(ResumableData):
     def _find(self, stage: str) -> Path:
         """The folder or tar file of a split under `root`."""
         root, split = Path(str(self.root)), self.splits[stage]
+        if "://" in str(self.root):
+            raise UserError(
+                f"{self.root}: data are read from a disk; fetch the files first, as by wget -r -np"
+            )
         if not root.is_dir():
             here = "" if root.is_absolute() else f" in {Path.cwd()}"
             raise UserError(
@@ -309,9 +314,15 @@ class ClassificationData(ResumableData):
             f"--data.{stage}_split"
         )
 
+    def _shards(self, stage: str) -> list[Path]:
+        names = self.split_names(stage)
+        return next((found for name in names if (found := shards_of(Path(str(self.root)), name))), [])
+
     def _unsplit(self) -> Path | None:
         """The class folders of which some images are held out, where no folder has the validation's."""
         root, found = Path(str(self.root)), {}
+        if self._shards("train"):
+            return None
         for stage in ("train", "val"):
             try:
                 found[stage] = self._find(stage)
@@ -360,11 +371,17 @@ class ClassificationData(ResumableData):
         return found
 
     def _source(self, stage: str) -> LabelledSource:
+        if self.dataset and self.dataset.startswith("wds"):
+            raise UserError(
+                f"dataset '{self.dataset}': give the folder of WebDataset's shards as --data.root"
+            )
         if self.dataset:
             split = {"train": "train", "val": "validation"}.get(self.splits[stage], self.splits[stage])
             return NamedImages(self.dataset, self.root, split, self.download)
         if not self.root:
             return DigitImages(stage, self.lengths[stage], self._size(), self.seed)
+        if shards := self._shards(stage):
+            return ShardImages(shards, self.classes)
         if folder := self._unsplit():
             return self._part(folder, stage)
         path = self._find(stage)

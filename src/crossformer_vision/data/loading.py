@@ -8,6 +8,7 @@ goes on from its checkpoint as if nothing had happened.
 import logging
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -234,6 +235,16 @@ class Collate:
         return self.collate(samples) if samples else None
 
 
+def leave_signals_to_the_run(worker: int) -> None:
+    """For a loader's worker: a terminal's Ctrl-C and a scheduler's SIGTERM go to all processes of a job.
+
+    The one that trains then saves what it has, and for the step that it is at it needs its workers.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 class SeededLoader:
     """A DataLoader of `EpochBatches` that counts the batches taken in this epoch.
 
@@ -256,6 +267,7 @@ class SeededLoader:
             collate_fn=Collate(collate),
             pin_memory=torch.cuda.is_available(),
             persistent_workers=num_workers > 0,
+            worker_init_fn=leave_signals_to_the_run,
         )
         self.batch_sampler = self.batches = batches  # the first name is Lightning's, for `set_epoch`
         self.taken = 0
