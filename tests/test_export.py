@@ -169,7 +169,7 @@ def test_features(tmp_path):
 
 def test_openvino(tmp_path):
     pytest.importorskip("openvino")
-    content = segmenter("test_resnet")
+    content = segmenter("test_resnet", "upernet")
     file = tmp_path / "deep" / "maps.xml"
     said = export(content, file)
     assert said["size"] is None and max(said["differences"].values()) < 1e-5

@@ -117,7 +117,9 @@ def verdict(read: dict[int, float], trained: float, parts: dict[str, float]) -> 
     """Which of the two waits, in words."""
     enough = [workers for workers, rate in read.items() if rate >= trained]
     if enough:
-        how_many = "no worker is" if not enough[0] else "one worker is" if enough[0] == 1 else f"{enough[0]} are"
+        how_many = (
+            "no worker is" if not enough[0] else "one worker is" if enough[0] == 1 else f"{enough[0]} are"
+        )
         return [f"the network is what one waits for: {how_many} needed to bring what it takes"]
     best = max(read, key=lambda workers: read[workers])
     slower = max(parts, key=lambda name: parts[name])

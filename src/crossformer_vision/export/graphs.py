@@ -47,13 +47,14 @@ def traced(
     """The network as a graph, of any batch, and unless it is fixed of any height and width; its outputs."""
     import torch.fx.experimental._config as config
 
-    switched: list[LongShortAttention] = []
+    switched: list[nn.Module] = []
     for module in net.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # type: ignore[assignment]  # a fused kernel's strides are not a graph's
-        if isinstance(module, LongShortAttention):
-            module.forward = partial(either_layout, module)  # type: ignore[method-assign]
-            switched.append(module)
+        for kind, forward in ((LongShortAttention, either_layout), (nn.AdaptiveAvgPool2d, pooled)):
+            if isinstance(module, kind) and not fixed:
+                module.forward = partial(forward, module)  # type: ignore[arg-type, method-assign]
+                switched.append(module)
     whole = RetinaNetGraph(net) if isinstance(net, RetinaNet) else net
     whole = MaskRCNNGraph(net) if isinstance(net, MaskRCNN) else whole
     any_value = torch.export.Dim.DYNAMIC
@@ -89,3 +90,17 @@ def either_layout(attention: LongShortAttention, x: Tensor) -> Tensor:
         (x,),
     )
     return found
+
+
+def pooled(pool: nn.AdaptiveAvgPool2d, x: Tensor) -> Tensor:
+    """`AdaptiveAvgPool2d.forward` of a map of any size, as products with the weights of rows and columns."""
+    sides = pool.output_size if isinstance(pool.output_size, tuple) else (pool.output_size,) * 2
+    weights = []
+    for size, side in zip(x.shape[2:], sides, strict=True):
+        assert side is not None
+        cell, place = torch.arange(side, device=x.device)[:, None], torch.arange(size, device=x.device)
+        start, end = cell * size // side, ((cell + 1) * size + side - 1) // side
+        inside = ((place >= start) & (place < end)).to(x.dtype)
+        weights.append(inside / (end - start))
+    rows, columns = weights
+    return rows @ x @ columns.t()
