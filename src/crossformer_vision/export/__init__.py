@@ -45,8 +45,8 @@ def export(what: Any, out: str | os.PathLike[str], features: bool = False) -> di
     Returns:
         What the file says, with `differences`: size -> how far it is from the network. Of tensors the largest
         difference over the largest output; of detectors the share of objects that are not found there with
-        the same label, borders within half a pixel and a score within 0.001; and with `objects`, how many
-        were compared.
+        the same label, borders within half a pixel and a score within 0.001; with `objects`, how many were
+        compared; and with `failed`, why it serves one size alone, if it does.
 
     Raises:
         UserError: a network that comes out otherwise than it is; libraries that are not installed.
@@ -91,7 +91,7 @@ def export(what: Any, out: str | os.PathLike[str], features: bool = False) -> di
             if max(differences.values()) <= TOLERANCE:
                 for file in sorted(Path(folder).iterdir()):  # .bin before .xml
                     file.replace(path.parent / file.name)
-                return {**said, "differences": differences, "objects": objects}
+                return {**said, "differences": differences, "objects": objects, "failed": failed}
             failed = failed or f"its outputs differ by {max(differences.values()):.1e}"
     raise UserError(f"this network cannot be exported ({failed})")
 
@@ -243,9 +243,9 @@ def different_objects(net: Any, call: Call, size: tuple[int, int]) -> tuple[floa
 def describe(said: dict[str, Any], out: str | os.PathLike[str]) -> str:
     """What `crossformer export` prints."""
     size = said["size"]
-    serves = (
-        "any batch, height and width from 32" if size is None else f"any batch of {size[0]}x{size[1]} alone"
-    )
+    serves = "any batch, height and width from 32"
+    if size is not None:
+        serves = f"any batch of {size[0]}x{size[1]} alone (of others: {said['failed']})"
     worst = max(said["differences"].values())
     sizes = ", ".join(said["differences"])
     what = "features" if said["task"] == "features" else f"{said['task']}, {len(said['classes'])} classes"

@@ -13,7 +13,7 @@ from crossformer_vision.export.detectors import MaskRCNNGraph, RetinaNetGraph
 from crossformer_vision.models.backbones import STRIDES, DenseModel, create_backbone, feature_maps
 from crossformer_vision.models.crossformer import LongShortAttention
 from crossformer_vision.models.detectors import MaskRCNN, RetinaNet
-from crossformer_vision.models.grouping import pad_to_multiple
+from crossformer_vision.models.grouping import Layout, pad_to_multiple, padded_size
 
 SMALLEST = 32  # height and width that the networks take
 
@@ -70,7 +70,7 @@ def traced(
     finally:
         for module in switched:
             del module.forward
-    # The tracer takes the branch of this size for a condition on every size; both branches are in the graph.
+    # What held at this size the tracer takes for a condition on every size; no operation follows from it.
     for symbol, values in graph.range_constraints.items():
         if str(symbol).startswith("s"):
             least = 1 if values.lower <= 2 else SMALLEST
@@ -79,17 +79,25 @@ def traced(
 
 
 def either_layout(attention: LongShortAttention, x: Tensor) -> Tensor:
-    """`LongShortAttention.forward` in a graph: which of two layouts it is follows from the image at hand."""
-    H, W, G = x.shape[1], x.shape[2], attention.group_size
+    """`LongShortAttention.forward` in a graph: which of two layouts it is follows from the image at hand.
+
+    It is chosen by arithmetic: of a graph with branches OpenVINO 2026.4 gives wrong outputs whenever images
+    grow. And its five numbers go through a tensor, so that the tracer, which would carry formulas of height
+    and width through all later shapes, takes them for numbers that it does not know.
+    """
+    H, W = x.shape[1], x.shape[2]
     if not isinstance(H * W, torch.SymInt):
         return attention.grouped(x, attention.layout(H, W))
-    found: Tensor = torch.cond(
-        torch.sym_min(H, W) <= G,
-        lambda x: attention.grouped(x, attention.small_layout(x.shape[1], x.shape[2])),
-        lambda x: attention.grouped(x, attention.large_layout(x.shape[1], x.shape[2])),
-        (x,),
-    )
-    return found
+    small = torch.sym_min(1, torch.sym_max(0, attention.group_size + 1 - torch.sym_min(H, W)))
+    either = zip(attention.small_layout(H, W), attention.large_layout(H, W), strict=True)
+    values = [torch.full((), small * a + (1 - small) * b, dtype=torch.int64) for a, b in either]
+    layout: Any = Layout(*(value.item() for value in torch.stack(values)))
+    for value in layout:
+        torch._check(value >= 1)
+    padded_H, padded_W = padded_size(layout)
+    torch._check(padded_H >= H)
+    torch._check(padded_W >= W)
+    return attention.grouped(x, layout)
 
 
 def pooled(pool: nn.AdaptiveAvgPool2d, x: Tensor) -> Tensor:

@@ -51,12 +51,14 @@ from crossformer_vision.models.grouping import (
     group,
     in_pieces,
     kept,
+    longer,
     masked,
     neighbours,
     pad_to_multiple,
     pair_biases,
     real_keys,
     relative_offsets,
+    shorter,
     takes_blocks,
     ungroup,
 )
@@ -255,13 +257,15 @@ class LongShortAttention(nn.Module):
 
     def small_layout(self, H: int, W: int) -> Layout:
         """Of a map no wider or no higher than a group: SDA in squares of the shorter side, or one group."""
-        return neighbours(H, W, min(H, W)) if self.lda_span == "map" else across_map(H, W, 1)
+        if self.lda_span == "map":
+            return neighbours(H, W, shorter(H, W))
+        return across_map(H, W, 1)
 
     def large_layout(self, H: int, W: int) -> Layout:
         """Of any other map."""
         G, interval = self.group_size, self.interval
         if interval is None:
-            interval = ceil_div(max(H, W), G)
+            interval = ceil_div(longer(H, W), G)
         if interval == 0:
             return neighbours(H, W, G)
         return across_map(H, W, interval) if self.lda_span == "map" else across_regions(H, W, G, interval)

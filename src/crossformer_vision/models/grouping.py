@@ -129,6 +129,22 @@ def may_differ(a: int, b: int) -> bool:
         return True if torch.compiler.is_exporting() else a != b
 
 
+def shorter(H: int, W: int) -> int:
+    """`min(H, W)`, which of a traced graph's sizes would be the one that is shorter while it is traced."""
+    if torch.jit.is_scripting():
+        return min(H, W)
+    else:
+        return torch.sym_min(H, W) if torch.compiler.is_exporting() else min(H, W)  # type: ignore[return-value]
+
+
+def longer(H: int, W: int) -> int:
+    """`max(H, W)`, likewise."""
+    if torch.jit.is_scripting():
+        return max(H, W)
+    else:
+        return torch.sym_max(H, W) if torch.compiler.is_exporting() else max(H, W)  # type: ignore[return-value]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Indices and masks of one size, and what is kept of them
 # ------------------------------------------------------------------------------------------------------------

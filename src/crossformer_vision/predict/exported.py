@@ -36,8 +36,7 @@ class OnnxNetwork(nn.Module):
 class OpenVinoNetwork(nn.Module):
     """An OpenVINO file as a network on the CPU.
 
-    It computes in float32: left to itself OpenVINO takes bfloat16 where the CPU has it, in which these graphs
-    give other outputs, or none (docs/export.md).
+    It computes in float32: left to itself OpenVINO takes bfloat16 where the CPU has it.
     """
 
     def __init__(self, path: Path) -> None:
