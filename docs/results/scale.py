@@ -1,7 +1,7 @@
 """What much data costs, beside what others take for the same: python docs/results/scale.py ROW.
 
-Rows: folder, coco, ap, validation, windows, sample, predict. All is made up on the spot, in a temporary
-folder.
+Rows: folder, coco, ap, validation, windows, sample, predict, outlines, photos, shards. All is made up on the
+spot, in a temporary folder.
 """
 
 import json
@@ -190,6 +190,130 @@ def predict(at):
     before, start = peak(), time.perf_counter()
     predict_files(predictor, [str(at / "400")], at / "out")
     print(f"{(time.perf_counter() - start) / 0.4:.1f} ms an image, {peak() - before} MB more for 350 images")
+
+
+def photo(path, width, height):
+    """A JPEG of scikit-learn's photo of a temple, as cameras write them."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+
+    Image.fromarray(load_sample_image("china.jpg")).resize((width, height)).save(path, quality=90)
+
+
+def outlines(at):
+    """A training image of Mask R-CNN: 640x480, 7 objects of 8 to 36 corners, to 1067x800, flips."""
+    from pycocotools import mask as rle
+    from torchvision import io, tv_tensors
+    from torchvision.transforms import v2
+
+    from crossformer_vision.data.detection import DetectionData
+
+    rng = np.random.default_rng(0)
+    for folder in ("annotations", "images/train"):
+        (at / folder).mkdir(parents=True)
+    photo(at / "images/train/0.jpg", 640, 480)
+    annotations = []
+    for n in range(7):
+        corners = rng.integers(8, 37)
+        angle, (x, y), (w, h) = (
+            np.sort(rng.uniform(0, 6.28, corners)),
+            rng.uniform(120, 350, 2),
+            rng.uniform(20, 110, 2),
+        )
+        points = np.stack([x + w * np.cos(angle), y + h * np.sin(angle)], 1).round(2)
+        box = [*points.min(0).tolist(), *np.ptp(points, 0).tolist()]
+        same = dict(id=n + 1, image_id=1, category_id=1, iscrowd=0, area=box[2] * box[3])
+        annotations.append(dict(same, bbox=box, segmentation=[points.flatten().tolist()]))
+    images = [dict(id=1, file_name="0.jpg", width=640, height=480)]
+    content = dict(images=images, annotations=annotations, categories=[dict(id=1, name="thing")])
+    (at / "annotations/instances_train.json").write_text(json.dumps(content))
+    rows = {}
+    for name, as_outlines in (("polygons, drawn once", True), ("masks", False)):
+        data = DetectionData(str(at), detector="mask_rcnn", num_workers=0).open("train")
+        data.source.as_outlines = as_outlines
+        rows[name] = lambda data=data: [data[0] for _ in range(20)]
+    peer = v2.Compose([
+        v2.RandomShortestSize([800], 1333, antialias=False), v2.RandomHorizontalFlip(),
+        v2.SanitizeBoundingBoxes(),
+        v2.ToDtype({torch.Tensor: torch.float32, "others": None}, scale=True),
+    ])  # fmt: skip
+
+    def torchvision():
+        for _ in range(20):
+            image = io.decode_image(str(at / "images/train/0.jpg"))
+            drawn = [rle.decode(rle.merge(rle.frPyObjects(a["segmentation"], 480, 640))) for a in annotations]
+            boxes = torch.tensor([a["bbox"] for a in annotations])
+            boxes = tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=(480, 640))
+            masks = tv_tensors.Mask(torch.from_numpy(np.stack(drawn)))
+            peer(tv_tensors.Image(image), dict(boxes=boxes, masks=masks, labels=torch.ones(7)))
+
+    print("20 images each:")
+    interleaved({**rows, "torchvision v2": torchvision}, 9)
+
+
+def photos(at):
+    """A training image of a classifier: 500x375 to 224x224, plain and with RandAugment."""
+    from PIL import Image
+    from torchvision import io
+    from torchvision.transforms import v2
+
+    from crossformer_vision import ClassificationData
+
+    for c in "ab":
+        for part in ("train", "val"):
+            (at / f"{part}/{c}").mkdir(parents=True)
+            photo(at / f"{part}/{c}/0.jpg", 500, 375)
+    path = str(at / "train/a/0.jpg")
+    end = [v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    rows = {}
+    for name, policy, more in (
+        ("plain", None, []),
+        ("RandAugment", "rand-m9-mstd0.5-inc1", [v2.RandAugment(2, 9)]),
+    ):
+        data = ClassificationData("crossformer_small", str(at), auto_augment=policy, num_workers=0).open(
+            "train"
+        )
+        crop = v2.RandomResizedCrop(224, interpolation=v2.InterpolationMode.BICUBIC)
+        peer = v2.Compose([crop, v2.RandomHorizontalFlip(), *more, *end])
+        rows[f"ours, {name}"] = lambda data=data: [data[0] for _ in range(40)]
+        rows[f"torchvision v2 on tensors, {name}"] = lambda peer=peer: [
+            peer(io.decode_image(path)) for _ in range(40)
+        ]
+    rows["decoding alone, PIL"] = lambda: [Image.open(path).convert("RGB") for _ in range(40)]
+    rows["decoding alone, torchvision"] = lambda: [io.decode_image(path) for _ in range(40)]
+    print("40 images each:")
+    interleaved(rows, 9)
+
+
+def shards(at):
+    """Two shards of 20,000 small images: opened, and read in a random order, beside a folder."""
+    import io
+    import tarfile
+
+    from crossformer_vision.data.classification import FolderImages
+    from crossformer_vision.data.shards import ShardImages
+
+    photo(at / "one.jpg", 64, 48)
+    content = (at / "one.jpg").read_bytes()
+    for c in range(2):
+        (at / f"folder/{c}").mkdir(parents=True)
+    for number in range(2):
+        with tarfile.open(at / f"{number}.tar", "w") as tar:
+            for n in range(20_000):
+                for name, part in ((f"{n:06d}.jpg", content), (f"{n:06d}.cls", str(n % 2).encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(part)
+                    tar.addfile(info, io.BytesIO(part))
+                (at / f"folder/{n % 2}/{number}-{n:06d}.jpg").write_bytes(content)
+    paths = [at / "0.tar", at / "1.tar"]
+    sources = {"shards": ShardImages(paths, []), "folder": FolderImages(at / "folder", [])}
+    order = np.random.default_rng(0).permutation(40_000)[:2000].tolist()
+    rows = {f"2,000 read, {k}": lambda s=s: [s.read(n)[0].load() for n in order] for k, s in sources.items()}
+    interleaved({
+        "40,000 images in shards, opened": lambda: ShardImages(paths, []),
+        "40,000 images in a folder, opened": lambda: FolderImages(at / "folder", []),
+        **rows,
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -361,3 +361,53 @@ def test_bytes_that_are_no_text(tmp_path):
     )
     with pytest.raises(UserError, match="instances_train.json: not JSON"):
         CocoImages(file, tmp_path / "images/train")
+
+
+def polygons(content):
+    """Every object as polygons: a tilted one in two parts beside the square; the crowd as it is."""
+    for annotation in content["annotations"]:
+        if annotation["category_id"] == 7:
+            parts = [[5, 3, 15, 8, 12, 50, 5, 40], [30.5, 41.5, 44.5, 41.5, 44.5, 55.5]]
+            annotation |= dict(segmentation=parts, bbox=[5, 3, 39.5, 52.5])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"hflip": 1.0}, {"vflip": 1.0, "min_size": 120, "max_size": 180}, {"scale_jitter": (0.5, 2.0)}, {}],
+    ids=["flipped", "upside down", "cropped", "resized"],
+)
+def test_polygons_are_drawn_once_at_the_last_size(tmp_path, options):
+    """As masks that go through the same transforms, but for the pixels of their borders."""
+    coco(tmp_path, edit=polygons)
+    found = data(tmp_path, batch_size=1, **options)
+    images = found.open("train")
+    assert images.source.as_outlines and "outlines" in images.source.read(1)[1]
+    for index in range(4):
+        for seed in range(5):
+            both = []
+            for as_outlines in (True, False):
+                images.source.as_outlines = as_outlines
+                torch.manual_seed(seed)
+                both.append(images[index])
+            (image, ours), (other, theirs) = both
+            assert torch.equal(image, other) and ours.keys() == theirs.keys()
+            if len(ours["labels"]) != len(theirs["labels"]):  # a corner of an object, in one of the two
+                continue
+            assert torch.equal(ours["labels"], theirs["labels"])
+            torch.testing.assert_close(ours["boxes"], theirs["boxes"], atol=2.5, rtol=0)
+            for a, b in zip(ours["masks"].bool(), theirs["masks"].bool(), strict=True):
+                border = 2 * (a.any(0).sum() + a.any(1).sum()) + 8
+                assert (a != b).sum() <= border
+
+
+def test_a_flipped_polygon_keeps_its_place(tmp_path):
+    coco(tmp_path)
+    images = data(tmp_path, hflip=1.0, vflip=1.0, min_size=70, max_size=70).open("train")
+    image, target = images[1]  # 50 wide, 70 high, as large as it is; the square and the run lengths
+    assert image.shape == (3, 70, 50) and target["boxes"].tolist()[0] == [20, 30, 40, 60]
+    inside = torch.zeros(70, 50, dtype=torch.uint8)
+    inside[30:60, 20:40] = 1
+    assert torch.equal(target["masks"][0], inside)
+    coco(tmp_path / "polygons", edit=polygons)
+    images = data(tmp_path / "polygons", hflip=1.0, vflip=1.0, min_size=70, max_size=70).open("train")
+    assert torch.equal(images[1][1]["masks"][0], inside)

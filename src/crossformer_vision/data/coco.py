@@ -91,6 +91,7 @@ class CocoImages:
         skip_empty: bool = False,
     ) -> None:
         self.annotations, self.folder, self.masks = annotations, folder, masks
+        self.as_outlines = False  # `read` gives polygons in place of masks, where all but crowds have some
         content = _read(annotations)
         number = self._read_images(content)
         names = list(classes or self.categories.values())
@@ -279,6 +280,11 @@ class CocoImages:
             iscrowd=self.iscrowd[part].astype(np.int64),
             area=self.area[part],
         )
+        if self.as_outlines:
+            outlines = [self._shape(k) for k in range(part.start, part.stop)]
+            polygons = (isinstance(shape, list) for shape in outlines)
+            if all(is_list or crowd for is_list, crowd in zip(polygons, target["iscrowd"], strict=True)):
+                return image, {**target, "outlines": outlines}
         if self.masks:
             shapes = [self._mask(k, width, height) for k in range(part.start, part.stop)]
             target["masks"] = np.stack(shapes) if shapes else np.zeros((0, height, width), np.uint8)

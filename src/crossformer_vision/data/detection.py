@@ -17,6 +17,7 @@ from crossformer_vision.data import digits
 from crossformer_vision.data.augmentation import PhotometricDistortion, Steps, composed
 from crossformer_vision.data.coco import CocoImages
 from crossformer_vision.data.loading import ReadImages, ResumableData, SeededLoader
+from crossformer_vision.data.outlines import drawn, outlines_of
 from crossformer_vision.errors import NoSuchSplit, UserError
 
 log = logging.getLogger("crossformer_vision")
@@ -69,6 +70,7 @@ class ToTensors:
     def __call__(self, image: Image.Image, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         canvas = (image.height, image.width)
         kept = np.ones(len(target["labels"]), bool)
+        outlines = target.get("outlines")
         if self.train:
             kept = target["iscrowd"] == 0
             if "masks" in target:
@@ -83,21 +85,36 @@ class ToTensors:
             tensors["boxes"] = v2.functional.clamp_bounding_boxes(tensors["boxes"])
         if "masks" in tensors:
             tensors["masks"] = tv_tensors.Mask(tensors["masks"])
+        if outlines is not None:
+            outlines = [shape for shape, stays in zip(outlines, kept, strict=True) if stays]
+            tensors["outlines"] = outlines_of(outlines, canvas)
+            tensors["object"] = torch.arange(len(outlines))
         least = -(-max(canvas) // self.longest)  # becomes one pixel, where the longer side becomes `longest`
         missing = [0, 0, max(0, least - image.width), max(0, least - image.height)]
         pixels = v2.functional.pil_to_tensor(image)
         if any(missing) and self.train:
             pixels = v2.functional.pad(pixels, missing)
             tensors = {
-                k: v2.functional.pad(v, missing) if k in ("boxes", "masks") else v for k, v in tensors.items()
+                k: v2.functional.pad(v, missing) if isinstance(v, tv_tensors.TVTensor) else v
+                for k, v in tensors.items()
             }
         pixels, tensors = self.transform(pixels, tensors)
         plain = {k: v.as_subclass(Tensor) for k, v in tensors.items()}
-        if self.crops and "masks" in plain:  # a crop may leave a part of an object, or none of it
+        if outlines is not None:
+            size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
+            plain["masks"] = drawn(plain.pop("outlines"), outlines, plain.pop("object").tolist(), size)
+        if (self.crops or outlines is not None) and "masks" in plain:  # a crop may leave none of an object
             left = plain["masks"].flatten(1).any(1).bool()
-            plain = {k: v[left] if len(v) == len(left) else v for k, v in plain.items()}
+            if not left.all():
+                plain = {k: v[left] for k, v in plain.items()}
+        if self.crops and "masks" in plain:  # or a part
             plain["boxes"] = masks_to_boxes(plain["masks"]) + torch.tensor([0.0, 0, 1, 1])
         return pixels.as_subclass(Tensor), {**plain, "image_id": torch.tensor(target["image_id"])}
+
+
+def of_each_object(inputs: tuple[Any, dict[str, Any]]) -> tuple[Tensor, ...]:
+    """What has an entry for each box, and loses it with the box."""
+    return tuple(inputs[1][name] for name in ("labels", "object") if name in inputs[1])
 
 
 def lists(samples: list[tuple[Tensor, dict[str, Tensor]]]) -> Batch:
@@ -200,7 +217,9 @@ class DetectionData(ResumableData):
             return DigitObjects(stage, self.lengths[stage], self.image_size, self.masks, self.seed)
         train = stage == "train"
         skip_empty = self.skip_empty and train
-        return CocoImages(*self._find(stage), self.classes or None, self.masks, train, skip_empty)
+        images = CocoImages(*self._find(stage), self.classes or None, self.masks, train, skip_empty)
+        images.as_outlines = self.masks and train and self.augmentation is None
+        return images
 
     def _find(self, stage: str) -> tuple[Path, Path]:
         """The annotation file and the folder of images of a split."""
@@ -239,7 +258,7 @@ class DetectionData(ResumableData):
             else:
                 steps.append(v2.RandomShortestSize(self.min_sizes, self.max_size, antialias=False))
             steps += [v2.RandomHorizontalFlip(self.hflip), v2.RandomVerticalFlip(self.vflip)]
-            steps += [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
+            steps += [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(labels_getter=of_each_object)]
         # Of the plain tensors a target holds, none is an image.
         steps.append(v2.ToDtype({torch.Tensor: torch.float32, "others": None}, scale=True))
         return v2.Compose(steps)

@@ -1,0 +1,72 @@
+"""Polygons that are resized, cropped and flipped as such, and drawn once, at an image's last size.
+
+Masks drawn at the image's own size and then resized would cost several times as much, and be coarser.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional
+
+from crossformer_vision.data.coco import decode_mask
+
+
+class Outlines(tv_tensors.KeyPoints):
+    """The corners of all polygons of an image, (corners, 2) x, y.
+
+    torchvision flips key points as centres of pixels, of which the last lies at `width - 1`; corners lie at
+    pixels' edges, from 0 to `width`, as those of boxes do.
+    """
+
+
+@functional.register_kernel(functional.horizontal_flip, Outlines)
+def _flipped(corners: Outlines) -> Any:
+    x, y = corners.as_subclass(Tensor).unbind(1)
+    return tv_tensors.wrap(torch.stack([corners.canvas_size[1] - x, y], 1), like=corners)
+
+
+@functional.register_kernel(functional.vertical_flip, Outlines)
+def _upside_down(corners: Outlines) -> Any:
+    x, y = corners.as_subclass(Tensor).unbind(1)
+    return tv_tensors.wrap(torch.stack([x, corners.canvas_size[0] - y], 1), like=corners)
+
+
+def outlines_of(shapes: list[list[list[float]]], canvas: tuple[int, int]) -> Outlines:
+    """The corners of objects' polygons, as COCO has them, one after another."""
+    corners = np.concatenate([np.zeros(0), *(np.asarray(polygon) for shape in shapes for polygon in shape)])
+    return Outlines(torch.from_numpy(corners.astype(np.float32)).view(-1, 2), canvas_size=canvas)
+
+
+def drawn(
+    corners: Tensor, shapes: list[list[list[float]]], objects: list[int], size: tuple[int, int]
+) -> Tensor:
+    """Masks (n, H, W) of 0 and 1 of some objects.
+
+    Args:
+        corners: of `outlines_of`, transformed.
+        shapes: the polygons as they were, for how many corners each has.
+        objects: numbers of those that are drawn.
+        size: H, W of the image now.
+    """
+    counts = [sum(len(polygon) for polygon in shape) // 2 for shape in shapes]
+    first = np.cumsum([0, *counts])
+    of_all = corners.numpy()
+    H, W = size
+    masks = np.zeros((len(objects), H, W), np.uint8)
+    for mask, n in zip(masks, objects, strict=True):
+        own = of_all[first[n] : first[n + 1]]
+        # Within its box alone: most objects are small beside the image.
+        left, top = np.floor(own.min(0)).astype(int).clip(0, (W, H)).tolist()
+        right, bottom = (np.ceil(own.max(0)).astype(int) + 1).clip(0, (W, H)).tolist()
+        if right <= left or bottom <= top:
+            continue
+        rest = (own - np.array((left, top), np.float32)).ravel().tolist()
+        polygons = []
+        for polygon in shapes[n]:
+            polygons.append(rest[: len(polygon)])
+            rest = rest[len(polygon) :]
+        mask[top:bottom, left:right] = decode_mask(polygons, right - left, bottom - top)
+    return torch.from_numpy(masks)
