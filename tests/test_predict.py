@@ -205,6 +205,14 @@ def test_published_weights_by_name(images, tmp_path, monkeypatch, capsys):
         assert [attention.group_size] == [groups["group_size"][0]] and attention.lda_span == "map"
         for key, value in predictor.net.state_dict().items():
             assert torch.equal(value, net.state_dict()[key])
+        elsewhere = path.rename(tmp_path / f"{name}.pth")  # a file that says nothing of its model
+        by_path = load_predictor(elsewhere, "cpu", model=name)
+        assert by_path.classes == predictor.classes
+        assert all(torch.equal(v, net.state_dict()[k]) for k, v in by_path.net.state_dict().items())
+        with pytest.raises(UserError, match="name the model of such a file"):
+            load_predictor(elsewhere)
+        with pytest.raises(UserError, match="--model crossformer_smal: no published model"):
+            load_predictor(elsewhere, model="crossformer_smal")
     assert predictor.transform.short_side == 512 and predictor.transform.size_divisor == 32
     assert predictor.classes[:3] == ["wall", "building", "sky"] and predictor.classes[-1] == "flag"
 

@@ -217,6 +217,10 @@ def predict(args: list[str]) -> None:
     )
     parser.add_argument("images", nargs="+", help="image files, folders, 'patterns*.jpg', videos")
     parser.add_argument(
+        "--model",
+        help="of a file of published weights: crossformer_small, mask_rcnn_crossformer_small, …",
+    )
+    parser.add_argument(
         "--out",
         default="predictions",
         help="folder for pictures and JSON, which replace those of an earlier call (predictions)",
@@ -240,7 +244,7 @@ def predict(args: list[str]) -> None:
     from crossformer_vision import load_predictor
     from crossformer_vision.predict.files import predict_files
 
-    predictor = load_predictor(options.what, options.device, options.score, options.tile)
+    predictor = load_predictor(options.what, options.device, options.score, options.tile, options.model)
     out = None if options.save == "nothing" else Path(options.out)
     predict_files(predictor, options.images, out, options.save == "all", options.json)
 

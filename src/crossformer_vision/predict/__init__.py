@@ -72,7 +72,9 @@ class Predictor:
         tile: int | None = None,
     ) -> None:
         if "task" not in checkpoint or not {"hyper_parameters", "net"} & checkpoint.keys():
-            raise UserError(f"{source}: not a checkpoint of a run; predict needs its best.ckpt or last.ckpt")
+            raise UserError(
+                f"{source}: not a checkpoint of a run, as best.ckpt; name the model of such a file (--model)"
+            )
         self.task = checkpoint["task"]
         self.classes: list[str] = checkpoint["classes"]
         self.category_ids: list[Any] | None = checkpoint.get("category_ids") or None
@@ -239,6 +241,7 @@ def load_predictor(
     device: str | torch.device | None = None,
     score: float = 0.5,
     tile: int | None = None,
+    model: str | None = None,
 ) -> Predictor:
     """A trained network, ready for images.
 
@@ -252,15 +255,25 @@ def load_predictor(
         score: least score of an object, for detectors.
         tile: side, in pixels, of overlapping tiles in which a detector goes over larger images, and so finds
             what would be too small in the whole one; None for whole images.
+        model: the published model or timm's whose weights alone are in the file `checkpoint`; None for all
+            else, which says what it is.
 
     Raises:
-        UserError: a file that is no checkpoint of a run, a device that is not there, a score beyond 0 to 1.
+        UserError: a file that is no checkpoint of a run, or not the model's, a device that is not there, a
+            score beyond 0 to 1.
     """
     check_range("score", score, 0, 1)
     if tile is not None:
         check_range("tile", tile, 64)
     source = "checkpoint"
-    if isinstance(checkpoint, dict):
+    if model is not None:
+        if not isinstance(checkpoint, (str, os.PathLike)):
+            raise UserError(f"model '{model}': its weights are given as the path of their file")
+        source = str(checkpoint)
+        if not (named := as_checkpoint(model, source)):
+            raise UserError(f"--model {model}: no published model, nor one of timm")
+        content = named
+    elif isinstance(checkpoint, dict):
         content = checkpoint
     elif isinstance(checkpoint, (str, os.PathLike)):
         path = Path(checkpoint)

@@ -13,28 +13,31 @@ from crossformer_vision.errors import UserError
 from crossformer_vision.models import find_model
 
 
-def as_checkpoint(name: str) -> dict[str, Any] | None:
+def as_checkpoint(name: str, file: str | None = None) -> dict[str, Any] | None:
     """What a run's checkpoint would hold of these weights; None if nothing has this name.
 
     Args:
         name: of a published detector or segmenter (`mask_rcnn_crossformer_small`), or of a timm model with
             weights (`crossformer_nano.cifar10`, `resnet18`).
+        file: where the weights are; None for where published ones come from.
 
     Raises:
-        UserError: weights that are not here and cannot be fetched.
+        UserError: weights that are not here and cannot be fetched, or are another model's.
     """
     if name in published.PUBLISHED and "_crossformer_" in name:
-        return _dense(name)
+        return _dense(name, file)
     if timm.is_model(name.split(".")[0]):
-        return _classifier(name)
+        return _classifier(name, file)
     return None
 
 
-def _classifier(name: str) -> dict[str, Any]:
+def _classifier(name: str, file: str | None) -> dict[str, Any]:
     cfg = find_model(name)
-    if not cfg.has_weights or not published.at_hand(name):
+    if file is None and not (cfg.has_weights and published.at_hand(name)):
         raise UserError(f"{name}: its weights are not here and cannot be fetched; give a run or a file")
-    net: Any = timm.create_model(name, pretrained=True)
+    net: Any = timm.create_model(name, pretrained=file is None)
+    if file is not None:
+        load_checkpoint(net, file, adapt_classifier=False)
     return {
         "task": "classification",
         "classes": list(class_names.of_weights(str(cfg.tag), net.num_classes)),
@@ -45,7 +48,7 @@ def _classifier(name: str) -> dict[str, Any]:
     }
 
 
-def _dense(name: str) -> dict[str, Any]:
+def _dense(name: str, file: str | None) -> dict[str, Any]:
     """A published detector or segmenter, whose groups and sizes are those of its recipe."""
     from crossformer_vision.options.arguments import find_config
     from crossformer_vision.tasks.detection import Detection
@@ -54,14 +57,14 @@ def _dense(name: str) -> dict[str, Any]:
     head = name.partition("_crossformer_")[0]
     detects = head in ("retinanet", "mask_rcnn")
     folder = "detection" if detects else "segmentation"
-    with open(find_config(f"{folder}/{name}.yaml"), encoding="utf-8") as file:
-        recipe = yaml.safe_load(file)
+    with open(find_config(f"{folder}/{name}.yaml"), encoding="utf-8") as stream:
+        recipe = yaml.safe_load(stream)
     sizes = ("detector", "min_size", "max_size") if detects else ("segmenter", "test_scales")
     options = {key: recipe["model"][key] for key in ("model", "model_args", *sizes) if key in recipe["model"]}
     classes = class_names.coco() if detects else list(class_names.ADE20K)
     options |= {"num_classes": len(classes), "pretrained": False, "checkpoint": None}
     task = Detection(**options) if detects else Segmentation(**options)
-    load_checkpoint(task.net, published.fetch_published(name), adapt_classifier=False)
+    load_checkpoint(task.net, file or published.fetch_published(name), adapt_classifier=False)
     content = {
         "task": folder,
         "classes": classes,
