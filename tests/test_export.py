@@ -13,7 +13,8 @@ from timm.data import resolve_model_data_config
 
 from crossformer_vision import UserError, create_detector, create_segmenter, load_predictor
 from crossformer_vision.cli import main
-from crossformer_vision.export import export
+from crossformer_vision.export import difference, different_objects, export
+from crossformer_vision.export.detectors import MaskRCNNGraph, distinct
 from crossformer_vision.predict.exported import KEY
 
 SMALL = {"depths": (1, 2, 1, 1), "embed_dim": 16, "num_heads": (1, 1, 2, 4)}
@@ -144,6 +145,8 @@ def test_a_detector(kind, tmp_path):
     assert boxes[..., ::2].max() <= 401 and boxes[..., 1::2].max() <= 70 and (scores >= 0).all()
     assert (scores[..., :-1] >= scores[..., 1:]).all() and ((labels > 0) == (scores > 0)).all()
     assert main(["predict", str(file), str(photo), "--out", str(tmp_path / "out"), "--tile", "64"]) == 0
+    with pytest.raises(UserError, match="objects.onnx: holds objects of score 0.05 and more, none of 0.01"):
+        load_predictor(file, score=0.01)
 
 
 @pytest.mark.slow
@@ -154,6 +157,34 @@ def test_no_object_is_no_error(tmp_path):
     assert said["objects"] == 0
     found = load_predictor(tmp_path / "nothing.onnx")(picture(tmp_path / "photo.png"))
     assert found.boxes.shape == (0, 4) and found.masks.shape == (0, 97, 150)
+
+
+def test_what_is_another_network_is_not_written(tmp_path):
+    """Outputs that are no numbers, and objects that are others."""
+    net = torch.nn.Conv2d(3, 4, 3)
+
+    def call(images):
+        return (net(images).detach() * float("nan"),)
+
+    assert difference(net, call, (64, 64)) == (float("inf"), 0)
+    predictor = load_predictor(detector("mask_rcnn", "test_resnet"), score=0.05)
+    graph = MaskRCNNGraph(predictor.net)
+
+    def other_masks(images):
+        with torch.no_grad():
+            boxes, labels, scores, masks = graph(images)
+        return boxes, labels, scores, masks.flip(3)
+
+    share, objects = different_objects(predictor.net, other_masks, (64, 96))
+    assert objects > 50 and share > 0.5
+
+
+def test_fewer_candidates_than_objects(tmp_path):
+    scores = torch.tensor([[0.9, 0.8, -1.0]])
+    boxes = torch.tensor([[[0.0, 0, 5, 5], [0, 0, 5, 5.1], [0, 0, 0, 0]]])
+    boxes, labels, scores = distinct(boxes, scores, torch.ones(1, 3, dtype=torch.long), 0.5, 5)
+    assert scores.tolist() == [[pytest.approx(0.9), 0, 0, 0, 0]] and labels.tolist() == [[1, 0, 0, 0, 0]]
+    assert boxes[0, 0].tolist() == [0, 0, 5, 5] and not boxes[0, 1:].any()
 
 
 def test_features(tmp_path):

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from crossformer_vision import visualize
-from crossformer_vision.data.images import to_rgb
+from crossformer_vision.data.images import reason, to_rgb
 from crossformer_vision.data.loading import ResumableData, kept_generators
+from crossformer_vision.errors import UserError
 
 SAMPLES = 64  # that are taken apart
 
@@ -52,9 +53,16 @@ def parts_of_a_sample(data: ResumableData) -> dict[str, float]:
     spent = {"read and decode": 0.0, "augment": 0.0}
     with kept_generators():
         for n in range(SAMPLES):
+            index = n * len(images) // SAMPLES
             start = time.perf_counter()
-            image, target = images.source.read(n * len(images) // SAMPLES)
-            image = to_rgb(image)
+            try:
+                image, target = images.source.read(index)
+                image = to_rgb(image)
+            except OSError as error:
+                if data.skip_corrupt:
+                    continue
+                name = images.source.name(index)
+                raise UserError(f"{name}: cannot read this image ({reason(error)})") from None
             middle = time.perf_counter()
             images.transform(image, target)
             spent["read and decode"] += middle - start

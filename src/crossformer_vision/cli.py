@@ -360,7 +360,7 @@ def export(args: list[str]) -> None:
     path = Path(given.what)
     named = path.parent if path.suffix == ".ckpt" else path
     suffix = export.FORMATS[given.format or "onnx"]
-    out = Path(given.out or f"{named.name}{suffix}")
+    out = Path(given.out or f"{named.name}{'-features' if given.features else ''}{suffix}")
     if given.format and out.suffix != suffix:
         from crossformer_vision.errors import UserError
 

@@ -1,6 +1,8 @@
 """The order and the random numbers of the data follow from (seed, epoch, index) alone."""
 
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -75,3 +77,17 @@ def test_generators_are_put_back():
         seed_all(7)
         random.random(), np.random.rand(), torch.rand(1)
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected
+
+
+def test_a_script_that_leaves_a_loader_open_ends(tmp_path):
+    """Workers do not hear the SIGTERM by which Python would end them."""
+    script = """
+if __name__ == "__main__":
+    from crossformer_vision import ClassificationData
+    data = ClassificationData(train_images=64, val_images=8, image_size=32, batch_size=4, num_workers=1)
+    loader = data.train_dataloader()
+    for batch in loader:
+        break
+"""
+    (tmp_path / "script.py").write_text(script)
+    subprocess.run([sys.executable, tmp_path / "script.py"], check=True, timeout=120)

@@ -105,6 +105,44 @@ def test_damaged_shards(tmp_path):
         ShardImages([shard(tmp_path / "none.tar", 0, 2, extension="mp4")], [])
 
 
+def members(path, *named):
+    with tarfile.open(path, "w") as tar:
+        for name, content in named:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_what_else_is_in_shards(tmp_path):
+    """Several images of a sample, folders, what other systems leave behind, long names."""
+    photo = io.BytesIO()
+    Image.new("RGB", (40, 36), (200, 0, 0)).save(photo, "PNG")
+    red, long = photo.getvalue(), "x" * 150
+    path = members(
+        tmp_path / "train-0.tar",
+        *(("._0.png", b"?"), ("0.png", red), ("._0.cls", b"?"), ("0.seg.png", b"mask"), ("0.CLS", b"1\n")),
+        *((f"./a.b/{long}.png", red), (f"./a.b/{long}.json", b'{"label": 0}')),
+    )
+    (tmp_path / "._train-0.tar").write_bytes(b"?")
+    source = ShardImages([path], [])
+    assert source.labels.tolist() == [1, 0] and source.name(1).endswith(f"a.b/{long}.png")
+    assert source.read(0)[0].getpixel((0, 0)) == (200, 0, 0)
+    for wrong in (b"cat", b"1.7", b"99999999999", b"-1", b""):
+        with pytest.raises(UserError, match=r"wrong.tar/0.cls: its class is .*, not a whole number"):
+            ShardImages([members(tmp_path / "wrong.tar", ("0.png", red), ("0.cls", wrong))], [])
+    with pytest.raises(UserError, match=r"wrong.tar/0.json: its class is"):
+        ShardImages([members(tmp_path / "wrong.tar", ("0.png", red), ("0.json", b'{"label": [1]}'))], [])
+    damaged = bytearray(shard(tmp_path / "damaged.tar", 0, 6).read_bytes())
+    third = damaged.index(b"000003.cls")
+    damaged[third : third + 4] = b"\xff\xfe\xfd\xfc"  # the header no longer fits its checksum
+    (tmp_path / "damaged.tar").write_bytes(damaged)
+    with pytest.raises(
+        UserError, match="damaged.tar: cannot be read as a shard .it is cut or damaged.; fetch"
+    ):
+        ShardImages([tmp_path / "damaged.tar"], [])
+
+
 def test_where_there_are_none(tmp_path):
     shard(tmp_path / "data/train/0.tar", 0, 5)
     with pytest.raises(UserError, match="data/val: no such folder or tar file"):

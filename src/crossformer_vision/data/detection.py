@@ -106,7 +106,7 @@ class ToTensors:
         if (self.crops or outlines is not None) and "masks" in plain:  # a crop may leave none of an object
             left = plain["masks"].flatten(1).any(1).bool()
             if not left.all():
-                plain = {k: v[left] for k, v in plain.items()}
+                plain = {k: v[left] if len(v) == len(left) else v for k, v in plain.items()}
         if self.crops and "masks" in plain:  # or a part
             plain["boxes"] = masks_to_boxes(plain["masks"]) + torch.tensor([0.0, 0, 1, 1])
         return pixels.as_subclass(Tensor), {**plain, "image_id": torch.tensor(target["image_id"])}

@@ -5,6 +5,7 @@ So a run does not depend on the number of workers, two processes see what one wo
 goes on from its checkpoint as if nothing had happened.
 """
 
+import atexit
 import logging
 import os
 import random
@@ -245,6 +246,16 @@ def leave_signals_to_the_run(worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
+_open: "WeakSet[SeededLoader]" = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Before Python ends what workers are left by a SIGTERM, which they do not hear, and waits for them."""
+    for loader in list(_open):
+        loader.close()
+
+
 class SeededLoader:
     """A DataLoader of `EpochBatches` that counts the batches taken in this epoch.
 
@@ -269,6 +280,7 @@ class SeededLoader:
             persistent_workers=num_workers > 0,
             worker_init_fn=leave_signals_to_the_run,
         )
+        _open.add(self)
         self.batch_sampler = self.batches = batches  # the first name is Lightning's, for `set_epoch`
         self.taken = 0
 

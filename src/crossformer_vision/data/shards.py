@@ -17,20 +17,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from crossformer_vision.data.images import EXTENSIONS, Names, upright
+from crossformer_vision.data.images import EXTENSIONS, Names, is_hidden, upright
 from crossformer_vision.errors import UserError
 
-END = 512  # bytes of zeros that close a tar file, at least
+END = bytes(512)  # closes a tar file, at least
 
 
 def shards_of(root: Path, name: str) -> list[Path]:
     """The shards of a split: the tar files in its folder, or `<name>-0000.tar`, `x-<name>-0000.tar`, ….
 
-    None where the folder has folders, which are classes.
+    There are none in a folder that has folders, which are classes.
     """
     folder = root / name
     if folder.is_dir():
-        entries = list(folder.iterdir())
+        entries = [p for p in folder.iterdir() if not is_hidden(Path(p.name))]
         return [] if any(p.is_dir() for p in entries) else sorted(p for p in entries if p.suffix == ".tar")
     numbered = re.compile(rf"(.+[-_])?{re.escape(name)}[-_.]\d+\.tar")
     return sorted(p for p in root.glob("*.tar") if numbered.fullmatch(p.name))
@@ -95,11 +95,13 @@ def _samples(path: Path) -> Iterator[tuple[str, int, int, int]]:
             while True:
                 member = tar.next()
                 tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-                if member is not None and not member.isfile():
+                if member is not None and (
+                    not member.isfile() or is_hidden(Path(member.name.removeprefix("./")))
+                ):
                     continue
                 folder, base = os.path.split(member.name) if member else ("", "")
                 stem, _, kind = base.partition(".")
-                found = f"{folder}/{stem}" if folder else stem
+                kind, found = kind.lower(), f"{folder}/{stem}" if folder else stem
                 if member is None or found != key:
                     if image is not None and label is None:
                         raise UserError(f"{path}/{image[0]}: has no class beside it, no {key}.cls")
@@ -108,17 +110,33 @@ def _samples(path: Path) -> Iterator[tuple[str, int, int, int]]:
                     key, image, label = found, None, None
                 if member is None:
                     break
-                if f".{kind.lower().rpartition('.')[2]}" in EXTENSIONS:
+                if f".{kind}" in EXTENSIONS and image is None:  # not x.seg.png
                     image = (member.name, member.offset_data, member.size)
                 elif kind == "cls" or (kind == "json" and label is None):
                     file = tar.extractfile(member)
                     assert file is not None  # of a regular file
-                    text = file.read()
-                    value = json.loads(text).get("label") if kind == "json" else text
-                    label = label if value is None else int(value)
-            if path.stat().st_size < tar.offset + END:
-                raise tarfile.ReadError("its end is missing")
-    except (tarfile.TarError, OSError, ValueError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
+                    value = _label(f"{path}/{member.name}", file.read(), kind)
+                    label = label if value is None else value
+            with path.open("rb") as whole:  # a damaged header ends what `tarfile` reads, without an error
+                whole.seek(tar.offset)
+                if whole.read(len(END)) != END:
+                    raise tarfile.ReadError("it is cut or damaged")
+    except (tarfile.TarError, OSError) as error:
         raise UserError(f"{path}: cannot be read as a shard ({error}); fetch it again") from None
+
+
+def _label(name: str, content: bytes, kind: str) -> int | None:
+    """The class in a `.cls` or a `.json`, which may have none."""
+    try:
+        if kind == "json":
+            value = json.loads(content).get("label")
+            if value is None:
+                return None
+        else:
+            value = content.decode().strip()
+        label = int(value)
+        if label != (float(value) if isinstance(value, str) else value) or not 0 <= label < 2**31:
+            raise ValueError
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{name}: its class is {content[:40]!r}, not a whole number from 0") from None
+    return label

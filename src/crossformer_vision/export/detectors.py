@@ -167,7 +167,7 @@ def distinct(
     apart = apart.flatten(0, 1).index_select(0, there)
     kept = there.index_select(0, nms(apart, scores.flatten().index_select(0, there), overlap))
     keeps = torch.zeros_like(scores).flatten().index_fill(0, kept, 1.0).view_as(scores)
-    scores, index = torch.where(keeps > 0, scores, NONE).topk(most, dim=1)
+    scores, index = best(torch.where(keeps > 0, scores, NONE), most)
     real = scores > 0
     boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4)) * real[..., None]
     return boxes, labels.gather(1, index) * real, scores.clamp(min=0)

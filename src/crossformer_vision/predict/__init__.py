@@ -85,6 +85,8 @@ class Predictor:
         self.options: dict[str, Any] = {}  # of the task; an exported file has none
         if "net" in checkpoint:  # of an exported file
             net = checkpoint["net"]
+            if score < (least := checkpoint.get("least_score", 0.0)):
+                raise UserError(f"{source}: holds objects of score {least:g} and more, none of {score:g}")
             self.test: dict[str, Any] = checkpoint.get("test") or {}
             self.test_scales: Any = checkpoint.get("test_scales") or []
         else:
