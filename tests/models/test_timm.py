@@ -187,7 +187,7 @@ def test_fx(name):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n == "crossformer_pp_small" else n for n in SMALL],
+    [n if n == "crossformer_nano" else pytest.param(n, marks=pytest.mark.slow) for n in SMALL],
 )
 @pytest.mark.parametrize(
     "bounded", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["auto", "bounded"]

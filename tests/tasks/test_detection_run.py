@@ -88,6 +88,7 @@ def test_a_run_leaves_its_folder(detector, kinds, tmp_path, capsys):
     assert "the digits are other classes than the run's" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # test_run.py kills a classifier's
 def test_killed_and_resumed_is_as_left_alone(tmp_path):
     """SIGKILL in the middle of an epoch; the resumed run ends with the same weights, bit for bit."""
     threads = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -184,8 +184,12 @@ def test_validation_in_slurm_is_of_the_weights_it_names(tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize(
     "number, more",
-    [(signal.SIGINT, []), pytest.param(signal.SIGTERM, TWO, marks=pytest.mark.slow)],
-    ids=["Ctrl-C", "SIGTERM to two processes"],
+    [
+        (signal.SIGTERM, []),
+        pytest.param(signal.SIGINT, [], marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, TWO, marks=pytest.mark.slow),
+    ],
+    ids=["SIGTERM", "Ctrl-C", "SIGTERM to two processes"],
 )
 def test_a_signal_to_all_processes_of_a_job(number, more, tmp_path):
     """As a terminal and a scheduler send it: to the loaders' workers, too."""
