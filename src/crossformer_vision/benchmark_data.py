@@ -51,6 +51,7 @@ def parts_of_a_sample(data: ResumableData) -> dict[str, float]:
     """Milliseconds of a training image in one process: to read and decode it, and to augment it."""
     images: Any = data.open("train")
     spent = {"read and decode": 0.0, "augment": 0.0}
+    read = 0
     with kept_generators():
         for n in range(SAMPLES):
             index = n * len(images) // SAMPLES
@@ -58,7 +59,9 @@ def parts_of_a_sample(data: ResumableData) -> dict[str, float]:
             try:
                 image, target = images.source.read(index)
                 image = to_rgb(image)
-            except OSError as error:
+            except UserError:  # of its labels
+                raise
+            except Exception as error:  # decoders raise errors of any kind
                 if data.skip_corrupt:
                     continue
                 name = images.source.name(index)
@@ -67,7 +70,8 @@ def parts_of_a_sample(data: ResumableData) -> dict[str, float]:
             images.transform(image, target)
             spent["read and decode"] += middle - start
             spent["augment"] += time.perf_counter() - middle
-    return {name: 1e3 * total / SAMPLES for name, total in spent.items()}
+            read += 1
+    return {name: 1e3 * total / max(1, read) for name, total in spent.items()}
 
 
 class Repeated:

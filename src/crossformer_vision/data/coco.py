@@ -68,6 +68,7 @@ class CocoImages:
         masks: read the segmentations too.
         train: leave out what cannot be learned.
         skip_empty: leave out images in which no object but crowds is.
+        as_outlines: read polygons in place of masks, of images in which all objects but crowds have some.
 
     Attributes:
         categories: name of each of the training file's ids; the label of the k-th is k + 1.
@@ -89,9 +90,9 @@ class CocoImages:
         masks: bool = False,
         train: bool = False,
         skip_empty: bool = False,
+        as_outlines: bool = False,
     ) -> None:
-        self.annotations, self.folder, self.masks = annotations, folder, masks
-        self.as_outlines = False  # `read` gives polygons in place of masks, where all but crowds have some
+        self.annotations, self.folder, self.masks, self.as_outlines = annotations, folder, masks, as_outlines
         content = _read(annotations)
         number = self._read_images(content)
         names = list(classes or self.categories.values())

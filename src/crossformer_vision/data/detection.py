@@ -217,9 +217,8 @@ class DetectionData(ResumableData):
             return DigitObjects(stage, self.lengths[stage], self.image_size, self.masks, self.seed)
         train = stage == "train"
         skip_empty = self.skip_empty and train
-        images = CocoImages(*self._find(stage), self.classes or None, self.masks, train, skip_empty)
-        images.as_outlines = self.masks and train and self.augmentation is None
-        return images
+        outlines = self.masks and train and self.augmentation is None
+        return CocoImages(*self._find(stage), self.classes or None, self.masks, train, skip_empty, outlines)
 
     def _find(self, stage: str) -> tuple[Path, Path]:
         """The annotation file and the folder of images of a split."""

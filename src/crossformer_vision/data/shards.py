@@ -66,7 +66,7 @@ class ShardImages:
         self.shards, self.labels = np.array(shards, np.int32), np.array(labels, np.int32)
         self.offsets, self.sizes = np.array(offsets, np.int64), np.array(sizes, np.int64)
         self.classes = list(classes) or [str(k) for k in range(1 + int(self.labels.max()))]
-        beyond = np.flatnonzero((self.labels >= len(self.classes)) | (self.labels < 0))
+        beyond = np.flatnonzero(self.labels >= len(self.classes))
         if len(beyond):
             label = self.labels[beyond[0]]
             raise UserError(

@@ -6,7 +6,8 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def export(what: Any, out: str | os.PathLike[str], features: bool = False) -> di
             new = Path(folder) / path.name
             try:
                 graph, outputs = graphs.traced(net, own, fixed=sizes is not SIZES)
-                call = WRITERS[path.suffix](graph, outputs, new, said)
+                WRITERS[path.suffix](graph, outputs, new, said)
+                call = READERS[path.suffix](new)
                 compare = different_objects if said["task"] == "detection" else difference
                 differences, counts = {}, {}
                 for height, width in sizes:
@@ -134,12 +136,12 @@ def what_it_says(predictor: Predictor) -> dict[str, Any]:
 
 def write_onnx(
     graph: torch.export.ExportedProgram, outputs: tuple[str, ...], path: Path, said: dict[str, Any]
-) -> Call:
+) -> None:
     import torch.fx.experimental._config as config
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     patch: Any = config.patch  # type: ignore[attr-defined]
-    with warnings.catch_warnings(), patch(backed_size_oblivious=True), Quiet("onnxscript", "onnx_ir"):
+    with warnings.catch_warnings(), patch(backed_size_oblivious=True), quiet("onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")
         program: Any = torch.onnx.export(
             graph,
@@ -152,12 +154,11 @@ def write_onnx(
         ClearMetadataAndDocStringPass()(program.model)  # stack traces of every node: half the file
     program.model.metadata_props[KEY] = json.dumps(said)
     program.save(path)
-    return OnnxNetwork(path)
 
 
 def write_openvino(
     graph: torch.export.ExportedProgram, outputs: tuple[str, ...], path: Path, said: dict[str, Any]
-) -> Call:
+) -> None:
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
@@ -166,13 +167,16 @@ def write_openvino(
         model = openvino.Core().read_model(between)
         model.set_rt_info(json.dumps(said), [KEY])
         openvino.save_model(model, path, compress_to_fp16=False)
-    return OpenVinoNetwork(path)
 
 
 def write_torch(
     graph: torch.export.ExportedProgram, outputs: tuple[str, ...], path: Path, said: dict[str, Any]
-) -> Call:
+) -> None:
     torch.export.save(graph, path, extra_files={KEY: json.dumps(said)})
+
+
+def read_torch(path: Path) -> Call:
+    """A program that was just written: torch unpickles such files."""
     call: Any = torch.export.load(path).module(check_guards=False)
 
     def together(images: Tensor) -> tuple[Tensor, ...]:
@@ -184,21 +188,24 @@ def write_torch(
 
 
 WRITERS = {".onnx": write_onnx, ".xml": write_openvino, ".pt2": write_torch}
+READERS: dict[str, Callable[[Path], Call]] = {
+    ".onnx": OnnxNetwork,
+    ".xml": OpenVinoNetwork,
+    ".pt2": read_torch,
+}
 
 
-class Quiet:
+@contextmanager
+def quiet(*names: str) -> Iterator[None]:
     """Within, loggers say errors alone."""
-
-    def __init__(self, *names: str) -> None:
-        self.loggers = [logging.getLogger(name) for name in names]
-
-    def __enter__(self) -> None:
-        self.levels = [logger.level for logger in self.loggers]
-        for logger in self.loggers:
-            logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *error: object) -> None:
-        for logger, level in zip(self.loggers, self.levels, strict=True):
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
 

@@ -127,10 +127,8 @@ def decoded(coder: Any, deltas: Tensor, anchors: Tensor, index: Tensor) -> Tenso
 
 def clipped(boxes: Tensor, images: Tensor) -> Tensor:
     """Boxes (B, n, 4), as far as they lie in the images (B, C, H, W)."""
-    ones = images[0, 0].detach() * 0 + 1
-    width, height = ones[0].sum(), ones[:, 0].sum()
-    most = torch.stack([width, height, width, height])
-    return torch.minimum(boxes.clamp(min=0), most)
+    H, W = (torch.full((), side, dtype=boxes.dtype, device=boxes.device) for side in images.shape[2:])
+    return torch.minimum(boxes.clamp(min=0), torch.stack([W, H, W, H]))
 
 
 def has_area(boxes: Tensor, least: float) -> Tensor:
