@@ -120,6 +120,7 @@ def worker(grid, out, *options):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_two_that_share(tmp_path):
     """SIGKILL in the middle of a cell, then two workers: the same table as one that nobody disturbed."""
     text = "rows: {nano: {}, larger: {model.lr: 0.01}}\nseeds: 2"

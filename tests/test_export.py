@@ -213,6 +213,51 @@ def test_openvino(tmp_path):
         load_predictor(file)
 
 
+def some_pictures(folder):
+    folder.mkdir()
+    for n in range(4):
+        picture(folder / f"{n}.png")
+    return str(folder)
+
+
+@pytest.mark.parametrize("task", ["classifier", pytest.param("segmenter", marks=pytest.mark.slow)])
+def test_int8(task, tmp_path, capsys):
+    pytest.importorskip("nncf")
+    content = classifier("test_resnet") if task == "classifier" else segmenter("crossformer_nano", **SMALL)
+    folder = some_pictures(tmp_path / "photos")
+    plain = export(content, tmp_path / "plain.xml")
+    said = export(content, tmp_path / "small.xml", int8=folder)
+    found = said["int8"]
+    assert "int8" not in plain and found["images"] >= 4 and found["agreement"] > 0.9
+    assert 0.5 * found["all_layers"] < found["layers"] <= found["all_layers"]
+    sizes = [(tmp_path / name).stat().st_size for name in ("plain.bin", "small.bin")]
+    assert sizes[1] < 0.5 * sizes[0]
+    photo = picture(tmp_path / "photo.png")
+    for file in ("plain.xml", "small.xml"):
+        assert load_predictor(tmp_path / file)(photo).classes == NAMES
+    rows = [str(tmp_path / "plain.xml"), str(tmp_path / "small.xml")]
+    options = "--size 96 --batch 2 --rounds 3 --device cpu --out".split()
+    assert main(["benchmark", *rows, *options, str(tmp_path / "benchmark")]) == 0
+    timed = json.loads((tmp_path / "benchmark" / "benchmark.json").read_text())["rows"]
+    assert all(row["images_per_second"] > 0 for row in timed)
+    assert main(["benchmark", rows[0], "--step", "training", *options, str(tmp_path / "benchmark")]) == 1
+    assert "infers as it is" in capsys.readouterr().err
+
+
+def test_int8_refuses(tmp_path, capsys):
+    pytest.importorskip("nncf")
+    (tmp_path / "empty").mkdir()
+    folder = some_pictures(tmp_path / "photos")
+    for args, said in (
+        (["--int8", folder, "--out", str(tmp_path / "x.onnx")], "files in 8 bits are OpenVINO's"),
+        (["--int8", folder, "--features", "--out", str(tmp_path / "x.xml")], "classifiers and segmenters"),
+        (["--int8", str(tmp_path / "empty"), "--out", str(tmp_path / "x.xml")], "empty: no image"),
+    ):
+        assert main(["export", "crossformer_nano.cifar10", *args]) == 1
+        assert said in capsys.readouterr().err
+    assert {p.name for p in tmp_path.iterdir()} == {"empty", "photos"}
+
+
 def test_torch(tmp_path):
     content = classifier("test_resnet")
     said = export(content, tmp_path / "graph.pt2")

@@ -10,7 +10,8 @@ from test_export import classifier, segmenter
 from crossformer_vision import UserError, create_detector, inspect, load_predictor
 from crossformer_vision.cli import main
 from crossformer_vision.inspect import page as page_of
-from crossformer_vision.models.grouping import across_map, across_regions, neighbours, pair_biases
+from crossformer_vision.models.attention import pair_biases
+from crossformer_vision.models.grouping import across_map, across_regions, neighbours
 
 SIZE = (1, 3, 121, 150)  # maps of 31x38, 16x19, 8x10, 4x5
 

@@ -23,15 +23,19 @@ from crossformer_vision.errors import UserError, check_range
 from crossformer_vision.info import DETECTORS, count_macs
 from crossformer_vision.models import find_model, fixed_size
 from crossformer_vision.models.backbones import create_backbone, feature_maps
+from crossformer_vision.models.grouping import freeze_position_bias
+from crossformer_vision.predict.exported import OnnxNetwork, OpenVinoNetwork
 
 SEGMENTERS = ("semantic_fpn", "upernet")
 ENGINES: dict[str, dict[str, Any] | None] = {  # -> keywords of torch.compile
     "eager": None,
     "compiled": {},
     "frozen": {},
+    "autotuned": {"mode": "max-autotune-no-cudagraphs"},
     "reduce-overhead": {"mode": "reduce-overhead"},
     "max-autotune": {"mode": "max-autotune"},
 }
+FROZEN = ("frozen", "autotuned")  # whose weights and position biases are constants
 DTYPES = {  # -> of the weights and images, of autocast
     "float32": (torch.float32, None),
     "bfloat16": (torch.bfloat16, None),
@@ -118,7 +122,8 @@ class Row:
 
     Attributes:
         what: a timm model; `features:` one, its maps; `retinanet:`, `mask_rcnn:`, `semantic_fpn:` or
-            `upernet:` one; with keywords of the model: `crossformer_small,lda_span=region`.
+            `upernet:` one; with keywords of the model: `crossformer_small,lda_span=region`; or a file of
+            `crossformer export`, `.onnx` or `.xml`.
         size: H, W of the images.
         step: `inference`, or `training`: forward, backward, AdamW.
         engine: a name in `ENGINES`.
@@ -141,6 +146,10 @@ class Row:
     @property
     def training(self) -> bool:
         return self.step == "training"
+
+    @property
+    def exported(self) -> bool:
+        return Path(self.what).suffix in (".onnx", ".xml")
 
     def __str__(self) -> str:
         height, width = self.size
@@ -208,16 +217,24 @@ def network(row: Row) -> nn.Module:
     return info.network(model, head, {**sized, **keywords})
 
 
+def file_of(row: Row) -> nn.Module:
+    """The network of an exported file."""
+    if (row.step, row.engine, row.dtype) != ("inference", "eager", "float32"):
+        raise ValueError("an exported file infers as it is: inference, eager, float32")
+    path = Path(row.what)
+    return OnnxNetwork(path) if path.suffix == ".onnx" else OpenVinoNetwork(path)
+
+
 class Step:
     """One call of a row on images of noise: `step()`."""
 
     def __init__(self, row: Row, device: torch.device) -> None:
         self.row, self.device = row, device
         weights, self.autocast = DTYPES[row.dtype]
-        self.net = network(row).to(device, weights).train(row.training)
+        self.net = (file_of(row) if row.exported else network(row)).to(device, weights).train(row.training)
         draw = torch.Generator().manual_seed(0)
         self.images = torch.randn(row.batch, 3, *row.size, generator=draw).to(device, weights)
-        self.detector = parsed(row.what)[0] in DETECTORS
+        self.detector = not row.exported and parsed(row.what)[0] in DETECTORS
         if self.detector:
             self.images = self.images.sigmoid()
             height, width = row.size
@@ -227,6 +244,8 @@ class Step:
             self.target = {"boxes": boxes, "labels": torch.tensor([1, 2], device=device), "masks": masks}
         if row.training:
             self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-5, fused=True)
+        if row.engine in FROZEN and any(hasattr(module, "frozen") for module in self.net.modules()):
+            freeze_position_bias(self.net, *row.size)
         keywords = ENGINES[row.engine]
         self.run: Callable[..., Any] = self.net if keywords is None else torch.compile(self.net, **keywords)
 
@@ -257,7 +276,7 @@ class Step:
 
         with (
             torch._dynamo.config.patch(recompile_limit=256),  # rows share the code of their classes
-            inductor.patch(freezing=self.row.engine == "frozen"),
+            inductor.patch(freezing=self.row.engine in FROZEN),
         ):
             yield
 
@@ -317,15 +336,16 @@ def benchmark(
                     torch.cuda.synchronize()
                 entry["first_call"] = round(time.perf_counter() - began, 2)
                 step()  # training may compile again for the gradients
-            if not row.training:
+            if not (row.training or row.exported):
                 key = (row.what, row.size, row.batch)
                 if key not in references:
                     plain = Row(row.what, row.size, batch=row.batch)
                     references[key] = out if plain == row else Step(plain, device)()
                 entry["difference"] = difference(out, references[key])
-            entry["memory"] = peak_memory(step, device)
-            entry["parameters"] = sum(p.numel() for p in step.net.parameters())
-            entry["macs"] = macs(row)
+            if not row.exported:
+                entry["memory"] = peak_memory(step, device)
+                entry["parameters"] = sum(p.numel() for p in step.net.parameters())
+                entry["macs"] = macs(row)
             calls[str(row)] = step
         except UserError:
             raise
@@ -345,7 +365,7 @@ def benchmark(
         entry |= {f"ms_{p}": 1e3 * spent[min(len(spent) - 1, len(spent) * p // 100)] for p in (90, 99)}
         entry["ms_median"] = 1e3 * medians[str(row)]
         entry["ratio"], entry["ratio_in_mode"] = rate / firsts[()], rate / firsts[row.mode]
-        if entry["macs"]:
+        if entry.get("macs"):
             flops = 2 * entry["macs"] * rate * (3 if row.training else 1)
             entry["peak_share"] = flops / (2 * product_side(device) ** 3 / medians[product_of(row)])
     return found
@@ -399,7 +419,7 @@ def markdown(found: list[dict[str, Any]]) -> list[str]:
             cells = [entry["what"], mode, f"not run: {entry['error']}".replace("|", "/"), *[""] * 9]
         else:
             latency = f"{entry['ms_median']:.1f} ({entry['ms_90']:.1f}, {entry['ms_99']:.1f})"
-            share, gap, count = entry.get("peak_share"), entry.get("difference"), entry["macs"]
+            share, gap, count = entry.get("peak_share"), entry.get("difference"), entry.get("macs")
             cells = [
                 entry["what"],
                 mode,
@@ -407,8 +427,8 @@ def markdown(found: list[dict[str, Any]]) -> list[str]:
                 f"{entry['ratio']:.2f}",
                 f"{entry['ratio_in_mode']:.2f}",
                 latency,
-                f"{entry['memory'] / 2**20:.0f} MiB",
-                f"{entry['parameters'] / 1e6:.1f} M",
+                f"{entry['memory'] / 2**20:.0f} MiB" if "memory" in entry else "",
+                f"{entry['parameters'] / 1e6:.1f} M" if "parameters" in entry else "",
                 "" if count is None else f"{count / 1e9:.2f} G",
                 "" if share is None else f"{share:.2f}",
                 f"{entry['first_call']:.1f} s",
@@ -459,7 +479,11 @@ def run(rows: list[Row], device: torch.device, rounds: int, out: Path) -> list[d
     from crossformer_vision.tasks.run.files import write_json, write_text
 
     for row in rows:
-        parsed(row.what)
+        if row.exported:
+            if not Path(row.what).is_file():
+                raise UserError(f"{row.what}: no such file")
+        else:
+            parsed(row.what)
         check_range("batch", row.batch, 1)
     print(f"{len(rows)} rows on {device}:")
     found = benchmark(rows, device, rounds)

@@ -354,7 +354,15 @@ def export(args: list[str]) -> None:
         "exported, with the ending of the format)",
     )
     parser.add_argument("--features", action="store_true", help="the backbone's four maps, without a head")
+    parser.add_argument(
+        "--int8",
+        metavar="IMAGES",
+        help="compute in 8 bits, with the ranges that the images of this folder show (a classifier or "
+        "segmenter, as OpenVINO)",
+    )
     given = parser.parse_args(args)
+    if given.int8 is not None and given.format is None and given.out is None:
+        given.format = "openvino"
     from crossformer_vision import export
 
     path = Path(given.what)
@@ -365,7 +373,7 @@ def export(args: list[str]) -> None:
         from crossformer_vision.errors import UserError
 
         raise UserError(f"'{out.name}': a file of the format {given.format} ends in {suffix}")
-    print(export.describe(export.export(given.what, out, given.features), out))
+    print(export.describe(export.export(given.what, out, given.features, given.int8), out))
 
 
 def share(args: list[str]) -> None:
@@ -411,7 +419,7 @@ workers, how fast its network takes them, and which of the two waits.
         "what",
         nargs="+",
         help="timm models; features:MODEL, its maps; retinanet:MODEL, mask_rcnn:, semantic_fpn:, upernet:, "
-        "with keywords of the model: MODEL,key=value",
+        "with keywords of the model: MODEL,key=value; files of crossformer export",
     )
     parser.add_argument("--size", nargs="+", default=["224"], help="of the images: 224, or HxW (224)")
     parser.add_argument("--step", nargs="+", default=["inference"], choices=("inference", "training"))
@@ -419,9 +427,10 @@ workers, how fast its network takes them, and which of the two waits.
         "--engine",
         nargs="+",
         default=["eager"],
-        choices=("eager", "compiled", "frozen", "reduce-overhead", "max-autotune"),
-        help="how it is run: as it is (eager, the default), or by torch.compile; frozen, with its weights as "
-        "constants, is for inference on CPUs",
+        choices=("eager", "compiled", "frozen", "autotuned", "reduce-overhead", "max-autotune"),
+        help="how it is run: as it is (eager, the default), or by torch.compile; for inference on CPUs: "
+        "frozen, with weights and position biases as constants, and autotuned, the same with kernels chosen "
+        "by timing",
     )
     parser.add_argument(
         "--dtype",

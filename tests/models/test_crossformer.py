@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import crossformer_vision
+from crossformer_vision.models import attention as attention_module
 from crossformer_vision.models import crossformer, find_model, grouping
 from crossformer_vision.models.crossformer import CrossScaleEmbedding, LongShortAttention, cel_widths
 from crossformer_vision.models.grouping import (
@@ -105,7 +106,7 @@ def test_attention_is_softmax_over_the_members_of_a_group(span, size, interval, 
     torch.manual_seed(0)
     if blocks:  # as for groups of thousands
         monkeypatch.setattr(crossformer, "takes_blocks", lambda layout: True)
-        monkeypatch.setattr(grouping, "BLOCK", 100)
+        monkeypatch.setattr(attention_module, "BLOCK", 100)
     attention = LongShortAttention(32, 2, group_size=4, interval=interval, lda_span=span).eval()
     for p in attention.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -151,7 +152,7 @@ def test_blocks_have_the_same_gradients(span, monkeypatch):
 
     whole = gradients()
     monkeypatch.setattr(crossformer, "takes_blocks", lambda layout: True)
-    monkeypatch.setattr(grouping, "BLOCK", 100)
+    monkeypatch.setattr(attention_module, "BLOCK", 100)
     for one, other in zip(whole, gradients(), strict=True):
         torch.testing.assert_close(one, other)
 

@@ -185,13 +185,9 @@ def test_fx(name):
     assert all(p.grad is not None for p in extractor.parameters())
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n == "crossformer_nano" else pytest.param(n, marks=pytest.mark.slow) for n in SMALL],
-)
-@pytest.mark.parametrize(
-    "bounded", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["auto", "bounded"]
-)
+@pytest.mark.slow  # `crossformer export`, whose tests are not slow, traces its own graphs of all sizes
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("bounded", [False, True], ids=["auto", "bounded"])
 def test_export_with_dynamic_sizes(name, bounded):
     model = timm.create_model(name, num_classes=5).eval()
     if bounded:

@@ -98,6 +98,7 @@ def test_lightnings_test_and_predict(name, tmp_path):
         assert predicted[0][0].keys() == {"boxes", "labels", "scores"}
 
 
+@pytest.mark.slow
 def test_two_devices_by_the_trainer_as_it_comes(tmp_path):
     """Its own sampler stays out: each process has its half of the images, once."""
     (tmp_path / "run.py").write_text(

@@ -135,6 +135,7 @@ def test_strategies_that_lose_what_they_trained_are_refused(tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_slurm_job_that_is_put_back_into_the_queue(tmp_path):
     """SLURM's warning saves and asks for a requeue; the same command then goes on, with no word of a folder."""
     tools = tmp_path / "bin"

@@ -130,6 +130,7 @@ def test_two_processes_train_as_one(tmp_path):
         torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_of_version_0_1_is_built_as_it_was_trained(tmp_path, capsys, caplog):
     """Its checkpoints name no `lda_span`: LDA was in regions alone, whatever the default is now."""
     new, old = tmp_path / "new", tmp_path / "old"

@@ -88,7 +88,7 @@ def test_a_run_of_so_many_steps(tmp_path, capsys, monkeypatch):
     assert float(last["val_miou"]) > 0 and (tmp_path / "best.ckpt").exists()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_iou_is_that_of_all_pixels(processes, tmp_path):
     """Against a plain count over the files; of five images, the first of two processes has three."""
     root, folder = tmp_path / "maps", tmp_path / "run"

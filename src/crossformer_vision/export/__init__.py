@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from crossformer_vision.errors import UserError
 from crossformer_vision.export import graphs
+from crossformer_vision.export.int8 import quantize, recorded
 from crossformer_vision.models.detector_parts import paste_masks
 from crossformer_vision.predict import Predictor, load_predictor
 from crossformer_vision.predict.exported import KEY, OnnxNetwork, OpenVinoNetwork
@@ -27,7 +28,9 @@ TOLERANCE = 1e-3  # of the largest output; of a detector's objects at all sizes,
 Call = Callable[[Tensor], tuple[Tensor, ...]]
 
 
-def export(what: Any, out: str | os.PathLike[str], features: bool = False) -> dict[str, Any]:
+def export(
+    what: Any, out: str | os.PathLike[str], features: bool = False, int8: str | None = None
+) -> dict[str, Any]:
     """Write a trained network as one graph, and hold it against the network itself.
 
     Input `images`: (B, 3, H, W), float32, normalised. Outputs: of a classifier `logits` (B, classes); of a
@@ -43,12 +46,15 @@ def export(what: Any, out: str | os.PathLike[str], features: bool = False) -> di
         what: as for `load_predictor`: a run, a checkpoint, the name of published weights; or a `Predictor`.
         out: the file: `.onnx`, `.xml` for OpenVINO, which puts a `.bin` beside it, or `.pt2` for torch.
         features: the backbone's maps alone, `stride_4` to `stride_32`, (B, C, h, w).
+        int8: a folder of images like those to come, of which a few hundred are enough: the file of a
+            classifier or segmenter, OpenVINO's, computes in 8 bits with the ranges that they show.
 
     Returns:
         What the file says, with `differences`: size -> how far it is from the network. Of tensors the largest
         difference over the largest output; of detectors the share of objects that are not found there with
         the same label, borders within half a pixel, a score within 0.001 and the same mask; with `objects`,
-        how many were compared; and with `failed`, why it serves one size alone, if it does.
+        how many were compared; with `failed`, why it serves one size alone, if it does; and with `int8`, what
+        `int8.quantize` returns, the differences being those of the file before.
 
     Raises:
         UserError: a network that comes out otherwise than it is; libraries that are not installed.
@@ -64,9 +70,19 @@ def export(what: Any, out: str | os.PathLike[str], features: bool = False) -> di
             import openvino  # noqa: F401
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install 'crossformer-vision[export]'") from None
+    if int8 is not None:
+        if path.suffix != ".xml":
+            raise UserError(f"'{path.name}': files in 8 bits are OpenVINO's and end in .xml")
+        try:
+            import nncf  # noqa: F401
+        except ModuleNotFoundError:
+            raise UserError("nncf is not installed: pip install 'crossformer-vision[export]'") from None
     predictor = what if isinstance(what, Predictor) else load_predictor(what, "cpu")
     if not predictor.options:
         raise UserError(f"{what}: is an exported file already")
+    if int8 is not None and (features or predictor.task == "detection"):
+        raise UserError("classifiers and segmenters are exported in 8 bits, no detectors or features")
+    inputs = None if int8 is None else recorded(predictor.to("cpu"), int8)
     net = copy.deepcopy(predictor.net).cpu().float().eval()
     if features:
         net = graphs.Features(net, predictor.options)
@@ -91,10 +107,13 @@ def export(what: Any, out: str | os.PathLike[str], features: bool = False) -> di
                 failed = failed or (str(error) or type(error).__name__).strip().splitlines()[0]
                 continue
             if worst(differences, counts) <= TOLERANCE:
+                found = {"differences": differences, "objects": sum(counts.values()), "failed": failed}
+                if inputs is not None:
+                    found["int8"] = quantize(new, predictor, inputs, said)
                 path.unlink(missing_ok=True)  # OpenVINO's .xml does not stand beside another's .bin
                 for file in sorted(Path(folder).iterdir()):  # .bin before .xml
                     file.replace(path.parent / file.name)
-                return {**said, "differences": differences, "objects": sum(counts.values()), "failed": failed}
+                return {**said, **found}
             failed = failed or f"its outputs differ by {worst(differences, counts):.1e}"
     raise UserError(f"this network cannot be exported ({failed})")
 
@@ -277,4 +296,8 @@ def describe(said: dict[str, Any], out: str | os.PathLike[str]) -> str:
         agrees = agrees if said["objects"] else "no object to compare was found"
     else:
         agrees = f"agrees with the network within {largest:.0e}"
+    if "int8" in said:
+        layers = "{layers} of {all_layers} layers in 8 bits, by {images} inputs".format(**said["int8"])
+        of = "pixels" if said["task"] == "segmentation" else "images"
+        sizes += f" before\n{layers}; {said['int8']['agreement']:.1%} of their {of} get the same class"
     return f"{out}: {what}; {serves}\n{agrees} at {sizes}"

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from crossformer_vision.errors import UserError
+from crossformer_vision.models.attention import takes_blocks
 from crossformer_vision.models.crossformer import CrossFormer, LongShortAttention
-from crossformer_vision.models.grouping import Layout, group, takes_blocks
+from crossformer_vision.models.grouping import Layout, group
 
 Map = NDArray[np.float32]
 ROLLED_OUT = 4096  # most positions of a map whose attention is kept whole, (HW, HW)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crossformer_vision.models.attention import masked, pair_biases
 from crossformer_vision.models.crossformer import (
     ATTENTIONS,
     EMBEDDED_POSITIONS,
@@ -28,9 +29,7 @@ from crossformer_vision.models.grouping import (
     Layout,
     group,
     kept,
-    masked,
     padded_size,
-    pair_biases,
     relative_offsets,
     ungroup,
 )

@@ -42,26 +42,32 @@ from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, use
 from timm.models import checkpoint, register_notrace_module
 from torch import Tensor, nn
 
+from crossformer_vision.models.attention import (
+    blocked_attention,
+    group_attention,
+    in_pieces,
+    join_heads,
+    masked,
+    pair_biases,
+    split_heads,
+    takes_blocks,
+)
 from crossformer_vision.models.grouping import (
     Layout,
     across_map,
     across_regions,
-    blocked_attention,
     ceil_div,
     group,
-    in_pieces,
     kept,
     longer,
-    masked,
     neighbours,
     pad_to_multiple,
-    pair_biases,
     real_keys,
     relative_offsets,
     shorter,
-    takes_blocks,
     ungroup,
 )
+from crossformer_vision.models.large_kernels import LargeKernelConv2d
 from crossformer_vision.models.timm_interface import StagedClassifier, check_size
 
 __all__ = ["CrossFormer"]
@@ -121,7 +127,7 @@ class CrossScaleEmbedding(nn.Module):
         self.norm_first = norm_first
         self.many_channels = in_dim >= 8
         self.convs: Any = nn.ModuleList(
-            nn.Conv2d(in_dim, width, k, stride, padding=(k - stride) // 2)
+            LargeKernelConv2d(in_dim, width, k, stride)
             for k, width in zip(kernel_sizes, cel_widths(dim, len(kernel_sizes), split), strict=True)
         )
         self.norm = nn.LayerNorm(in_dim if norm_first else dim)
@@ -281,8 +287,8 @@ class LongShortAttention(nn.Module):
         if torch.jit.is_scripting():
             x = self.attend(x, pair_biases(biases, layout), real_keys(B, H, W, layout, x.device))
         elif takes_blocks(layout):
-            q, k, v = self.heads(x)
-            x = self.join(blocked_attention(q, k, v, biases.to(q.dtype), layout, H, W))
+            q, k, v = split_heads(self.qkv(x), self.num_heads)
+            x = self.proj(join_heads(blocked_attention(q, k, v, biases.to(q.dtype), layout, H, W)))
         else:
             real = real_keys(B, H, W, layout, x.device)
             bias = pair_biases(biases, layout)
@@ -295,26 +301,16 @@ class LongShortAttention(nn.Module):
 
     def attend(self, x: Tensor, bias: Tensor, real: Tensor | None) -> Tensor:
         """Attention in each group: x (N, L, C), bias (1, h, L, L), real keys (N, L) or None -> (N, L, C)."""
-        q, k, v = self.heads(x)
-        bias = bias.to(q.dtype)
+        qkv = self.qkv(x)
+        bias = bias.to(qkv.dtype)
+        if self.fused_attn:
+            return self.proj(group_attention(qkv, self.num_heads, bias, real))
+        q, k, v = split_heads(qkv, self.num_heads)
         if real is not None:
             bias = masked(bias, real[:, None, None, :])
-        if self.fused_attn:
-            return self.join(F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
         scale = q.shape[-1] ** -0.5
         attention = self.attn_drop((q * scale @ k.transpose(-2, -1) + bias).softmax(-1))
-        return self.join(attention @ v)
-
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, L, C) -> queries, keys and values, each (N, h, L, d)."""
-        N, L, C = x.shape
-        h = self.num_heads
-        q, k, v = self.qkv(x).view(N, L, 3, h, C // h).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
-
-    def join(self, x: Tensor) -> Tensor:
-        """(N, h, L, d) -> (N, L, C), projected."""
-        return self.proj(x.transpose(1, 2).flatten(2))
+        return self.proj(join_heads(attention @ v))
 
 
 class Place(NamedTuple):

@@ -1,7 +1,7 @@
-"""Cutting a map into groups and back, and attention inside them: what is not the papers' idea but its cost.
+"""Cutting a map into groups and back: what is not the papers' idea but its cost.
 
-`crossformer.py` says which positions form a group; here are the reshapes, the masks of padded positions, the
-index tensors that are kept, and the pieces and blocks in which large maps are computed.
+`crossformer.py` says which positions form a group; here are the reshapes, the masks of padded positions and
+the index tensors that are kept. How attention in the groups is computed is in `attention.py`.
 
 A map of eight positions, in one dimension, and who attends to whom. Equal letters are one group:
 
@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------------------------
 # Cut and join
@@ -238,119 +237,6 @@ def kept(build: Callable[..., Any], *args: Any) -> Any:
 
 def _bytes(x: Any) -> int:
     return x.nbytes if isinstance(x, Tensor) else sum(map(_bytes, x))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Attention with a bias by offset
-# ------------------------------------------------------------------------------------------------------------
-
-
-def masked(bias: Tensor, real: Tensor) -> Tensor:
-    """`bias`, and where a key is not real a value far below any logit.
-
-    It is finite in float16, too, so that a group of padding alone gives numbers, not NaN.
-    """
-    return torch.where(real, bias, -3e4)
-
-
-def pair_biases(table: Tensor, layout: Layout) -> Tensor:
-    """Biases by offset, (h, offsets) -> by query and key, (1, h, L, L)."""
-    gh, gw = layout.gh, layout.gw
-    if torch.jit.is_scripting():
-        rows = relative_rows(gh, gh, gw, table.device)
-    else:
-        rows = kept(relative_rows, gh, gh, gw, table.device)
-    return table.index_select(1, rows).view(1, -1, gh * gw, gh * gw)
-
-
-def in_pieces(positions: int, f: Callable[..., Tensor], x: Tensor, *args: Tensor | None) -> Tensor:
-    """`f(x, *args)`, computed over pieces of the first dimension by CPU inference.
-
-    A fresh tensor of tens of MB costs the CPU more in page faults than in arithmetic; pieces stay in its
-    cache. Together they take a fifth off CrossFormer-S's time at batch 8, 224x224. Tensors of `args` as long
-    as `x` are cut with it.
-
-    Args:
-        positions: of the map in each entry of `x`.
-    """
-    whole = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled()
-    if whole or x.device.type != "cpu":
-        return f(x, *args)
-    size = max(1, 2048 // positions)
-    if len(x) <= size:
-        return f(x, *args)
-    cut = [a.split(size) if a is not None and len(a) == len(x) else None for a in args]
-    pieces = []
-    for i, piece in enumerate(x.split(size)):
-        pieces.append(f(piece, *(a if c is None else c[i] for a, c in zip(args, cut, strict=True))))
-    return torch.cat(pieces)
-
-
-BLOCK = 1 << 20  # biases that exist at a time where queries go in blocks
-
-
-def takes_blocks(layout: Layout) -> bool:
-    """Whether `blocked_attention` is for groups of this size: no (h, L, L) exists beyond 2,048 members.
-
-    An exported graph computes all at once, since the number of blocks would follow from the size.
-    """
-    return not torch.compiler.is_exporting() and layout.gh * layout.gw > 2048
-
-
-def blocked_attention(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, layout: Layout, H: int, W: int
-) -> Tensor:
-    """Attention in large groups, whose queries go in blocks, each with its slice of the biases.
-
-    Memory grows with the members of a group, not with their square; in training too, where a block is
-    computed again in the backward pass.
-
-    Args:
-        q, k, v: (N, h, L, d).
-        table: biases by offset, (h, offsets).
-        H, W: of the map before padding.
-
-    Returns:
-        (N, h, L, d).
-    """
-    if not is_padded(H, W, layout):
-        return _blocks(q, k, v, table, layout, None)
-    # Groups of one kind share their masked biases.
-    kinds = kept(kinds_of_groups, H, W, layout, q.device)
-    count = layout.rows * layout.cols * layout.interval**2
-    q, k, v = (t.unflatten(0, (-1, count)) for t in (q, k, v))
-    parts = []
-    for numbers, real in kinds:
-        one, its_keys, its_values = (t.index_select(1, numbers).flatten(0, 1) for t in (q, k, v))
-        parts.append(_blocks(one, its_keys, its_values, table, layout, real).unflatten(0, (len(q), -1)))
-    back = torch.cat([numbers for numbers, _ in kinds]).argsort()
-    return torch.cat(parts, dim=1).index_select(1, back).flatten(0, 1)
-
-
-def _blocks(q: Tensor, k: Tensor, v: Tensor, table: Tensor, layout: Layout, real: Tensor | None) -> Tensor:
-    """`blocked_attention` of groups that have the same members real, (L,)."""
-    gh, gw = layout.gh, layout.gw
-    heads, L = q.shape[1], gh * gw
-    step = max(1, min(gh, BLOCK // (heads * gw * L)))  # rows of queries in a block
-    rows = kept(relative_rows, step, gh, gw, q.device)
-    again = torch.is_grad_enabled() and (q.requires_grad or table.requires_grad)
-    blocks = []
-    for y in range(0, gh, step):
-        queries = q[:, :, y * gw : (y + step) * gw]
-        further = table[:, y * (2 * gw - 1) :]  # see `relative_rows`
-        args = (queries, k, v, further, rows[: queries.shape[2] * L], real)
-        if again:
-            blocks.append(checkpoint(_block, *args, use_reentrant=False, preserve_rng_state=False))
-        else:
-            blocks.append(_block(*args))
-    return torch.cat(blocks, dim=2)
-
-
-def _block(q: Tensor, k: Tensor, v: Tensor, table: Tensor, rows: Tensor, real: Tensor | None) -> Tensor:
-    bias = table.index_select(1, rows).view(1, q.shape[1], q.shape[2], k.shape[2])
-    if real is not None:
-        bias = masked(bias, real)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,83 @@
+"""Exported networks in 8 bits for CPUs, by NNCF: quantised after training, with ranges that images show."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crossformer_vision.errors import UserError
+from crossformer_vision.predict import Predictor
+from crossformer_vision.predict.exported import KEY, OpenVinoNetwork
+from crossformer_vision.predict.files import find_images
+
+IMAGES = 300  # of which ranges are taken
+
+
+def recorded(predictor: Predictor, folder: str) -> list[Tensor]:
+    """What a network is given of the images of a folder, evenly chosen: (B, 3, H, W) each.
+
+    Raises:
+        UserError: no image there, or one that cannot be read.
+    """
+    found = [str(file) for file, _ in find_images([folder])]
+    given: list[Tensor] = []
+    hook = predictor.net.register_forward_pre_hook(lambda _, args: given.append(args[0].cpu()))
+    try:
+        for file in found[:: -(-len(found) // IMAGES)]:
+            predictor(file)
+    finally:
+        hook.remove()
+    return given
+
+
+def quantize(path: Path, predictor: Predictor, inputs: list[Tensor], said: dict[str, Any]) -> dict[str, Any]:
+    """Turn an exported OpenVINO network, `path`, into one that computes in 8 bits what gains by it.
+
+    Args:
+        inputs: of `recorded`.
+        said: what the file says of itself.
+
+    Returns:
+        `layers`, how many convolutions and matrix products are in 8 bits, of `all_layers`;
+        `images`, how many the ranges come from; `agreement`, the share of them, or of their pixels, whose
+        class stays.
+
+    Raises:
+        UserError: nothing was quantised.
+    """
+    import nncf
+    import openvino
+
+    nncf.set_log_level("ERROR")
+    core = openvino.Core()
+    core.set_property({"ENABLE_MMAP": False})  # or the file that is written over would be in use
+    data = nncf.Dataset(inputs, lambda x: {"images": x.numpy()})
+    model = nncf.quantize(
+        core.read_model(path),
+        data,
+        subset_size=len(inputs),
+        model_type=nncf.ModelType.TRANSFORMER,
+    )
+    layers = [
+        op for op in model.get_ops() if op.get_type_name() in ("MatMul", "Convolution", "GroupConvolution")
+    ]
+    quantised = [op for op in layers if op.input_value(0).get_node().get_type_name() == "FakeQuantize"]
+    if not quantised:
+        raise UserError("no layer of this network was quantised")
+    model.set_rt_info(json.dumps(said), [KEY])
+    openvino.save_model(model, path, compress_to_fp16=False)
+    call = OpenVinoNetwork(path)
+    same = total = 0
+    for images in inputs:
+        with torch.no_grad():
+            expected = predictor.net(images)
+        one = expected.argmax(1) == call(images)[0].argmax(1)
+        same, total = same + int(one.sum()), total + one.numel()
+    return {
+        "layers": len(quantised),
+        "all_layers": len(layers),
+        "images": len(inputs),
+        "agreement": same / total,
+    }

@@ -1,0 +1,272 @@
+"""Attention in groups with a bias by offset, computed by what is fastest where it runs.
+
+`crossformer.py` says what is computed; this file, in which order, in which pieces and by which kernels. What
+was measured stands in docs/results/speed.md.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from crossformer_vision.models.grouping import Layout, is_padded, kept, kinds_of_groups, relative_rows
+
+# ------------------------------------------------------------------------------------------------------------
+# Biases
+# ------------------------------------------------------------------------------------------------------------
+
+
+def masked(bias: Tensor, real: Tensor) -> Tensor:
+    """`bias`, and where a key is not real a value far below any logit.
+
+    It is finite in float16, too, so that a group of padding alone gives numbers, not NaN.
+    """
+    return torch.where(real, bias, -3e4)
+
+
+def pair_biases(table: Tensor, layout: Layout) -> Tensor:
+    """Biases by offset, (h, offsets) -> by query and key, (1, h, L, L)."""
+    gh, gw = layout.gh, layout.gw
+    if torch.jit.is_scripting():
+        rows = relative_rows(gh, gh, gw, table.device)
+    else:
+        rows = kept(relative_rows, gh, gh, gw, table.device)
+    return table.index_select(1, rows).view(1, -1, gh * gw, gh * gw)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Groups of up to 2,048 members
+# ------------------------------------------------------------------------------------------------------------
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, L, 3C) -> queries, keys and values, each (N, h, L, d)."""
+    N, L, C = qkv.shape
+    q, k, v = qkv.view(N, L, 3, num_heads, C // (3 * num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """(N, h, L, d) -> (N, L, C)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def group_attention(qkv: Tensor, num_heads: int, bias: Tensor, real: Tensor | None) -> Tensor:
+    """`softmax(q k^T / sqrt(d) + bias) v` in each group.
+
+    By the kernel of `scaled_dot_product_attention`; on a CPU not where that is slow: for groups of a few
+    dozen members in 16 bits, and where it would keep the attention matrices for the backward pass.
+
+    Args:
+        qkv: (N, L, 3C).
+        bias: (1, h, L, L), or a bias a group, (N, h, L, L); of the type of `qkv`.
+        real: which keys are, (N, L); None if all.
+
+    Returns:
+        (N, L, C).
+    """
+    if not torch.jit.is_scripting():
+        if qkv.device.type == "cpu" and not torch.compiler.is_exporting():
+            if torch.compiler.is_compiling():
+                if qkv.dtype != torch.float32 or torch.is_grad_enabled():
+                    return by_products(qkv, num_heads, bias, real)
+            elif keeps_matrices(qkv, bias):
+                return TrainedInPieces.apply(qkv, num_heads, bias, real)
+            elif qkv.dtype != torch.float32 and qkv.shape[1] <= 512:
+                return by_products(qkv, num_heads, bias, real)
+    if real is not None:
+        bias = masked(bias, real[:, None, None, :])
+    q, k, v = split_heads(qkv, num_heads)
+    return join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
+
+
+def by_products(qkv: Tensor, num_heads: int, bias: Tensor, real: Tensor | None) -> Tensor:
+    """`group_attention` as two matrix products and a softmax between them."""
+    q, k, v = contiguous_heads(qkv, num_heads)
+    with torch.autocast(qkv.device.type, enabled=False):  # which would compute the softmax in float32
+        attention = softmax(q, k, num_heads, bias, real)
+        return join_heads((attention @ v).unflatten(0, (len(qkv), num_heads)))
+
+
+def contiguous_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, L, 3C) -> scaled queries, keys and values, each (N * h, L, d) and contiguous."""
+    N, L, C = qkv.shape
+    d = C // (3 * num_heads)
+    q, k, v = qkv.view(N, L, 3, num_heads, d).permute(2, 0, 3, 1, 4).reshape(3, N * num_heads, L, d).unbind(0)
+    return q * d**-0.5, k, v
+
+
+def softmax(q: Tensor, k: Tensor, num_heads: int, bias: Tensor, real: Tensor | None) -> Tensor:
+    """Attention of scaled queries (N * h, L, d) to keys: (N * h, L, L)."""
+    if real is not None:
+        bias = masked(bias, real[:, None, None, :])
+    groups = len(q) // num_heads
+    logits = (q @ k.transpose(1, 2)).unflatten(0, (groups, num_heads)) + bias
+    return logits.softmax(-1).flatten(0, 1)
+
+
+def keeps_matrices(qkv: Tensor, bias: Tensor) -> bool:
+    """Whether `scaled_dot_product_attention` would keep (N, h, L, L) for a backward pass on a CPU."""
+    return (
+        torch.is_grad_enabled()
+        and (qkv.requires_grad or bias.requires_grad)
+        and not torch.jit.is_tracing()
+        and torch._C._functorch.maybe_current_level() is None
+        and forward_ad._current_level < 0
+    )
+
+
+class TrainedInPieces(torch.autograd.Function):
+    """`group_attention` of training on a CPU: attention matrices are made again for the gradients, not kept.
+
+    Pieces of groups go through all steps while they are in the cache, which costs less time than reading the
+    matrices back does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, num_heads: int, bias: Tensor, real: Tensor | None) -> Tensor:
+        ctx.num_heads = num_heads
+        ctx.save_for_backward(qkv, bias, real)
+        # Detached, since SDPA's choice of a kernel asks what wants a gradient, not whether it is recorded.
+        return in_pieces(qkv.shape[1], group_attention, qkv.detach(), num_heads, bias.detach(), real)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
+        qkv, bias, real = ctx.saved_tensors
+        heads, L = ctx.num_heads, qkv.shape[1]
+        qkv_grad = torch.empty_like(qkv)
+        bias_grads = []
+        with torch.autocast("cpu", enabled=False):
+            for at in piece_slices(len(qkv), L):
+                q, k, v = contiguous_heads(qkv[at], heads)
+                its_bias = bias if len(bias) == 1 else bias[at]
+                its_real = None if real is None else real[at]
+                its_grad = grad[at].unflatten(2, (heads, q.shape[-1])).transpose(1, 2).flatten(0, 1)
+                attention = softmax(q, k, heads, its_bias, its_real)
+                weight_grad = its_grad @ v.transpose(1, 2)
+                logit_grad = attention * (weight_grad - (attention * weight_grad).sum(-1, keepdim=True))
+                grads = torch.stack(
+                    [
+                        logit_grad @ k * q.shape[-1] ** -0.5,
+                        logit_grad.transpose(1, 2) @ q,
+                        attention.transpose(1, 2) @ its_grad,
+                    ]
+                )
+                qkv_grad[at] = grads.unflatten(1, (-1, heads)).permute(1, 3, 0, 2, 4).flatten(2)
+                if ctx.needs_input_grad[2]:
+                    logit_grad = logit_grad.unflatten(0, (-1, heads))
+                    if its_real is not None:  # a masked key has a value that is not the bias
+                        logit_grad = logit_grad * its_real[:, None, None, :]
+                    if len(bias) == 1:
+                        exact = torch.promote_types(bias.dtype, torch.float32)
+                        logit_grad = logit_grad.sum(0, keepdim=True, dtype=exact)
+                    bias_grads.append(logit_grad)
+        bias_grad = None
+        if bias_grads:
+            bias_grad = sum(bias_grads[1:], bias_grads[0]) if len(bias) == 1 else torch.cat(bias_grads)
+            bias_grad = bias_grad.to(bias.dtype)
+        return qkv_grad, None, bias_grad, None
+
+
+def piece_slices(count: int, positions: int) -> list[slice]:
+    """Pieces of `count` groups of so many positions each, that stay in a CPU's cache."""
+    size = max(1, 2048 // positions)
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def in_pieces(positions: int, f: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
+    """`f(x, *args)`, computed over pieces of the first dimension by CPU inference.
+
+    A fresh tensor of tens of MB costs the CPU more in page faults than in arithmetic; pieces stay in its
+    cache. Together they take a fifth off CrossFormer-S's time at batch 8, 224x224. Tensors of `args` as long
+    as `x` are cut with it.
+
+    Args:
+        positions: of the map in each entry of `x`.
+    """
+    whole = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled()
+    if whole or x.device.type != "cpu":
+        return f(x, *args)
+    slices = piece_slices(len(x), positions)
+    if len(slices) <= 1:
+        return f(x, *args)
+    cut = [isinstance(a, Tensor) and len(a) == len(x) for a in args]
+    return torch.cat(
+        [f(x[at], *(a[at] if c else a for a, c in zip(args, cut, strict=True))) for at in slices]
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Larger groups
+# ------------------------------------------------------------------------------------------------------------
+
+
+BLOCK = 1 << 20  # biases that exist at a time where queries go in blocks
+
+
+def takes_blocks(layout: Layout) -> bool:
+    """Whether `blocked_attention` is for groups of this size: no (h, L, L) exists beyond 2,048 members.
+
+    An exported graph computes all at once, since the number of blocks would follow from the size.
+    """
+    return not torch.compiler.is_exporting() and layout.gh * layout.gw > 2048
+
+
+def blocked_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, layout: Layout, H: int, W: int
+) -> Tensor:
+    """Attention in large groups, whose queries go in blocks, each with its slice of the biases.
+
+    Memory grows with the members of a group, not with their square; in training too, where a block is
+    computed again in the backward pass.
+
+    Args:
+        q, k, v: (N, h, L, d).
+        table: biases by offset, (h, offsets).
+        H, W: of the map before padding.
+
+    Returns:
+        (N, h, L, d).
+    """
+    if not is_padded(H, W, layout):
+        return _blocks(q, k, v, table, layout, None)
+    # Groups of one kind share their masked biases.
+    kinds = kept(kinds_of_groups, H, W, layout, q.device)
+    count = layout.rows * layout.cols * layout.interval**2
+    q, k, v = (t.unflatten(0, (-1, count)) for t in (q, k, v))
+    parts = []
+    for numbers, real in kinds:
+        one, its_keys, its_values = (t.index_select(1, numbers).flatten(0, 1) for t in (q, k, v))
+        parts.append(_blocks(one, its_keys, its_values, table, layout, real).unflatten(0, (len(q), -1)))
+    back = torch.cat([numbers for numbers, _ in kinds]).argsort()
+    return torch.cat(parts, dim=1).index_select(1, back).flatten(0, 1)
+
+
+def _blocks(q: Tensor, k: Tensor, v: Tensor, table: Tensor, layout: Layout, real: Tensor | None) -> Tensor:
+    """`blocked_attention` of groups that have the same members real, (L,)."""
+    gh, gw = layout.gh, layout.gw
+    heads, L = q.shape[1], gh * gw
+    step = max(1, min(gh, BLOCK // (heads * gw * L)))  # rows of queries in a block
+    rows = kept(relative_rows, step, gh, gw, q.device)
+    again = torch.is_grad_enabled() and (q.requires_grad or table.requires_grad)
+    blocks = []
+    for y in range(0, gh, step):
+        queries = q[:, :, y * gw : (y + step) * gw]
+        further = table[:, y * (2 * gw - 1) :]  # see `relative_rows`
+        args = (queries, k, v, further, rows[: queries.shape[2] * L], real)
+        if again:
+            blocks.append(checkpoint(_block, *args, use_reentrant=False, preserve_rng_state=False))
+        else:
+            blocks.append(_block(*args))
+    return torch.cat(blocks, dim=2)
+
+
+def _block(q: Tensor, k: Tensor, v: Tensor, table: Tensor, rows: Tensor, real: Tensor | None) -> Tensor:
+    bias = table.index_select(1, rows).view(1, q.shape[1], q.shape[2], k.shape[2])
+    if real is not None:
+        bias = masked(bias, real)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)

@@ -1,0 +1,117 @@
+"""Attention in groups and the first embedding's kernels: each way of computing them gives the same."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from crossformer_vision.models.attention import by_products, group_attention, join_heads, masked, split_heads
+from crossformer_vision.models.large_kernels import LargeKernelConv2d
+
+
+def definition(qkv, num_heads, bias, real):
+    q, k, v = split_heads(qkv, num_heads)
+    if real is not None:
+        bias = masked(bias, real[:, None, None, :])
+    return join_heads((q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias).softmax(-1) @ v)
+
+
+def inputs(groups, members, per_group, padded, dtype=torch.float64):
+    torch.manual_seed(0)
+    qkv = torch.randn(groups, members, 24, dtype=dtype, requires_grad=True)
+    bias = torch.randn(groups if per_group else 1, 2, members, members, dtype=dtype, requires_grad=True)
+    real = None
+    if padded:
+        real = torch.rand(groups, members) > 0.3
+        real[0] = False  # a group of padding alone
+    return qkv, bias, real
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("per_group", [False, True], ids=["one bias", "a bias a group"])
+def test_training_on_a_cpu(per_group, padded):
+    """Several pieces: 300 groups of 9 are two."""
+    qkv, bias, real = inputs(300, 9, per_group, padded)
+    expected = definition(qkv, 2, bias, real)
+    found = group_attention(qkv, 2, bias, real)
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn_like(found)
+    for one, other in zip(
+        torch.autograd.grad(found, [qkv, bias], grad), torch.autograd.grad(expected, [qkv, bias], grad)
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_second_derivatives_and_a_frozen_bias():
+    qkv, bias, _ = inputs(2, 3, False, False)
+    assert torch.autograd.gradgradcheck(lambda x, b: group_attention(x, 2, b, None), (qkv, bias))
+    frozen = bias.detach()
+    found = torch.autograd.grad(group_attention(qkv, 2, frozen, None).square().sum(), qkv)
+    torch.testing.assert_close(
+        found, torch.autograd.grad(definition(qkv, 2, frozen, None).square().sum(), qkv)
+    )
+
+
+def test_training_keeps_no_attention_matrix():
+    qkv, bias, real = inputs(50, 49, False, True, torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        group_attention(qkv, 2, bias, real).sum().backward()
+    assert kept and max(kept) <= qkv.numel() < 50 * 2 * 49 * 49
+
+
+def test_functional_transforms():
+    qkv, bias, real = inputs(4, 9, False, True)
+
+    def loss(x):
+        return group_attention(x, 2, bias, real).square().sum()
+
+    expected = torch.autograd.grad(definition(qkv, 2, bias, real).square().sum(), qkv)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(qkv), expected)
+    moved = torch.func.jvp(loss, (qkv,), (torch.ones_like(qkv),))[1]
+    torch.testing.assert_close(moved, expected.sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("members", [9, 520])
+def test_inference_in_16_bits(members, dtype):
+    qkv, bias, real = inputs(3, members, False, True, dtype)
+    exact = definition(qkv.double(), 2, bias.double(), real)
+    with torch.no_grad():
+        found = group_attention(qkv, 2, bias, real)
+        products = by_products(qkv, 2, bias, real)
+    assert found.dtype == dtype
+    for y in (found, products):
+        torch.testing.assert_close(y[1:].double(), exact[1:], atol=2e-2, rtol=2e-2)
+        assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", [8, 16, 32])
+@pytest.mark.parametrize("size", [(32, 32), (36, 64)])
+def test_large_kernels_are_the_convolution(kernel, size):
+    torch.manual_seed(0)
+    conv = LargeKernelConv2d(3, 5, kernel, 4).double()
+    assert conv.folds == (kernel >= 16)
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    expected = F.conv2d(x, conv.weight, conv.bias, 4, (kernel - 4) // 2)
+    found = conv(x)
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn_like(found)
+    wanted = [x, conv.weight, conv.bias]
+    for one, other in zip(
+        torch.autograd.grad(found, wanted, grad), torch.autograd.grad(expected, wanted, grad), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_bfloat16_is_close_to_float32():
+    torch.manual_seed(0)
+    model = timm.create_model("crossformer_nano", num_classes=10).eval()
+    x = torch.randn(2, 3, 96, 70)
+    with torch.no_grad():
+        exact = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = model(x)
+        low = model.bfloat16()(x.bfloat16())
+    for y in (mixed, low):
+        assert (y.float() - exact).abs().max() < 2e-2 * exact.abs().max()
