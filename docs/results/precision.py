@@ -3,8 +3,8 @@
     python docs/results/precision.py cifar10/test.tar crossformer_nano.cifar10 nano-int8.xml
     python docs/results/precision.py camvid/images/validation runs/camvid camvid-int8.xml
 
-A classifier needs a .tar of <class>/<image>, a segmenter a folder of images, with annotations/ beside images/ as
-in ADE20K.
+A classifier needs a .tar of <class>/<image>; a segmenter a folder of images, with annotations/ beside images/
+as in ADE20K.
 """
 
 import io

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from crossformer_vision.models.grouping import Layout, is_padded, kept, kinds_of_groups, relative_rows
@@ -58,8 +57,8 @@ def join_heads(x: Tensor) -> Tensor:
 def group_attention(qkv: Tensor, num_heads: int, bias: Tensor, real: Tensor | None) -> Tensor:
     """`softmax(q k^T / sqrt(d) + bias) v` in each group.
 
-    By the kernel of `scaled_dot_product_attention`; on a CPU not where that is slow: for groups of a few
-    dozen members in 16 bits, and where it would keep the attention matrices for the backward pass.
+    By the kernel of `scaled_dot_product_attention`, except in training on a CPU, where it would keep the
+    attention matrices for the backward pass.
 
     Args:
         qkv: (N, L, 3C).
@@ -70,26 +69,12 @@ def group_attention(qkv: Tensor, num_heads: int, bias: Tensor, real: Tensor | No
         (N, L, C).
     """
     if not torch.jit.is_scripting():
-        if qkv.device.type == "cpu" and not torch.compiler.is_exporting():
-            if torch.compiler.is_compiling():
-                if qkv.dtype != torch.float32 or torch.is_grad_enabled():
-                    return by_products(qkv, num_heads, bias, real)
-            elif keeps_matrices(qkv, bias):
-                return TrainedInPieces.apply(qkv, num_heads, bias, real)
-            elif qkv.dtype != torch.float32 and qkv.shape[1] <= 512:
-                return by_products(qkv, num_heads, bias, real)
+        if keeps_matrices(qkv, bias):
+            return TrainedInPieces.apply(qkv, num_heads, bias, real)
     if real is not None:
         bias = masked(bias, real[:, None, None, :])
     q, k, v = split_heads(qkv, num_heads)
     return join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
-
-
-def by_products(qkv: Tensor, num_heads: int, bias: Tensor, real: Tensor | None) -> Tensor:
-    """`group_attention` as two matrix products and a softmax between them."""
-    q, k, v = contiguous_heads(qkv, num_heads)
-    with torch.autocast(qkv.device.type, enabled=False):  # which would compute the softmax in float32
-        attention = softmax(q, k, num_heads, bias, real)
-        return join_heads((attention @ v).unflatten(0, (len(qkv), num_heads)))
 
 
 def contiguous_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,13 +95,13 @@ def softmax(q: Tensor, k: Tensor, num_heads: int, bias: Tensor, real: Tensor | N
 
 
 def keeps_matrices(qkv: Tensor, bias: Tensor) -> bool:
-    """Whether `scaled_dot_product_attention` would keep (N, h, L, L) for a backward pass on a CPU."""
+    """Whether `scaled_dot_product_attention` would keep (N, h, L, L) for a backward pass, on a CPU."""
     return (
-        torch.is_grad_enabled()
+        qkv.device.type == "cpu"
+        and torch.is_grad_enabled()
         and (qkv.requires_grad or bias.requires_grad)
-        and not torch.jit.is_tracing()
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and torch._C._functorch.maybe_current_level() is None
-        and forward_ad._current_level < 0
     )
 
 
