@@ -119,3 +119,16 @@ def test_difference_of_outputs():
     assert difference([a, a], [a, 2 * a]) == 0.5
     assert difference([{"boxes": a}], [{"boxes": a}]) is None
     assert Row("resnet18", batch=1).mode != Row("resnet18", batch=2).mode
+
+
+@pytest.mark.slow
+def test_a_frozen_row_is_not_the_compiled_one_before_it():
+    """Both are graphs of one class, and dynamo takes one that it has."""
+    device = torch.device("cpu")
+    for engine, constants in (("compiled", False), ("frozen", True)):
+        step = benchmark.Step(Row("resnet18,channels=(8,8,8,8)", (32, 32), engine=engine, batch=1), device)
+        with step.compiling():
+            before = step()
+        with torch.no_grad():
+            step.net.conv1.weight.zero_()
+        assert torch.equal(step(), before) == constants  # constants do not see what becomes of the weights

@@ -30,8 +30,9 @@ SEGMENTERS = ("semantic_fpn", "upernet")
 ENGINES: dict[str, dict[str, Any] | None] = {  # -> keywords of torch.compile
     "eager": None,
     "compiled": {},
-    "frozen": {},
-    "autotuned": {"mode": "max-autotune-no-cudagraphs"},
+    # As options, too, which tell one row's graph from another's of the same network; settings do not.
+    "frozen": {"options": {"freezing": True}},
+    "autotuned": {"options": {"freezing": True, "max_autotune": True}},
     "reduce-overhead": {"mode": "reduce-overhead"},
     "max-autotune": {"mode": "max-autotune"},
 }
