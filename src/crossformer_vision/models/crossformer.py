@@ -28,8 +28,8 @@ Where this file differs from the published code, and why:
   follows from weights is kept between calls: training wrappers, adapters, optimizers and functional
   transforms change or hide weights without a sign.
 - The attention is `scaled_dot_product_attention` with DPB as an additive bias. Its kernels keep no
-  (N, h, L, L) matrix in inference, nor on GPUs in training. A CPU that trains does keep that of a block: its
-  fused kernel has no gradient for a bias. Groups too large for that go in blocks (`blocked_attention`).
+  (N, h, L, L) matrix. A CPU that trains makes it again in pieces, as its fused kernel has no gradient for a
+  bias. Queries of large groups go in blocks. All that is in `attention.py`.
 """
 
 from collections.abc import Callable, Sequence
