@@ -220,7 +220,8 @@ def some_pictures(folder):
     return str(folder)
 
 
-@pytest.mark.parametrize("task", ["classifier", pytest.param("segmenter", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classifier", "segmenter"])
 def test_int8(task, tmp_path, capsys):
     pytest.importorskip("nncf")
     content = classifier("test_resnet") if task == "classifier" else segmenter("crossformer_nano", **SMALL)

@@ -1,6 +1,7 @@
 """Trained networks as files for other programs, for any batch, height and width."""
 
 import copy
+import importlib.util
 import json
 import logging
 import os
@@ -73,10 +74,8 @@ def export(
     if int8 is not None:
         if path.suffix != ".xml":
             raise UserError(f"'{path.name}': files in 8 bits are OpenVINO's and end in .xml")
-        try:
-            import nncf  # noqa: F401
-        except ModuleNotFoundError:
-            raise UserError("nncf is not installed: pip install 'crossformer-vision[export]'") from None
+        if not importlib.util.find_spec("nncf"):  # heavy: imported where it is used
+            raise UserError("nncf is not installed: pip install 'crossformer-vision[export]'")
     predictor = what if isinstance(what, Predictor) else load_predictor(what, "cpu")
     if not predictor.options:
         raise UserError(f"{what}: is an exported file already")
