@@ -1,5 +1,6 @@
 """Graphs for other programs: any size, both forms of LDA, and what the files say of themselves."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -245,8 +246,8 @@ def test_int8(task, tmp_path, capsys):
     assert "infers as it is" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("nncf"), reason="nncf is not installed")
 def test_int8_refuses(tmp_path, capsys):
-    pytest.importorskip("nncf")
     (tmp_path / "empty").mkdir()
     folder = some_pictures(tmp_path / "photos")
     for args, said in (

@@ -23,7 +23,10 @@ class LargeKernelConv2d(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not torch.jit.is_scripting():
-            if self.folds and torch.is_grad_enabled() and input.device.type == "cpu":
+            graph = (
+                torch.compiler.is_exporting() or torch.jit.is_tracing()
+            )  # of inference, for other programs
+            if self.folds and not graph and torch.is_grad_enabled() and input.device.type == "cpu":
                 return self.folded(input, weight, bias)
         return F.conv2d(input, weight, bias, self.stride, self.padding)
 
