@@ -30,8 +30,8 @@ SEGMENTERS = ("semantic_fpn", "upernet")
 ENGINES: dict[str, dict[str, Any] | None] = {  # -> keywords of torch.compile
     "eager": None,
     "compiled": {},
-    # Freezing is among the options since dynamo keeps graphs apart by these: a row would else get the graph of
-    # a compiled one of the same network.
+    # Freezing is among the options since dynamo keeps graphs apart by these: a row would else get the
+    # graph of a compiled one of the same network.
     "frozen": {"options": {"freezing": True}},
     "autotuned": {"options": {"freezing": True, "max_autotune": True}},
     "reduce-overhead": {"mode": "reduce-overhead"},

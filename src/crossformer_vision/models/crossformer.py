@@ -5,8 +5,8 @@ CrossFormer++: the same with progressive group sizes and amplitude cooling, arXi
 
 Read from top to bottom: cross-scale embedding (CEL), dynamic position bias (DPB), long/short distance
 attention (LDA/SDA), amplitude cooling (ACL), block, stage, model. How a map is cut into groups, with a small
-example that tells SDA from LDA, is in `grouping.py`; by which kernels attention is computed, in `attention.py`;
-the named models are in `variants.py`.
+example that tells SDA from LDA, is in `grouping.py`; by which kernels attention is computed, in
+`attention.py`; the named models are in `variants.py`.
 
 Shapes in comments: B images, H x W positions, C channels; a group is `gh x gw` members, L = gh * gw of them;
 N groups in a batch; h heads of d channels. Maps are channels last, (B, H, W, C), from the model's door on.
