@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.layers import set_fused_attn, set_scriptable
 from timm.models import create_feature_extractor
 from timm.utils import AttentionExtract
+from torch._dynamo.testing import CompileCounter
 
 NAMES = timm.list_models("crossformer_*")
 SMALL = [
@@ -247,6 +248,22 @@ def test_grad_checkpointing_changes_nothing(name):
     model(x).sum().backward()
     for n, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[n])
+
+
+@pytest.mark.parametrize("span", ["map", "region"])
+def test_two_compiled_graphs_serve_ten_sizes(span):
+    """One for squares, which torch takes for a case of its own, and one for all others."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    stages = dict(depths=(2, 1), num_heads=(2, 4), group_size=(7, 7), interval=(8, 4))
+    model = timm.create_model("crossformer_tiny", num_classes=5, lda_span=span, **stages).eval()
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend=counter)
+    for side in (256, 320, 333, 384):
+        for size in ((side, side), (side, 640), (513, side)):
+            x = torch.randn(1, 3, *size)
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(x), model(x), atol=1e-4, rtol=1e-4)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.slow

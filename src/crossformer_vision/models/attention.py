@@ -4,7 +4,6 @@
 was measured stands in docs/results/speed.md.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from crossformer_vision.models.grouping import Layout, is_padded, kept, kinds_of_groups, relative_rows
+from crossformer_vision.models.pieces import in_pieces, piece_slices, trains_on_cpu
 
 # ------------------------------------------------------------------------------------------------------------
 # Biases
@@ -69,7 +69,7 @@ def group_attention(qkv: Tensor, num_heads: int, bias: Tensor, real: Tensor | No
         (N, L, C).
     """
     if not torch.jit.is_scripting():
-        if keeps_matrices(qkv, bias):
+        if trains_on_cpu(qkv, bias):
             return TrainedInPieces.apply(qkv, num_heads, bias, real)
     if real is not None:
         bias = masked(bias, real[:, None, None, :])
@@ -92,17 +92,6 @@ def softmax(q: Tensor, k: Tensor, num_heads: int, bias: Tensor, real: Tensor | N
     groups = len(q) // num_heads
     logits = (q @ k.transpose(1, 2)).unflatten(0, (groups, num_heads)) + bias
     return logits.softmax(-1).flatten(0, 1)
-
-
-def keeps_matrices(qkv: Tensor, bias: Tensor) -> bool:
-    """Whether `scaled_dot_product_attention` would keep (N, h, L, L) for a backward pass, on a CPU."""
-    return (
-        qkv.device.type == "cpu"
-        and torch.is_grad_enabled()
-        and (qkv.requires_grad or bias.requires_grad)
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-        and torch._C._functorch.maybe_current_level() is None
-    )
 
 
 class TrainedInPieces(torch.autograd.Function):
@@ -155,34 +144,6 @@ class TrainedInPieces(torch.autograd.Function):
             bias_grad = sum(bias_grads[1:], bias_grads[0]) if len(bias) == 1 else torch.cat(bias_grads)
             bias_grad = bias_grad.to(bias.dtype)
         return qkv_grad, None, bias_grad, None
-
-
-def piece_slices(count: int, positions: int) -> list[slice]:
-    """Pieces of `count` groups of so many positions each, that stay in a CPU's cache."""
-    size = max(1, 2048 // positions)
-    return [slice(start, start + size) for start in range(0, count, size)]
-
-
-def in_pieces(positions: int, f: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
-    """`f(x, *args)`, computed over pieces of the first dimension by CPU inference.
-
-    A fresh tensor of tens of MB costs the CPU more in page faults than in arithmetic; pieces stay in its
-    cache. Together they take a fifth off CrossFormer-S's time at batch 8, 224x224. Tensors of `args` as long
-    as `x` are cut with it.
-
-    Args:
-        positions: of the map in each entry of `x`.
-    """
-    whole = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled()
-    if whole or x.device.type != "cpu":
-        return f(x, *args)
-    slices = piece_slices(len(x), positions)
-    if len(slices) <= 1:
-        return f(x, *args)
-    cut = [isinstance(a, Tensor) and len(a) == len(x) for a in args]
-    return torch.cat(
-        [f(x[at], *(a[at] if c else a for a, c in zip(args, cut, strict=True))) for at in slices]
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # ------------------------------------------------------------------------------------------------------------
@@ -66,7 +67,7 @@ def padded_size(layout: Layout) -> tuple[int, int]:
 
 
 def is_padded(H: int, W: int, layout: Layout) -> bool:
-    """Whether an H x W map is padded; while `torch.export` traces symbolic sizes, always."""
+    """Whether an H x W map is padded; in a graph of symbolic sizes, unless it can be told that it is not."""
     padded_H, padded_W = padded_size(layout)
     return may_differ(padded_H, H) or may_differ(padded_W, W)
 
@@ -100,9 +101,9 @@ def crop(x: Tensor, H: int, W: int) -> Tensor:
     if torch.jit.is_scripting():
         return x[:, :H, :W]
     else:
-        if not torch.compiler.is_exporting():
+        if not (is_open(H, x.shape[1]) or is_open(W, x.shape[2])):
             return x[:, :H, :W]
-        # A slice guards on whether it is the whole; an exported graph is for all sizes.
+        # A slice guards on whether it is the whole; a graph of symbolic sizes is for all of them.
         rows, cols = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
         return x.index_select(1, rows).index_select(2, cols)
 
@@ -121,11 +122,23 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def may_differ(a: int, b: int) -> bool:
-    """`a != b`; while `torch.export` traces symbolic sizes, True, so that one graph serves all of them."""
+    """`a != b`; True of sizes that a compiled or exported graph leaves open, so as to serve all of them."""
     if torch.jit.is_scripting():
         return a != b
     else:
-        return True if torch.compiler.is_exporting() else a != b
+        return not is_known(a == b)
+
+
+@torch.jit.unused
+def is_known(condition: bool) -> bool:
+    """Whether it holds for all sizes that a graph is for; `torch.jit.trace` is for those of its example."""
+    return bool(condition) if torch.jit.is_tracing() else statically_known_true(condition)
+
+
+@torch.jit.unused
+def is_open(a: int, b: int) -> bool:
+    """Whether a graph of symbolic sizes leaves open if `a` and `b` are the same."""
+    return not (is_known(a == b) or is_known(a != b))
 
 
 def shorter(H: int, W: int) -> int:

@@ -1,0 +1,88 @@
+"""Computing a large tensor in pieces that stay in a CPU's cache, in inference and in training.
+
+A fresh tensor of tens of MB costs a CPU more in page faults than in arithmetic. What was measured stands in
+docs/results/speed.md.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def piece_slices(count: int, positions: int) -> list[slice]:
+    """Pieces of `count` groups of so many positions each, that stay in a CPU's cache; at least one."""
+    size = max(1, 2048 // positions)
+    return [slice(start, start + size) for start in range(0, max(count, 1), size)]
+
+
+def in_pieces(positions: int, f: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
+    """`f(x, *args)`, computed over pieces of the first dimension by CPU inference.
+
+    Of the attention and the MLPs together that takes a fifth off CrossFormer-S's time at batch 8, 224x224.
+    Tensors of `args` as long as `x` are cut with it.
+
+    Args:
+        positions: of the map in each entry of `x`.
+    """
+    whole = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled()
+    if whole or x.device.type != "cpu":
+        return f(x, *args)
+    slices = piece_slices(len(x), positions)
+    if len(slices) <= 1:
+        return f(x, *args)
+    cut = [isinstance(a, Tensor) and len(a) == len(x) for a in args]
+    return torch.cat(
+        [f(x[at], *(a[at] if c else a for a, c in zip(args, cut, strict=True))) for at in slices]
+    )
+
+
+def trains_on_cpu(*tensors: Tensor) -> bool:
+    """Whether a CPU computes gradients of these step by step: not compiled, traced or transformed."""
+    return (
+        tensors[0].device.type == "cpu"
+        and torch.is_grad_enabled()
+        and any(t.requires_grad for t in tensors)
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        and torch._C._functorch.maybe_current_level() is None
+    )
+
+
+def gelu_linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    """`linear(gelu(x))`, (N, hidden) -> (N, dim); a CPU's training does not keep `gelu(x)`."""
+    plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and linear.bias is not None
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks)
+    if plain and not any((*hooks, linear._backward_pre_hooks)) and trains_on_cpu(x, linear.weight):
+        return GeluLinear.apply(x, linear.weight, linear.bias)
+    return linear(F.gelu(x))
+
+
+class GeluLinear(torch.autograd.Function):
+    """`linear(gelu(x))`; `gelu(x)`, with `x` the largest tensor of a network, is made again for the
+    gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)  # once, not by autocast in each piece
+        return in_pieces(1, lambda piece: F.linear(F.gelu(piece), weight, bias), x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        x_grads, weight_grads, bias_grad = [], [], None
+        with torch.autocast("cpu", enabled=False):
+            for at in piece_slices(len(x), 1):
+                if ctx.needs_input_grad[0]:
+                    activation_grad = grad[at] @ weight.to(grad.dtype)
+                    x_grads.append(torch.ops.aten.gelu_backward(activation_grad, x[at]))
+                if ctx.needs_input_grad[1]:
+                    weight_grads.append((grad[at].t() @ F.gelu(x[at])).to(exact))
+            if ctx.needs_input_grad[2]:
+                bias_grad = grad.sum(0, dtype=exact).to(weight.dtype)
+        x_grad = torch.cat(x_grads) if x_grads else None
+        weight_grad = sum(weight_grads[1:], weight_grads[0]).to(weight.dtype) if weight_grads else None
+        return x_grad, weight_grad, bias_grad
