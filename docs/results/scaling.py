@@ -1,6 +1,6 @@
 """Time by image size, batch and depth, drawn: python docs/results/scaling.py RUNS
 
-RUNS has the folders `size`, `batch` and `depth` of `crossformer benchmark`, made by the commands of scaling.md.
+RUNS has the folders `size`, `batch` and `depth` that the commands of scaling.md make.
 """
 
 import json
