@@ -11,8 +11,7 @@ from crossformer_vision.models.large_kernels import LargeKernelConv2d
 
 def definition(qkv, num_heads, bias, real):
     q, k, v = split_heads(qkv, num_heads)
-    if real is not None:
-        bias = masked(bias, real[:, None, None, :])
+    bias = masked(bias, real)
     return join_heads((q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias).softmax(-1) @ v)
 
 
@@ -22,7 +21,7 @@ def inputs(groups, members, per_group, padded, dtype=torch.float64):
     bias = torch.randn(groups if per_group else 1, 2, members, members, dtype=dtype, requires_grad=True)
     real = None
     if padded:
-        real = torch.rand(groups, members) > 0.3
+        real = torch.rand(groups, 1, 1, members) > 0.3
         real[0] = False  # a group of padding alone
     return qkv, bias, real
 

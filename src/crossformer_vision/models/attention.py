@@ -19,12 +19,12 @@ from crossformer_vision.models.pieces import in_pieces, piece_slices, trains_on_
 # ------------------------------------------------------------------------------------------------------------
 
 
-def masked(bias: Tensor, real: Tensor) -> Tensor:
-    """`bias`, and where a key is not real a value far below any logit.
+def masked(bias: Tensor, real: Tensor | None) -> Tensor:
+    """`bias`, and where `real` is False a value far below any logit; None: all are real.
 
     It is finite in float16, too, so that a group of padding alone gives numbers, not NaN.
     """
-    return torch.where(real, bias, -3e4)
+    return bias if real is None else torch.where(real, bias, -3e4)
 
 
 def pair_biases(table: Tensor, layout: Layout) -> Tensor:
@@ -63,7 +63,7 @@ def group_attention(qkv: Tensor, num_heads: int, bias: Tensor, real: Tensor | No
     Args:
         qkv: (N, L, 3C).
         bias: (1, h, L, L), or a bias a group, (N, h, L, L); of the type of `qkv`.
-        real: which keys are, (N, L); None if all.
+        real: which keys are, (N, 1, 1, L); None if all.
 
     Returns:
         (N, L, C).
@@ -71,10 +71,8 @@ def group_attention(qkv: Tensor, num_heads: int, bias: Tensor, real: Tensor | No
     if not torch.jit.is_scripting():
         if trains_on_cpu(qkv, bias):
             return TrainedInPieces.apply(qkv, num_heads, bias, real)
-    if real is not None:
-        bias = masked(bias, real[:, None, None, :])
     q, k, v = split_heads(qkv, num_heads)
-    return join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
+    return join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=masked(bias, real)))
 
 
 def contiguous_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,10 +85,8 @@ def contiguous_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tenso
 
 def softmax(q: Tensor, k: Tensor, num_heads: int, bias: Tensor, real: Tensor | None) -> Tensor:
     """Attention of scaled queries (N * h, L, d) to keys: (N * h, L, L)."""
-    if real is not None:
-        bias = masked(bias, real[:, None, None, :])
     groups = len(q) // num_heads
-    logits = (q @ k.transpose(1, 2)).unflatten(0, (groups, num_heads)) + bias
+    logits = (q @ k.transpose(1, 2)).unflatten(0, (groups, num_heads)) + masked(bias, real)
     return logits.softmax(-1).flatten(0, 1)
 
 
@@ -134,7 +130,7 @@ class TrainedInPieces(torch.autograd.Function):
                 if ctx.needs_input_grad[2]:
                     logit_grad = logit_grad.unflatten(0, (-1, heads))
                     if its_real is not None:  # a masked key has a value that is not the bias
-                        logit_grad = logit_grad * its_real[:, None, None, :]
+                        logit_grad = logit_grad * its_real
                     if len(bias) == 1:
                         exact = torch.promote_types(bias.dtype, torch.float32)
                         logit_grad = logit_grad.sum(0, keepdim=True, dtype=exact)
@@ -213,6 +209,4 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, table: Tensor, layout: Layout, real
 
 def _block(q: Tensor, k: Tensor, v: Tensor, table: Tensor, rows: Tensor, real: Tensor | None) -> Tensor:
     bias = table.index_select(1, rows).view(1, q.shape[1], q.shape[2], k.shape[2])
-    if real is not None:
-        bias = masked(bias, real)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=masked(bias, real))

@@ -301,16 +301,14 @@ class LongShortAttention(nn.Module):
         return ungroup(x, layout, B, H, W)
 
     def attend(self, x: Tensor, bias: Tensor, real: Tensor | None) -> Tensor:
-        """Attention in each group: x (N, L, C), bias (1, h, L, L), real keys (N, L) or None -> (N, L, C)."""
+        """Attention in each group: x (N, L, C), bias (1, h, L, L), `real_keys` -> (N, L, C)."""
         qkv = self.qkv(x)
         bias = bias.to(qkv.dtype)
         if self.fused_attn:
             return self.proj(group_attention(qkv, self.num_heads, bias, real))
         q, k, v = split_heads(qkv, self.num_heads)
-        if real is not None:
-            bias = masked(bias, real[:, None, None, :])
         scale = q.shape[-1] ** -0.5
-        attention = self.attn_drop((q * scale @ k.transpose(-2, -1) + bias).softmax(-1))
+        attention = self.attn_drop((q * scale @ k.transpose(-2, -1) + masked(bias, real)).softmax(-1))
         return self.proj(join_heads(attention @ v))
 
 

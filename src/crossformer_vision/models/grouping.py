@@ -163,14 +163,14 @@ def longer(H: int, W: int) -> int:
 
 
 def real_keys(B: int, H: int, W: int, layout: Layout, device: torch.device) -> Tensor | None:
-    """Which members of each group of B maps are not padding: (N, L), bool; None if all are."""
+    """Which members of each group of B maps are not padding: (N, 1, 1, L), bool; None if all are."""
     if not is_padded(H, W, layout):
         return None
     if torch.jit.is_scripting():
         real = real_members(H, W, layout, device)
     else:
         real = kept(real_members, H, W, layout, device)
-    return real.repeat(B, 1)
+    return real.repeat(B, 1)[:, None, None, :]
 
 
 def real_members(H: int, W: int, layout: Layout, device: torch.device) -> Tensor:
