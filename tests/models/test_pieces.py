@@ -67,6 +67,15 @@ def test_autocast_computes_and_keeps_in_16_bits():
         torch.testing.assert_close(one, other, atol=2e-2, rtol=2e-2)
 
 
+def test_autocast_of_a_hidden_map_in_32_bits():
+    x, linear = inputs(64, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gelu_linear(x, linear)
+    assert found.dtype == torch.bfloat16
+    found.float().sum().backward()
+    assert x.grad.isfinite().all() and x.grad.dtype == torch.float32
+
+
 def test_other_linear_layers_are_called():
     """An adapter in place of the layer, hooks on it, a parametrised weight: all of them count."""
 

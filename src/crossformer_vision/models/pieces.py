@@ -52,11 +52,18 @@ def trains_on_cpu(*tensors: Tensor) -> bool:
 
 def gelu_linear(x: Tensor, linear: nn.Linear) -> Tensor:
     """`linear(gelu(x))`, (N, hidden) -> (N, dim); a CPU's training does not keep `gelu(x)`."""
-    plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and linear.bias is not None
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks)
-    if plain and not any((*hooks, linear._backward_pre_hooks)) and trains_on_cpu(x, linear.weight):
-        return GeluLinear.apply(x, linear.weight, linear.bias)
+    if is_plain(linear) and trains_on_cpu(x, linear.weight):
+        if not torch.is_autocast_enabled("cpu") or x.dtype == torch.get_autocast_dtype("cpu"):
+            return GeluLinear.apply(x, linear.weight, linear.bias)
     return linear(F.gelu(x))
+
+
+def is_plain(linear: nn.Linear) -> bool:
+    """Whether its weights may be used without a call: no adapter, parametrisation, hook or missing bias."""
+    if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter or linear.bias is None:
+        return False
+    hooks = (linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks)
+    return not any((*hooks, linear._backward_hooks))
 
 
 class GeluLinear(torch.autograd.Function):
