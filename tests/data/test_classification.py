@@ -3,6 +3,7 @@
 import pickle
 import tarfile
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -232,3 +233,13 @@ def test_without_a_crop_training_and_validation_see_the_same(tmp_path):
     assert module.describe()["image"]["crop_mode"] == "squash"
     red, blue = validated[0].mean(0), validated[2].mean(0)
     assert red[:15].min() > red[30] and blue[-15:].min() > blue[30]
+
+
+def test_a_part_of_validation_has_all_classes(tmp_path):
+    tree(tmp_path, count=8)
+    images = data(tmp_path)
+    images.trainer = L.Trainer(
+        limit_val_batches=1, logger=False, accelerator="cpu", enable_checkpointing=False
+    )
+    images.setup("validate")
+    assert next(iter(images.val_dataloader()))[1].tolist() == [0, 0, 1, 1]

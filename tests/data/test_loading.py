@@ -55,6 +55,17 @@ def test_validation_covers_each_image_once():
     assert sorted(torch.cat(parts)[:, 0].tolist()) == list(range(23))
 
 
+@pytest.mark.parametrize(("limit", "taken"), [(1.0, None), (2, 8), (0.5, 12), (99, None), (0, None)])
+def test_a_part_of_validation_comes_from_all_of_it(limit, taken):
+    batches = EpochBatches(23, 4, seed=5, train=False, limit=limit)
+    order = [index for batch in batches for _, index in batch]
+    assert sorted(order) == list(range(23))
+    if taken is None:
+        assert order == list(range(23))
+    else:
+        assert order[:taken] == [n * 23 // taken for n in range(taken)]
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_epoch_goes_on_where_it_was_saved(num_workers):
     whole = epoch(loader(num_workers), 1)

@@ -164,6 +164,9 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         batch_size: of this process.
         seed: of the order.
         train: shuffle, and drop the samples that do not fill a global batch; otherwise all, in order.
+        limit: of the batches that are not for training, how many will be taken (int), or which share (float).
+            Where these are not all, they come evenly from the whole dataset: files are in the order of their
+            classes, of which the first batches would have one or two.
         rank, world: this process, and how many there are.
         kinds: of the samples, in training: a batch holds one kind, apart from the last ones, which hold what
             is left over.
@@ -180,9 +183,11 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         world: int = 1,
         kinds: list[int] | None = None,
         same_order: bool = False,
+        limit: int | float = 1.0,
     ) -> None:
         self.length, self.batch_size, self.seed, self.train = length, batch_size, seed, train
         self.rank, self.world, self.kinds, self.same_order = rank, world, kinds, same_order
+        self.limit = limit
         self.sampler = self  # where Lightning looks for `set_epoch`
         self.epoch = 0
         self.start = 0  # batch that the next iteration begins with
@@ -203,6 +208,11 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             if self.kinds:
                 order = self._by_kind(order)
         whole = self.batch_size * self.world
+        taken = whole * (int(self.limit * len(self)) if isinstance(self.limit, float) else self.limit)
+        if not self.train and 0 < taken < self.length:
+            spread = torch.arange(taken) * self.length // taken
+            rest = torch.ones(self.length, dtype=torch.bool).index_fill_(0, spread, False)
+            order = torch.cat([spread, order[rest]])
         start, self.start = self.start, 0
         for k in range(start, len(self)):
             batch = order[k * whole : (k + 1) * whole][self.rank :: self.world].tolist()
@@ -419,7 +429,8 @@ class ResumableData(L.LightningDataModule):
                 batch_size * world,
             )
         overfit = bool(self.trainer and getattr(self.trainer, "overfit_batches", 0))
-        batches = EpochBatches(len(dataset), batch_size, self.seed, train, rank, world, kinds, overfit)
+        limit = getattr(self.trainer, "limit_val_batches", 1.0)
+        batches = EpochBatches(len(dataset), batch_size, self.seed, train, rank, world, kinds, overfit, limit)
         loader = SeededLoader(dataset, batches, self.seed, self.num_workers, collate)
         self._loaders.add(loader)
         if train:
