@@ -251,7 +251,7 @@ def test_grad_checkpointing_changes_nothing(name):
 
 
 @pytest.mark.parametrize("span", ["map", "region"])
-def test_two_compiled_graphs_serve_ten_sizes(span):
+def test_two_compiled_graphs_serve_all_sizes(span):
     """One for squares, which torch takes for a case of its own, and one for all others."""
     torch._dynamo.reset()
     counter = CompileCounter()

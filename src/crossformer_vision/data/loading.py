@@ -164,13 +164,13 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         batch_size: of this process.
         seed: of the order.
         train: shuffle, and drop the samples that do not fill a global batch; otherwise all, in order.
-        limit: of the batches that are not for training, how many will be taken (int), or which share (float).
-            Where these are not all, they come evenly from the whole dataset: files are in the order of their
-            classes, of which the first batches would have one or two.
         rank, world: this process, and how many there are.
         kinds: of the samples, in training: a batch holds one kind, apart from the last ones, which hold what
             is left over.
         same_order: in all epochs, for Lightning's `overfit_batches`.
+        limit: of the batches that are not for training, how many will be taken (int), or which share (float).
+            Where these are not all, they come evenly from the whole dataset: files are in the order of their
+            classes, of which the first batches would have one or two.
     """
 
     def __init__(

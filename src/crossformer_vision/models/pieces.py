@@ -80,16 +80,18 @@ class GeluLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         exact = torch.promote_types(weight.dtype, torch.float32)
-        x_grads, weight_grads, bias_grad = [], [], None
+        x_grads: list[Tensor] = []
+        weight_grad = bias_grad = None
         with torch.autocast("cpu", enabled=False):
             for at in piece_slices(len(x), 1):
                 if ctx.needs_input_grad[0]:
                     activation_grad = grad[at] @ weight.to(grad.dtype)
                     x_grads.append(torch.ops.aten.gelu_backward(activation_grad, x[at]))
                 if ctx.needs_input_grad[1]:
-                    weight_grads.append((grad[at].t() @ F.gelu(x[at])).to(exact))
+                    part = (grad[at].t() @ F.gelu(x[at])).to(exact)
+                    weight_grad = part if weight_grad is None else weight_grad + part
             if ctx.needs_input_grad[2]:
                 bias_grad = grad.sum(0, dtype=exact).to(weight.dtype)
-        x_grad = torch.cat(x_grads) if x_grads else None
-        weight_grad = sum(weight_grads[1:], weight_grads[0]).to(weight.dtype) if weight_grads else None
-        return x_grad, weight_grad, bias_grad
+        if weight_grad is not None:
+            weight_grad = weight_grad.to(weight.dtype)
+        return torch.cat(x_grads) if x_grads else None, weight_grad, bias_grad
