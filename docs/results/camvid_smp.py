@@ -56,7 +56,8 @@ def main(root: str, folder: str) -> None:
         enable_progress_bar=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        **kept.trainer_parts(task, "# docs/results/camvid_smp.py\n", False),
+        logger=False,
+        callbacks=kept.callbacks(task, "# docs/results/camvid_smp.py\n", False, tensorboard=False),
     )
     run.train(trainer, task, data, kept, None)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from crossformer_vision import info
+from crossformer_vision import info, visualize
 from crossformer_vision.errors import UserError, check_range
 from crossformer_vision.info import DETECTORS, count_macs
 from crossformer_vision.models import find_model, fixed_size
@@ -398,7 +399,8 @@ def macs(row: Row) -> float | None:
     """Multiply-accumulates of an image; None of a network that cannot be counted without its weights."""
     try:
         with torch.device("meta"):
-            return count_macs(network(row).eval(), *row.size)
+            # A table of biases is an output of its module as it is, of which the counter wants a gradient.
+            return count_macs(network(row).eval().requires_grad_(False), *row.size)
     except Exception:  # networks may refuse tensors without data in any way
         return None
 
@@ -442,11 +444,10 @@ def markdown(found: list[dict[str, Any]]) -> list[str]:
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:
     """Throughput by multiply-accumulates, a marker a mode."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import StrMethodFormatter
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axis = figure.subplots()
+    figure, axes = visualize.subplots(8, 5)
+    axis = axes[0][0]
     timed = [entry for entry in found if entry.get("macs") and "error" not in entry]
     keys = ("step", "engine", "dtype", "batch", "size")
     varied = [key for key in keys if len({str(entry[key]) for entry in timed}) > 1]
@@ -455,12 +456,6 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         some = [e for e in timed if tuple(str(e[key]) for key in varied) == mode]
         places = [(e["macs"] / 1e9, e["images_per_second"]) for e in some]
         axis.plot(*zip(*places), marker, label=", ".join(mode) or None)
-    by_macs = sorted(dict.fromkeys((entry["macs"], entry["what"]) for entry in timed))
-    for n, (count, what) in enumerate(by_macs):
-        # Names by turns above and below, so that neighbours do not meet.
-        rates = [entry["images_per_second"] for entry in timed if entry["what"] == what]
-        place, shift = (count / 1e9, min(rates) if n % 2 else max(rates)), -15 if n % 2 else 8
-        axis.annotate(what, place, xytext=(0, shift), textcoords="offset points", fontsize=8, ha="center")
     axis.set(xlabel="multiply-accumulates of an image (G)", ylabel="images a second", yscale="log")
     for labels in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
         labels(StrMethodFormatter("{x:g}"))
@@ -468,7 +463,10 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     axis.grid(alpha=0.3, which="both")
     if varied:
         axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    by_rate = sorted(timed, key=itemgetter("images_per_second"))
+    fastest = {e["what"]: (e["macs"] / 1e9, e["images_per_second"], e["what"]) for e in by_rate}
+    visualize.name_points(figure, axis, list(fastest.values()))
+    visualize.save_figure(figure, path)
 
 
 def run(rows: list[Row], device: torch.device, rounds: int, out: Path) -> list[dict[str, Any]]:

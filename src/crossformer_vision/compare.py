@@ -28,9 +28,10 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.table import Table
 
-from crossformer_vision import options
+from crossformer_vision import options, visualize
 from crossformer_vision.benchmark import images_per_second, interleaved
 from crossformer_vision.errors import UserError
+from crossformer_vision.fonts import written
 from crossformer_vision.info import count_macs
 from crossformer_vision.options.arguments import find_config
 from crossformer_vision.predict import load_predictor
@@ -486,15 +487,15 @@ def markdown(table: list[dict[str, Any]], metric: str) -> list[str]:
 
 def plot(table: list[dict[str, Any]], metric: str, path: Path) -> None:
     """The score of each row by its operations, with the spread over seeds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-    axis = figure.subplots()
-    for row in (row for row in table if row["mean"] is not None and row["macs"]):
-        place = row["macs"] / 1e9, row["mean"]
-        axis.errorbar(*place, yerr=row["std"], fmt="o", capsize=3)
-        axis.annotate(row["row"], place, xytext=(6, 4), textcoords="offset points", fontsize=8)
-    axis.set(xlabel="multiply-accumulates of an image (G)", ylabel=metric.removeprefix("val_"))
-    axis.margins(x=0.2, y=0.15)
-    axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    drawn = [row for row in table if row["mean"] is not None and row["macs"]]
+    with written([row["row"] for row in drawn]):
+        figure, axes = visualize.subplots(7.5, 4.8)
+        axis = axes[0][0]
+        for row in drawn:
+            axis.errorbar(row["macs"] / 1e9, row["mean"], yerr=row["std"], fmt="o", capsize=3)
+        axis.set(xlabel="multiply-accumulates of an image (G)", ylabel=visualize.called(metric))
+        axis.margins(x=0.25, y=0.15)
+        axis.grid(alpha=0.3)
+        names = [(row["macs"] / 1e9, row["mean"], row["row"]) for row in drawn]
+        visualize.name_points(figure, axis, names)
+        visualize.save_figure(figure, path)

@@ -427,6 +427,35 @@ def _segmentations(
     save_figure(figure, path)
 
 
+def name_points(figure: Any, axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """Write a name beside each point of a plot, with a line to it; further down where it would meet others.
+
+    Args:
+        figure: of the axis, whose limits and data are there already.
+        axis: of the figure.
+        points: x and y in the axis' units, name.
+    """
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # it would make room for the names, and so move the points
+    unit = figure.dpi / 72
+    line = dict(arrowstyle="-", lw=0.5, color="0.5", shrinkA=0, shrinkB=3)
+    centres = axis.transData.transform([point[:2] for point in points]) if points else []
+    taken = [Bbox.from_bounds(x - 3 * unit, y - 3 * unit, 6 * unit, 6 * unit) for x, y in centres]
+    for (at_x, at_y), (x, y, name) in sorted(zip(centres, points, strict=True), key=lambda pair: -pair[0][1]):
+        how = dict(xytext=(0, 0), textcoords="offset points", va="center", fontsize=8, arrowprops=line)
+        label = axis.annotate(name, (x, y), **how)
+        size = label.get_window_extent()
+        left = max(axis.bbox.x0, min(at_x + 12 * unit, axis.bbox.x1 - size.width))
+        box = Bbox.from_bounds(left, at_y - size.height / 2, size.width, size.height)
+        down = 0
+        while any(box.overlaps(other) for other in taken):
+            box, down = box.translated(0, -unit), down + 1
+        label.set_position(((left - at_x) / unit, -down))
+        taken.append(box)
+
+
 def class_bars(classes: Sequence[str], values: NDArray[np.float64], name: str, path: Path) -> None:
     """A bar for each class, the best first, with their mean; classes without a value are left out.
 
