@@ -1,10 +1,13 @@
 """Pictures: names of any characters and lengths, labels inside, colours of the legend, sizes within bounds."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
+from matplotlib.text import Text
 from PIL import Image
 
 from crossformer_vision import fonts, visualize
@@ -179,3 +182,27 @@ def test_thousands_of_classes_keep_below_the_largest_side(tmp_path):
         [f"class {k}" for k in range(4000)], np.linspace(0, 1, 4000), "IoU", tmp_path / "x.png"
     )
     assert max(Image.open(tmp_path / "x.png").size) < 2**16
+
+
+def test_names_in_a_plot_cover_neither_one_another_nor_points(tmp_path):
+    figure, axes = visualize.subplots(6, 4)
+    axis = axes[0][0]
+    points = [
+        (1.0, 0.5, "one"),
+        (1.0, 0.5, "its double"),
+        (1.001, 0.499, "neighbour"),
+        (2.0, 0.4, "at the edge " * 3),
+    ]
+    for x, y, _ in points:
+        axis.plot(x, y, "o")
+    visualize.name_points(figure, axis, points)
+    visualize.save_figure(figure, tmp_path / "names.png")
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axis.texts]  # without the lines
+    assert len(boxes) == 4
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    inside = axis.bbox
+    for box in boxes:
+        assert inside.x0 <= box.x0 and box.x1 <= inside.x1 + 1
+        for x, y in axis.transData.transform([point[:2] for point in points]):
+            assert not (box.x0 < x < box.x1 and box.y0 < y < box.y1)

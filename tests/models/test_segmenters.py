@@ -240,3 +240,15 @@ def test_maps_lie_over_the_image_at_any_size(width):
             net(torch.zeros(1, 3, 64, width))[0, 0, 32] / 10
         )  # the pyramid adds the levels 1, 2, 3 and 4 times
     assert abs((seen - torch.arange(width) - 0.5)[width // 2 : width - 40].mean()) < 0.5
+
+
+@pytest.mark.parametrize("name", ["semantic_fpn", "upernet"])
+def test_classifiers_of_pixels_start_as_xavier(name):
+    """torch's own, half as large, cost eight points of mIoU after a short run with Muon."""
+    net = create_segmenter(name, "crossformer_nano", num_classes=11, width=64)
+    layers = [layer for key, layer in net.named_modules() if key.endswith("conv_seg")]
+    assert len(layers) == (2 if name == "upernet" else 1)
+    for layer in layers:
+        bound = (6 / (11 + layer.in_channels)) ** 0.5
+        assert 0.9 * bound < layer.weight.abs().max() <= bound
+        assert not layer.bias.any()
