@@ -180,6 +180,37 @@ def test_a_score_is_never_taken_for_that_of_other_options(tmp_path, capsys):
     assert main(["compare", grid, "--out", str(tmp_path / "out")]) == 0
 
 
+def test_a_folder_is_of_one_cell(tmp_path):
+    """Two rows of one folder are refused; a folder that another grid has filled is not taken for this one's."""
+    with pytest.raises(UserError, match=r"rows 'A x' and 'A \(x\)' would share the folder A_x"):
+        compare.read_grid(written(tmp_path / "grid.yaml", "rows: {A x: {}, A (x): {model.lr: 0.5}}"))
+    grid = compare.read_grid(written(tmp_path / "grid.yaml", ""))
+    args = grid.arguments(grid.rows["recipe"], 0)
+    folder = tmp_path / "out/recipe/seed-0"
+    assert compare.train(args, folder, digest="one")["cell"] == "one"
+    assert compare.train(args, folder, digest="one")["cell"] == "one"
+    with pytest.raises(UserError, match="seed-0: holds the run of another grid"):
+        compare.train(args, folder, digest="another")
+
+
+def test_a_grid_is_the_same_wherever_its_recipe_lies(tmp_path):
+    found = set()
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        shutil.copy(find_config("quickstart/classification.yaml"), tmp_path / place / "recipe.yaml")
+        (tmp_path / place / "grid.yaml").write_text(f"recipe: {tmp_path / place / 'recipe.yaml'}\n")
+        found.add(compare.read_grid(str(tmp_path / place / "grid.yaml")).digest("recipe", 0))
+    assert len(found) == 1
+
+
+def test_what_cannot_be_timed_is_left_out(tmp_path, capsys, monkeypatch):
+    grid = compare.read_grid(written(tmp_path / "grid.yaml", ""))
+    compare.train(grid.arguments(grid.rows["recipe"], 0), tmp_path / "run")
+    runs = {"fits": (tmp_path / "run", (32, 32)), "does not": (tmp_path / "run", (0, 32))}
+    assert list(compare.throughput(runs, batch=2)) == ["fits"]
+    assert "does not: not timed (" in capsys.readouterr().out
+
+
 def test_search_with_pruning(tmp_path):
     search = "search: {model.lr: {low: 1.0e-4, high: 1.0e-2, log: true}, data.hflip: {choices: [0.0, 0.5]}}"
     found = compare.search(written(tmp_path / "grid.yaml", search), tmp_path / "out", 2)

@@ -16,6 +16,7 @@ from crossformer_vision import UserError, create_detector, create_segmenter, loa
 from crossformer_vision.cli import main
 from crossformer_vision.export import difference, different_objects, export
 from crossformer_vision.export.detectors import MaskRCNNGraph, distinct
+from crossformer_vision.export.graphs import Features
 from crossformer_vision.predict.exported import KEY
 
 SMALL = {"depths": (1, 2, 1, 1), "embed_dim": 16, "num_heads": (1, 1, 2, 4)}
@@ -186,6 +187,25 @@ def test_fewer_candidates_than_objects(tmp_path):
     boxes, labels, scores = distinct(boxes, scores, torch.ones(1, 3, dtype=torch.long), 0.5, 5)
     assert scores.tolist() == [[pytest.approx(0.9), 0, 0, 0, 0]] and labels.tolist() == [[1, 0, 0, 0, 0]]
     assert boxes[0, 0].tolist() == [0, 0, 5, 5] and not boxes[0, 1:].any()
+
+
+def test_features_are_of_the_size_that_was_trained():
+    """A Swin of another size has other windows; a model of one map has none at four strides."""
+    name, small = (
+        "swin_tiny_patch4_window7_224",
+        dict(depths=(1, 1, 1, 1), embed_dim=16, num_heads=(1, 1, 2, 4)),
+    )
+    torch.manual_seed(0)
+    net = timm.create_model(name, num_classes=3, img_size=96, **small).eval()
+    maps = Features(net, {"model": name, "model_args": small, "image_size": 96})
+    images = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        expected = net.forward_intermediates(images, intermediates_only=True)
+        for one, other in zip(maps(images), expected, strict=True):
+            assert torch.allclose(one, other, atol=1e-5)
+    vit = timm.create_model("test_vit", num_classes=3)
+    with pytest.raises(UserError, match="a classifier of 'test_vit' has no maps at strides 4 to 32"):
+        Features(vit, {"model": "test_vit", "model_args": None, "image_size": 160})
 
 
 def test_features(tmp_path):

@@ -192,3 +192,15 @@ def test_nobody_listens(tmp_path):
     command = f"{sys.executable} -m crossformer_vision train --help | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stdout.startswith("usage: ") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("task", ["semantic_segmentation", "detection"])
+def test_other_images_of_any_task_are_validated(task, tmp_path, capsys):
+    """`val_share`, which is then all, is an option of class folders alone."""
+    root, run = tmp_path / "other", tmp_path / "run"
+    config = f"quickstart/{task}.yaml"
+    tiny = ["--data.train_images", "8", "--data.val_images", "2", "--trainer.max_epochs", "1"]
+    assert main(["train", "--config", config, *tiny, "--run.folder", str(run)]) == 0
+    capsys.readouterr()
+    assert main(["validate", str(run), "--data.root", str(root)]) == 1
+    assert f"{root}: no such folder" in capsys.readouterr().err

@@ -179,6 +179,44 @@ def test_arrays_tensors_and_the_folder_of_a_run(runs, images):
         predictor(np.zeros((70, 90, 5), np.uint8))
 
 
+def test_arrays_of_other_values(runs, images):
+    """Bytes, floats in 0..1 and bool alone say what is black and what white."""
+    predictor = load_predictor(runs / "classifier")
+    pixels = np.asarray(Image.open(images / "a.png").convert("RGB"))
+    assert (np.asarray(predictor(pixels.astype(np.uint16)).image) == pixels).all()
+    assert (np.asarray(predictor(pixels > 100).image) == 255 * (pixels > 100)).all()
+    assert predictor(pixels / 255 * 1.02 - 0.01).image.size == (90, 70)  # resampled, a little beyond
+    for wrong, values in (
+        (pixels * 256.0, "floats"),
+        (pixels.astype(int) * 16, "integers"),
+        (-pixels.astype(int), "integers"),
+    ):
+        with pytest.raises(UserError, match=f"an image of values from .* arrays of {values} are in 0"):
+            predictor(wrong)
+    with pytest.raises(UserError, match="an image of values from nan to nan"):
+        predictor(np.full((8, 8), np.nan))
+
+
+def test_no_mask_is_pasted_that_is_not_wanted(runs, images, monkeypatch):
+    """Each is as large as the photo."""
+    every = load_predictor(runs / "detector", score=0.0)(images / "a.png")
+    score = float(np.sort(every.scores)[-3])
+    predictor = load_predictor(runs / "detector", score=0.0)
+    predictor.score = score
+    pasted = []
+    paste = type(predictor.net.transform).postprocess
+
+    def seen(self, result, *sizes):
+        pasted.append(len(result[0]["boxes"]))
+        return paste(self, result, *sizes)
+
+    monkeypatch.setattr(type(predictor.net.transform), "postprocess", seen)
+    found = predictor(images / "a.png")
+    assert (found.boxes == every.boxes[every.scores >= score]).all() and pasted == [len(found.boxes)]
+    predictor.score = 0.0
+    assert (predictor(images / "a.png").scores == every.scores).all()
+
+
 def test_published_weights_by_name(images, tmp_path, monkeypatch, capsys):
     """Those that come along; published dense models, which bring their classes, groups and sizes; the rest said."""
     result = load_predictor("crossformer_nano.cifar10", device="cpu")(images / "a.png")

@@ -1,6 +1,7 @@
 """Predicting much: patterns, batches, videos, tiles, JSON for programs, memory that does not grow."""
 
 import json
+import struct
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from torchvision.ops import box_iou
 from crossformer_vision import load_predictor
 from crossformer_vision.cli import main
 from crossformer_vision.predict.tiles import detect_in_tiles
+from crossformer_vision.predict.video import frames
 
 CPU = torch.device("cpu")
 
@@ -94,6 +96,30 @@ def test_a_video(make, tmp_path, capsys):
         main(["predict", str(tmp_path / "best.ckpt"), str(tmp_path / "broken.mp4"), "--out", str(out)]) == 1
     )
     assert "broken.mp4: cannot read this video" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("degrees", [90, 270])
+def test_phones_lie_their_videos_down(degrees, tmp_path):
+    """The file says how its frames are turned to be upright: by a matrix in its track's head."""
+    av = pytest.importorskip("av")
+    path = tmp_path / "clip.mp4"
+    pixels = np.zeros((64, 128, 3), np.uint8)
+    pixels[:, :32] = 255  # on the left
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 128, 64, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tkhd") + 44
+    assert struct.unpack(">9i", content[at : at + 36]) == (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    sine = {90: 1 << 16, 270: -1 << 16}[degrees]  # clockwise
+    content[at : at + 36] = struct.pack(">9i", 0, sine, 0, -sine, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    ((_, picture),) = frames(path)
+    assert picture.size == (64, 128)
+    top, bottom = (np.asarray(picture)[rows].mean() > 128 for rows in (slice(0, 16), slice(-16, None)))
+    assert (top, bottom) == ((True, False) if degrees == 90 else (False, True))
 
 
 class FindsRed(nn.Module):

@@ -62,6 +62,15 @@ def test_opens_in_timm_and_transformers(run, photo, tmp_path, capsys, monkeypatc
     assert not list(folder.parent.glob(".share-*"))
 
 
+def test_a_card_has_no_other_checkpoints_figures(run, tmp_path):
+    """`results.json` is of best.ckpt."""
+    assert main(["share", str(run / "last.ckpt"), "--to", str(tmp_path / "last")]) == 0
+    card = (tmp_path / "last/README.md").read_text()
+    assert "Accuracy" not in card and "curves" not in card
+    assert main(["share", str(run / "best.ckpt"), "--to", str(tmp_path / "best")]) == 0
+    assert "Accuracy" in (tmp_path / "best/README.md").read_text()
+
+
 def test_published_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results.json").write_text('{"val_accuracy": 0.123}')  # of something else

@@ -130,6 +130,20 @@ def test_no_box_crosses_a_label():
     assert (both[70:80, 20] == visualize.COLOURS[1]).all()
 
 
+def test_a_box_of_negative_sides_is_drawn():
+    """Validation shows the truth as the file has it."""
+    boxes = np.array([[90, 60, 10, 90], [10, 60, 90, 90]], np.float32)
+    drawn = [
+        np.asarray(
+            visualize.draw_objects(
+                Image.new("RGB", (99, 99)), {"boxes": boxes[k : k + 1], "labels": np.array([1])}, ["a"]
+            )
+        )
+        for k in (0, 1)
+    ]
+    assert drawn[0].any() and (drawn[0] == drawn[1]).all()
+
+
 def test_overlays_have_the_colours_of_their_legend():
     classes = [f"class {k}" for k in range(12)]
     grey = Image.new("RGB", (400, 300), (128, 128, 128))

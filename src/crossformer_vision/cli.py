@@ -330,7 +330,7 @@ does what lacks; called several times at once, on one machine or many, the calls
 
         raise UserError(f"{error.name} is not installed: pip install 'crossformer-vision[compare]'") from None
     out = Path(given.out or f"runs/{Path(given.grid).stem}")
-    if given.search:
+    if given.search is not None:
         compare.search(given.grid, out, given.search, given.storage, given.heartbeat)
     else:
         compare.compare(given.grid, out, given.storage, given.heartbeat)

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from crossformer_vision import options, visualize
 from crossformer_vision.benchmark import images_per_second, interleaved
-from crossformer_vision.errors import UserError
+from crossformer_vision.errors import UserError, check_range
 from crossformer_vision.fonts import written
 from crossformer_vision.info import count_macs
 from crossformer_vision.options.arguments import find_config
@@ -68,12 +68,15 @@ class Grid:
         return args
 
     def digest(self, row: str, seed: int) -> str:
-        """Of all that a cell's score follows from: its command line, and what the recipes say."""
-        said = [
-            *self.arguments(self.rows[row], seed),
-            *(Path(r).read_text(encoding="utf-8") for r in self.recipe),
-        ]
+        """Of what a cell's score follows from: its options, and what the recipes say, not where they lie."""
+        recipes = [Path(recipe).read_text(encoding="utf-8") for recipe in self.recipe]
+        said = [*self.arguments(self.rows[row], seed)[2 * len(recipes) :], *recipes]
         return hashlib.sha256("\0".join(said).encode()).hexdigest()[:16]
+
+
+def slug(name: str) -> str:
+    """A name as a folder's."""
+    return re.sub(r"[^\w.+-]+", "_", name).strip("_") or "row"
 
 
 def read_grid(path: str) -> Grid:
@@ -104,6 +107,12 @@ def read_grid(path: str) -> Grid:
     for (name, row), values in itertools.product(rows.items(), itertools.product(*vary.values())):
         said = [f"{option.rsplit('.', 1)[-1]} {value}" for option, value in zip(vary, values, strict=True)]
         product[", ".join([name, *said])] = {**row, **dict(zip(vary, values, strict=True))}
+    folders: dict[str, str] = {}
+    for name in product:
+        if (other := folders.setdefault(slug(name), name)) != name:
+            raise UserError(
+                f"{path}: rows '{other}' and '{name}' would share the folder {slug(name)}: rename one"
+            )
     seeds = content.get("seeds", 1)
     seeds = list(range(seeds)) if isinstance(seeds, int) else seeds
     if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
@@ -121,13 +130,23 @@ class CellFailed(Exception):
     """A run of a grid that ended with an error, which is kept."""
 
 
-def slug(name: str) -> str:
-    """A name as a folder's."""
-    return re.sub(r"[^\w.+-]+", "_", name).strip("_") or "row"
+def train(
+    args: list[str], folder: Path, callbacks: Sequence[L.Callback] = (), digest: str = ""
+) -> dict[str, Any]:
+    """Train into a folder, or go on where it stopped.
 
+    Args:
+        args: the command line, without the folder.
+        folder: of the run.
+        callbacks: further ones of the Trainer.
+        digest: of the cell, which the folder keeps.
 
-def train(args: list[str], folder: Path, callbacks: Sequence[L.Callback] = ()) -> dict[str, Any]:
-    """Train into a folder, or go on where it stopped; returns what its `results.json` holds, and `macs`."""
+    Returns:
+        What its `results.json` holds, and `macs` and `cell`, the digest.
+
+    Raises:
+        UserError: the run there is another cell's; or it was not validated.
+    """
     if not (folder / "results.json").is_file():
         args, resume = [*args, "--run.folder", str(folder)], None
         try:
@@ -141,8 +160,11 @@ def train(args: list[str], folder: Path, callbacks: Sequence[L.Callback] = ()) -
     results: dict[str, Any] = json.loads((folder / "results.json").read_bytes())
     if results["metric"] not in results:
         raise UserError(f"{folder}: not validated, and so without a score")
-    if "macs" not in results:
+    if results.get("cell", digest) != digest:
+        raise UserError(f"{folder}: holds the run of another grid; --out names another folder for this one")
+    if "macs" not in results or "cell" not in results:
         results["macs"] = macs(load_predictor(results["checkpoint"]).net, results["image_size"])
+        results["cell"] = digest
         write_json(folder / "results.json", results)
     return results
 
@@ -267,7 +289,8 @@ def compare(path: str, out: Path, url: str | None = None, heartbeat: int = 20) -
         done = len({t.user_attrs["cell"] for t in trials(study, TrialState.COMPLETE)} & cells.keys())
         print(f"\n{cell}: {done} of {len(cells)} cells are done", flush=True)
         try:
-            results = train(grid.arguments(grid.rows[row], seed), out / slug(row) / f"seed-{seed}")
+            args, digest = grid.arguments(grid.rows[row], seed), trial.user_attrs["digest"]
+            results = train(args, out / slug(row) / f"seed-{seed}", digest=digest)
         except (Stopped, KeyboardInterrupt):
             raise
         except Exception as error:
@@ -304,6 +327,7 @@ class Pruning(L.Callback):
 
 def search(path: str, out: Path, count: int, url: str | None = None, heartbeat: int = 20) -> dict[str, Any]:
     """`count` trials of the ranges that a grid's `search` names, on its first row; the best comes back."""
+    check_range("search", count, 1)
     grid = read_grid(path)
     if not grid.search:
         raise UserError(f"{path}: has no search: {{option: {{low: 1.0e-4, high: 1.0e-2, log: true}}}}")
@@ -448,6 +472,8 @@ def paired_p(differences: Sequence[float]) -> float | None:
 def throughput(runs: dict[str, tuple[Path, Sequence[int]]], batch: int = 16) -> dict[str, float]:
     """Images per second of the networks of runs that are here, float32, in one interleaved run.
 
+    Those that cannot be run, for want of memory for example, are left out, with a line that says why.
+
     Args:
         runs: row -> folder of a run, and height and width of its images.
         batch: images at a time.
@@ -458,7 +484,13 @@ def throughput(runs: dict[str, tuple[Path, Sequence[int]]], batch: int = 16) -> 
         if checkpoint is not None:  # or else on another machine
             predictor = load_predictor(checkpoint)
             images = torch.rand(batch, 3, *size, device=predictor.device)
-            calls[row] = partial(predictor.net, list(images) if predictor.task == "detection" else images)
+            call = partial(predictor.net, list(images) if predictor.task == "detection" else images)
+            try:
+                call()
+            except Exception as error:  # of whatever a network stumbles over
+                print(f"{row}: not timed ({str(error).splitlines()[0]})", flush=True)
+            else:
+                calls[row] = call
     times = interleaved(calls) if calls else {}
     return {row: images_per_second(seconds, batch) for row, seconds in times.items()}
 

@@ -46,8 +46,8 @@ def share(what: str, to: str) -> str:
     repository = to.removeprefix("hf:") if to.startswith("hf:") else None
     if repository is not None and len([part for part in repository.split("/") if part]) != 2:
         raise UserError(f"--to {to}: a repository is hf:owner/name")
-    own = Path(what).exists()  # not published weights, which have no run
-    run = (Path(what) if Path(what).is_dir() else Path(what).parent) if own else None
+    file = Path(what) / "best.ckpt" if Path(what).is_dir() else Path(what)
+    own = file if file.exists() else None  # not published weights
     if repository is None:
         folder = Path(to)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -55,22 +55,30 @@ def share(what: str, to: str) -> str:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".share-") as new:
-                _write(predictor, run, Path(new) / "model", f"local-dir:{folder.name}", folder.name)
+                _write(predictor, own, Path(new) / "model", f"local-dir:{folder.name}", folder.name)
                 (Path(new) / "model").replace(folder)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
         return f"local-dir:{folder}"
     with tempfile.TemporaryDirectory() as new:
-        _write(predictor, run, Path(new), f"hf-hub:{repository}", repository.split("/")[1])
+        _write(predictor, own, Path(new), f"hf-hub:{repository}", repository.split("/")[1])
         _upload(Path(new), repository)
     return f"hf-hub:{repository}"
 
 
-def _write(predictor: Predictor, run: Path | None, folder: Path, opened: str, title: str) -> None:
+def _results(file: Path | None) -> dict[str, Any]:
+    """What the run of a checkpoint says of it; nothing where it says it of another, as best beside last."""
+    if file is None or not (file.parent / "results.json").is_file():
+        return {}
+    results = json.loads((file.parent / "results.json").read_text(encoding="utf-8"))
+    return results if Path(results.get("checkpoint", "")).name == file.name else {}
+
+
+def _write(predictor: Predictor, file: Path | None, folder: Path, opened: str, title: str) -> None:
     args = dict(predictor.options.get("model_args") or {})
     net: Any = predictor.net
     prepared = dict(predictor.image)
-    if run is not None:  # own weights: not the model's published ones, nor under their licence
+    if file is not None:  # own weights: not the model's published ones, nor under their licence
         prepared |= {"tag": None, "license": None}
     config = {"label_names": list(predictor.classes), "pretrained_cfg": prepared}
     save_for_hf(net, str(folder), model_config=config, model_args=args, safe_serialization=True)
@@ -79,10 +87,10 @@ def _write(predictor: Predictor, run: Path | None, folder: Path, opened: str, ti
     for name in ("num_classes", "global_pool"):
         written.get("model_args", {}).pop(name, None)
     (folder / "config.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
-    results: dict[str, Any] = {}
-    if run is not None and (run / "results.json").is_file():
-        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    plots = [run / name for name in PLOTS if (run / name).is_file()] if run else []
+    results = _results(file)
+    plots = (
+        [file.parent / name for name in PLOTS if (file.parent / name).is_file()] if file and results else []
+    )
     for plot in plots:
         shutil.copy(plot, folder)
     card = model_card(predictor, title, opened, results, [plot.name for plot in plots])

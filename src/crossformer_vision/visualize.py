@@ -242,8 +242,9 @@ def draw_objects(image: Image.Image, objects: dict[str, NDArray[Any]], classes: 
         COLOURS[(n if masks is not None else int(label) - 1) % len(COLOURS)]
         for n, label in enumerate(objects["labels"])
     ]
-    for box, colour in zip(objects["boxes"], colours):
-        canvas.rectangle([float(v) for v in box], outline=colour, width=line)
+    for (x0, y0, x1, y1), colour in zip(np.asarray(objects["boxes"], float).reshape(-1, 4).tolist(), colours):
+        # A file's box may have a negative side.
+        canvas.rectangle((min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)), outline=colour, width=line)
     for n, (box, label) in enumerate(zip(objects["boxes"], objects["labels"])):
         words = [classes[int(label) - 1]] if len(classes) > 1 else []
         if "scores" in objects:

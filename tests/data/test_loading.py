@@ -4,10 +4,12 @@ import random
 import subprocess
 import sys
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 
+from crossformer_vision.data.classification import ClassificationData
 from crossformer_vision.data.loading import EpochBatches, SeededLoader, kept_generators, seed_all
 
 
@@ -64,6 +66,20 @@ def test_a_part_of_validation_comes_from_all_of_it(limit, taken):
         assert order == list(range(23))
     else:
         assert order[:taken] == [n * 23 // taken for n in range(taken)]
+
+
+class Labels(L.LightningModule):
+    def predict_step(self, batch):
+        return batch[1]
+
+
+def test_predictions_come_in_the_order_of_the_data():
+    """A limited validation takes images from everywhere; predicting does not."""
+    data = ClassificationData(image_size=32, val_images=30, batch_size=4, num_workers=0)
+    said = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
+    found = L.Trainer(limit_val_batches=2, **said).predict(Labels(), data)
+    images = data.open("val")
+    assert torch.cat(found).tolist() == [int(images[n][1]) for n in range(30)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -108,6 +108,16 @@ def test_class_maps_of_drawing_programs(tmp_path, caplog):
     assert np.unique(found.images["train"].source.read(0)[1]).tolist() == [1, 255]
 
 
+def test_sparse_class_maps_of_drawing_programs(tmp_path):
+    """The first maps in the order of names hold nothing."""
+    black_and_white(tmp_path)
+    for n in range(60):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"images/training/0{n:02d}.png")
+        Image.new("L", (8, 8), 255 if n == 40 else 0).save(tmp_path / f"annotations/training/0{n:02d}.png")
+    data = SegmentationData(str(tmp_path), crop_size=32)
+    assert np.unique(data.open("train").source.read(40)[1]).tolist() == [1]
+
+
 def test_two_images_of_one_class_map(tmp_path):
     black_and_white(tmp_path)
     Image.new("RGB", (50, 40)).save(tmp_path / "images/training/x.jpg")

@@ -189,8 +189,11 @@ def test_validation_in_slurm_is_of_the_weights_it_names(tmp_path, monkeypatch, c
         (signal.SIGTERM, []),
         pytest.param(signal.SIGINT, [], marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, TWO, marks=pytest.mark.slow),
+        pytest.param(
+            signal.SIGTERM, [*TWO, "--trainer.accumulate_grad_batches", "2"], marks=pytest.mark.slow
+        ),
     ],
-    ids=["SIGTERM", "Ctrl-C", "SIGTERM to two processes"],
+    ids=["SIGTERM", "Ctrl-C", "SIGTERM to two processes", "SIGTERM to two that accumulate"],
 )
 def test_a_signal_to_all_processes_of_a_job(number, more, tmp_path):
     """As a terminal and a scheduler send it: to the loaders' workers, too."""

@@ -429,7 +429,9 @@ class ResumableData(L.LightningDataModule):
                 batch_size * world,
             )
         overfit = bool(self.trainer and getattr(self.trainer, "overfit_batches", 0))
-        limit = getattr(self.trainer, "limit_val_batches", 1.0)
+        testing, predicting = (bool(getattr(self.trainer, k, False)) for k in ("testing", "predicting"))
+        limit = getattr(self.trainer, "limit_test_batches" if testing else "limit_val_batches", 1.0)
+        limit = 1.0 if predicting else limit  # in the dataset's order
         batches = EpochBatches(len(dataset), batch_size, self.seed, train, rank, world, kinds, overfit, limit)
         loader = SeededLoader(dataset, batches, self.seed, self.num_workers, collate)
         self._loaders.add(loader)

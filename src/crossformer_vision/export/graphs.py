@@ -9,8 +9,16 @@ from torch import Tensor, nn
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from crossformer_vision.checkpoints import load_checkpoint
+from crossformer_vision.errors import UserError
 from crossformer_vision.export.detectors import MaskRCNNGraph, RetinaNetGraph
-from crossformer_vision.models.backbones import STRIDES, DenseModel, create_backbone, feature_maps
+from crossformer_vision.models import fixed_size
+from crossformer_vision.models.backbones import (
+    STRIDES,
+    DenseModel,
+    SimplePyramid,
+    create_backbone,
+    feature_maps,
+)
 from crossformer_vision.models.crossformer import LongShortAttention
 from crossformer_vision.models.detectors import MaskRCNN, RetinaNet
 from crossformer_vision.models.grouping import Layout, pad_to_multiple, padded_size
@@ -33,8 +41,11 @@ class Features(nn.Module):
         if isinstance(net, DenseModel):
             self.body = net.body
         else:
-            name = options["model"].split(".")[0]
-            self.body = create_backbone(name, False, **(options["model_args"] or {})).eval()
+            name, args = options["model"], options["model_args"] or {}
+            args = {**fixed_size(name, options.get("image_size")), **args}
+            self.body = create_backbone(name, False, **args).eval()
+            if isinstance(self.body, SimplePyramid):
+                raise UserError(f"--features: a classifier of '{name}' has no maps at strides 4 to 32")
             load_checkpoint(self.body, net.state_dict())
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -318,7 +318,8 @@ def _cli(
             elif auto:
                 self._go_on_if_there_is_a_run()
             for key, value in fixed.items():
-                self.config[key] = value
+                if key in self.config:  # `val_share` is of classes alone
+                    self.config[key] = value
 
         def _go_on_if_there_is_a_run(self) -> None:
             """`--resume auto`, or a command that a scheduler has started again."""

@@ -45,8 +45,13 @@ def _from_array(pixels: NDArray[Any] | Tensor) -> Image.Image:
         raise UserError(
             f"an image of shape {tuple(pixels.shape)}: arrays are (H, W, 3) or (H, W), tensors (3, H, W)"
         )
-    if pixels.dtype.kind == "f":
-        pixels = (pixels * 255).round().clip(0, 255)
+    low, high = (float(pixels.min()), float(pixels.max())) if pixels.size else (0.0, 0.0)
+    if pixels.dtype.kind in "fb":
+        if not -0.5 <= low <= high <= 1.5:  # a resampled image goes a little beyond
+            raise UserError(f"an image of values from {low:g} to {high:g}: arrays of floats are in 0..1")
+        pixels = (pixels * 255.0).round().clip(0, 255)
+    elif not 0 <= low <= high <= 255:
+        raise UserError(f"an image of values from {low:g} to {high:g}: arrays of integers are in 0..255")
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
     return Image.fromarray(np.ascontiguousarray(pixels, dtype=np.uint8))
@@ -126,7 +131,7 @@ class Predictor:
             net = Detection(**options).net
             # The detector itself keeps nothing below a score of its own.
             scored = getattr(net, "roi_heads", net)
-            scored.score_thresh = min(scored.score_thresh, self.score)
+            self.least_score = scored.score_thresh = min(scored.score_thresh, self.score)
         load_checkpoint(net, checkpoint["state_dict"], adapt_classifier=False)
         return net
 
@@ -201,6 +206,17 @@ class Predictor:
             for (picture, name), probabilities in zip(opened, of_each, strict=True)
         ]
 
+    def _objects(self, pixels: Tensor) -> dict[str, Tensor]:
+        """What the detector finds of `score` and more: each object's mask is as large as the image."""
+        scored: Any = getattr(self.net, "roi_heads", self.net)
+        if not hasattr(scored, "score_thresh"):  # an exported one
+            return self.net([pixels])[0]
+        scored.score_thresh = max(self.least_score, self.score - 1e-6)
+        try:
+            return self.net([pixels])[0]
+        finally:
+            scored.score_thresh = self.least_score
+
     def _result(self, picture: Image.Image, name: str) -> Result:
         if self.task == "segmentation":
             views = [self.transform(picture, scale)[None].to(self.device) for scale in self.test_scales]
@@ -212,7 +228,7 @@ class Predictor:
             found = detect_in_tiles(self.net, picture, self.tile, self.score, self.device)
         else:
             pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(self.device) / 255
-            (found,) = self.net([pixels])
+            found = self._objects(pixels)
             kept = found["scores"] >= self.score
             found = {name: value[kept].cpu() for name, value in found.items()}
             if "masks" in found:

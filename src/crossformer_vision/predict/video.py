@@ -21,7 +21,7 @@ def _av() -> Any:
 
 
 def frames(path: Path) -> Iterator[tuple[float, Image.Image]]:
-    """(seconds, RGB) of each frame.
+    """(seconds, RGB, upright) of each frame.
 
     Raises:
         UserError: a file that is no video, or is damaged; PyAV is not installed.
@@ -32,7 +32,9 @@ def frames(path: Path) -> Iterator[tuple[float, Image.Image]]:
             if not container.streams.video:
                 raise UserError(f"{path}: has no pictures")
             for frame in container.decode(video=0):
-                yield float(frame.time or 0), frame.to_image()
+                picture = frame.to_image()
+                turned = getattr(frame, "rotation", 0)  # of a phone held upright, counterclockwise
+                yield float(frame.time or 0), picture.rotate(turned, expand=True) if turned else picture
     except av.error.FFmpegError as error:
         raise UserError(f"{path}: cannot read this video ({error.strerror})") from None
 

@@ -269,7 +269,7 @@ class RunFolder(Callback):
         self.batches += 1
         self.images += len(batch[0]) * trainer.world_size
         self.seconds = time.perf_counter() - self.epoch_began
-        if self._stops(trainer, batch_idx):
+        if self._stops(trainer):
             trainer.save_checkpoint(self.folder / "last.ckpt")
             self._stop(trainer)
 
@@ -306,13 +306,15 @@ class RunFolder(Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.validating = True
 
-    def _stops(self, trainer: L.Trainer, batch_idx: int) -> bool:
+    def _stops(self, trainer: L.Trainer) -> bool:
         """Whether to stop here: at an optimizer's step, and several processes all at once."""
         if trainer.fit_loop._should_accumulate():
             return False
         if trainer.world_size == 1:
             return bool(self.signal)
-        return batch_idx % 10 == 0 and trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False)
+        if trainer.global_step % 10:  # asking all processes takes time
+            return False
+        return trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False)
 
     def _stop(self, trainer: L.Trainer) -> None:
         said = f"stopped after step {trainer.global_step}; {self.how_to_go_on()}"
