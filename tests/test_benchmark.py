@@ -95,6 +95,12 @@ def test_bad_input(options, said, capsys, tmp_path):
     assert said in capsys.readouterr().err
 
 
+def test_what_is_frozen_is_not_trained(tmp_path, capsys):
+    row = "benchmark crossformer_nano --size 32 --batch 2 --step training --engine frozen".split()
+    assert main([*row, "--out", str(tmp_path)]) == 1
+    assert "what is frozen is not trained" in capsys.readouterr().err
+
+
 def test_keywords_of_models():
     what = "features:crossformer_small,lda_span=region,group_size=(14,14,7,7)"
     keywords = {"lda_span": "region", "group_size": (14, 14, 7, 7)}

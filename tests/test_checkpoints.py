@@ -10,6 +10,7 @@ import threading
 import types
 import urllib.parse
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -396,6 +397,14 @@ def test_download_through_redirect_and_warning_page(drive):
     assert torch.equal(
         features.model.stages[0].embed.norm.bias, read_checkpoint(path)["model"]["patch_embed.norm.bias"]
     )
+
+
+def test_processes_that_want_one_file_share_a_download(drive):
+    handler, url = drive
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(lambda _: fetch_published("crossformer_tiny", url), range(4)))
+    assert len(set(paths)) == 1 and paths[0].read_bytes() == handler.body
+    assert not list(paths[0].parent.glob("*.part"))
 
 
 def test_truncated_download_is_said_and_resumed(drive):

@@ -360,6 +360,9 @@ def test_info_stands_beside_the_published_figures(capsys):
     assert found["macs"] == pytest.approx(183.0e9, rel=1e-3) and found["published"]["gflops"] == 199.5
     assert main(["info", "resnet18", "--json"]) == 0
     assert "paper_gflops" not in json.loads(capsys.readouterr().out)
+    assert main(["info", "deit_tiny_patch16_224", "--size", "64", "64"]) == 0  # of a fixed size
+    assert main(["info", "crossformer_nano", "--segmenter", "upernet", "--size", "0", "64"]) == 1
+    assert "size=0: it is a number from 1" in capsys.readouterr().err
     assert main(["info", "crossformer_smal"]) == 1
     assert "did you mean crossformer_small" in capsys.readouterr().err
 

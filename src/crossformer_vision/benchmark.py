@@ -66,18 +66,19 @@ def interleaved(
         seconds: about how long all rounds of a call take together.
         rounds: at least three.
     """
+    accelerated = torch.accelerator.is_available()
     for call in calls.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     began = time.perf_counter()
     for done in range(max(3, rounds) * 50):
         for name, call in calls.items():
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if accelerated:
+                torch.accelerator.synchronize()
             start = time.perf_counter()
             call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if accelerated:
+                torch.accelerator.synchronize()
             times[name].append(time.perf_counter() - start)
         if done + 1 >= max(3, rounds) and time.perf_counter() - began > seconds * len(calls):
             break
@@ -232,6 +233,8 @@ class Step:
     """One call of a row on images of noise: `step()`."""
 
     def __init__(self, row: Row, device: torch.device) -> None:
+        if row.training and row.engine in FROZEN:
+            raise ValueError("what is frozen is not trained: inference alone")
         self.row, self.device = row, device
         weights, self.autocast = DTYPES[row.dtype]
         self.net = (file_of(row) if row.exported else network(row)).to(device, weights).train(row.training)
@@ -323,6 +326,10 @@ def benchmark(
         `first_call`, seconds; `difference` from the eager float32 outputs, over the largest of them;
         `error`, why a row could not be run, and nothing else then.
     """
+    if (
+        device.index is not None and device.type == "cuda"
+    ):  # what is waited for and measured is the current one's
+        torch.cuda.set_device(device)
     found: list[dict[str, Any]] = []
     calls: dict[str, Callable[[], object]] = {}
     references: dict[tuple[Any, ...], Any] = {}

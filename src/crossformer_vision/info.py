@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
-from crossformer_vision.models import find_model
+from crossformer_vision.errors import check_range
+from crossformer_vision.models import find_model, fixed_size
 from crossformer_vision.models.crossformer import LongShortAttention
 from crossformer_vision.models.detectors import create_detector
 from crossformer_vision.models.grouping import padded_size
@@ -162,7 +163,9 @@ def figures(model: str, head: str | None = None, size: tuple[int, int] | None = 
     cfg = find_model(model)
     own = (800, 1280) if head in DETECTORS else (1024, 1024) if head else cfg.input_size[-2:]
     height, width = size or own
-    net: Any = build(model, head, {})
+    check_range("size", min(height, width), 1)
+    sized = fixed_size(model, height) if not head and height == width else {}
+    net: Any = build(model, head, sized)
     found: dict[str, Any] = {
         "model": model,
         "head": head,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from crossformer_vision.checkpoints import PREFIXES, read_checkpoint, weights_of
@@ -165,11 +166,11 @@ def at_hand(model: str) -> bool:
                     _ask(DRIVE)
                 fetch_published(name)
         elif cfg.hf_hub_id:
-            from huggingface_hub import try_to_load_from_cache
+            from huggingface_hub import constants, try_to_load_from_cache
 
             files = ("model.safetensors", "pytorch_model.bin")
             if not any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, file), str) for file in files):
-                _ask("https://huggingface.co")
+                _ask(constants.ENDPOINT)
         elif not (Path(torch.hub.get_dir()) / "checkpoints" / Path(str(cfg.url)).name).exists():
             _ask(str(cfg.url))
     except UserError as error:
@@ -180,7 +181,8 @@ def at_hand(model: str) -> bool:
 
 def _ask(url: str) -> None:
     """Whether a host answers within some seconds; a proxy is asked in its place."""
-    address = urllib.parse.urlsplit(urllib.request.getproxies().get("https", url))
+    asked = urllib.request.getproxies().get("https", url)
+    address = urllib.parse.urlsplit(asked if "://" in asked else f"//{asked}")
     host, port = address.hostname or "", address.port or 443
     try:
         socket.create_connection((host, port), timeout=5).close()
@@ -241,6 +243,14 @@ def _open(url: str, offset: int) -> Any:
 
 
 def _download(url: str, path: Path) -> None:
+    """Bring `url` to `path`, by one process at a time: others that want it wait, and find it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            _fetch(url, path)
+
+
+def _fetch(url: str, path: Path) -> None:
     """Bring `url` to `path`, resumed from an earlier part, and under its name only when readable."""
     from rich.progress import (
         BarColumn,
@@ -251,7 +261,6 @@ def _download(url: str, path: Path) -> None:
         TransferSpeedColumn,
     )
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     offset = part.stat().st_size if part.exists() else 0
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())

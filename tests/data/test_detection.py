@@ -114,6 +114,19 @@ def test_boxes_and_masks_go_with_the_image(options, tmp_path):
     assert len(found.train_dataloader()) == 4
 
 
+def test_photometric_distortion_changes_images_alone(tmp_path):
+    for split in ("train", "val"):
+        coco(tmp_path, split, images=8)
+    plain, distorted = (data(tmp_path, photometric=wanted, hflip=0.0) for wanted in (False, True))
+    changed = 0
+    for n in range(8):
+        (image, target), (other, its) = plain.open("train")[n], distorted.open("train")[n]
+        assert (target["boxes"] == its["boxes"]).all() and (target["masks"] == its["masks"]).all()
+        assert other.dtype == torch.float32 and other.min() >= 0 and other.max() <= 1
+        changed += bool((image != other).any())
+    assert changed > 4  # 15 of 16, on average
+
+
 def test_images_without_objects_can_be_left_out_of_training(tmp_path, caplog):
     def only_crowds(content):
         for annotation in content["annotations"]:

@@ -207,6 +207,11 @@ def test_frozen_biases(name):
         torch.testing.assert_close(scripted(images[1]), model(images[1]), atol=1e-5, rtol=1e-4)
 
 
+def test_a_model_without_computed_biases_is_frozen_as_it_is():
+    model = timm.create_model("crossformer_nano", position_bias="absolute")
+    assert crossformer_vision.freeze_position_bias(model) is model
+
+
 def test_index_tensors_are_built_once_a_size():
     model = timm.create_model("crossformer_pp_small", features_only=True).eval()
     with torch.no_grad():

@@ -87,6 +87,21 @@ def test_pasted_masks_lie_where_their_boxes_do():
     assert paste_masks(torch.zeros(0, 1, 28, 28), torch.zeros(0, 4), (8, 9)).shape == (0, 1, 8, 9)
 
 
+def test_objects_are_found_with_gradients_and_in_half_precision():
+    """Each mask is written into a map of the image's size."""
+    torch.manual_seed(0)
+    options = dict(num_classes=1, width=16, min_size=64, max_size=96, box_score_thresh=0.0)
+    detector = create_detector("mask_rcnn", "test_resnet", **options).eval()
+    images = [torch.rand(3, 64, 80)]
+    with torch.no_grad():
+        (expected,) = detector(images)
+    (found,) = detector(images)
+    assert len(found["boxes"]) and torch.equal(found["masks"], expected["masks"])
+    found["masks"].sum().backward()
+    (half,) = detector.to(torch.bfloat16)([image.bfloat16() for image in images])
+    assert half["masks"].shape[1:] == (1, 64, 80)
+
+
 def test_an_object_that_nothing_overlaps_claims_no_anchor():
     iou = torch.tensor([[0.8, 0.1, 0.2, 0.0], [0.1, 0.35, 0.2, 0.0], [0.0, 0.0, 0.1, 0.29]])
     assert Matcher(0.7, 0.3, allow_low_quality_matches=True)(iou).tolist() == [0, 1, -1, 2]

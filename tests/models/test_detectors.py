@@ -256,6 +256,12 @@ def test_what_does_not_fit_is_refused(tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in detector.state_dict().items())
 
 
+def test_a_size_for_a_backbone_of_any_size_is_refused():
+    for name in ("resnet18", "crossformer_nano"):
+        with pytest.raises(UserError, match=f"model '{name}' takes no img_size"):
+            create_detector("retinanet", name, backbone_args={"img_size": 128})
+
+
 def test_unknown_names():
     with pytest.raises(ValueError, match="unknown detector 'yolo'; there are: retinanet, mask_rcnn"):
         create_detector("yolo")

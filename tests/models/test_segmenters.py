@@ -252,3 +252,13 @@ def test_classifiers_of_pixels_start_as_xavier(name):
         bound = (6 / (11 + layer.in_channels)) ** 0.5
         assert 0.9 * bound < layer.weight.abs().max() <= bound
         assert not layer.bias.any()
+
+
+def test_gradients_through_scales_and_flips():
+    net = torch.nn.Conv2d(3, 4, 1)
+    views = [torch.randn(1, 3, 8, 8), torch.randn(1, 3, 12, 12)]
+    found = segment(net, views, flip=True)
+    found[:, 0].sum().backward()
+    assert net.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert torch.allclose(segment(net, views, flip=True), found, atol=1e-6)

@@ -91,7 +91,7 @@ class ToTensors:
             tensors["object"] = torch.arange(len(outlines))
         least = -(-max(canvas) // self.longest)  # becomes one pixel, where the longer side becomes `longest`
         missing = [0, 0, max(0, least - image.width), max(0, least - image.height)]
-        pixels = v2.functional.pil_to_tensor(image)
+        pixels = v2.functional.to_image(image)
         if any(missing) and self.train:
             pixels = v2.functional.pad(pixels, missing)
             tensors = {
@@ -252,14 +252,15 @@ class DetectionData(ResumableData):
                 side = (self.min_sizes[-1],) * 2
                 steps += [
                     v2.ScaleJitter(side, self.scale_jitter, antialias=False),
-                    v2.RandomCrop(side, pad_if_needed=True, fill={torch.Tensor: GREY, tv_tensors.Mask: 0}),
+                    v2.RandomCrop(
+                        side, pad_if_needed=True, fill={tv_tensors.Image: GREY, tv_tensors.Mask: 0}
+                    ),
                 ]
             else:
                 steps.append(v2.RandomShortestSize(self.min_sizes, self.max_size, antialias=False))
             steps += [v2.RandomHorizontalFlip(self.hflip), v2.RandomVerticalFlip(self.vflip)]
             steps += [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(labels_getter=of_each_object)]
-        # Of the plain tensors a target holds, none is an image.
-        steps.append(v2.ToDtype({torch.Tensor: torch.float32, "others": None}, scale=True))
+        steps.append(v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True))
         return v2.Compose(steps)
 
     def training_size(self) -> tuple[int, int]:

@@ -51,6 +51,8 @@ def create_backbone(name: str, pretrained: bool = False, **backbone_args: Any) -
                 raise
             # What timm says of a model without maps: of its wrapper, its stages or its patches.
             raise UserError(f"model '{name}' gives no maps ({str(error).splitlines()[0]})") from None
+    else:
+        raise UserError(f"model '{name}' takes no img_size: it has none of its own; leave it out")
     strides = model.feature_info.reduction()
     # A list of a model's stages forgets what the model keeps from weight decay.
     if not hasattr(getattr(model, "model", model), "no_weight_decay"):

@@ -191,10 +191,17 @@ class RoIHeads(detection.roi_heads.RoIHeads):
         return results, {}
 
     def _boxes(self, features: Any, rois: list[Tensor], image_shapes: Any) -> tuple[Tensor, Tensor]:
-        return self.box_predictor(self.box_head(self.box_roi_pool(features, rois, image_shapes)))
+        return self.box_predictor(
+            self.box_head(self._pooled(self.box_roi_pool, features, rois, image_shapes))
+        )
 
     def _masks(self, features: Any, rois: list[Tensor], image_shapes: Any) -> Tensor:
-        return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, rois, image_shapes)))
+        pooled = self._pooled(self.mask_roi_pool, features, rois, image_shapes)
+        return self.mask_predictor(self.mask_head(pooled))
+
+    def _pooled(self, pool: nn.Module, features: Any, rois: list[Tensor], image_shapes: Any) -> Tensor:
+        """In the weights' type; RoIAlign computes in float32."""
+        return pool(features, rois, image_shapes).to(next(self.parameters()).dtype)
 
 
 def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -255,9 +262,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     reach = (boxes[:, 2:] - boxes[:, :2]) / (2 * masks.shape[-1])
     low = (boxes[:, :2] - reach).floor().clamp(min=0).long().tolist()
     high = (boxes[:, 2:] + reach).ceil().long().tolist()
-    for mask, box, (left, top), (right, bottom), out in zip(
-        masks, boxes.float(), low, high, pasted, strict=True
-    ):
+    for n, (box, (left, top), (right, bottom)) in enumerate(zip(boxes.float(), low, high, strict=True)):
         x = torch.arange(left, min(W, right), device=box.device) + 0.5
         y = torch.arange(top, min(H, bottom), device=box.device) + 0.5
         if not len(x) or not len(y):
@@ -265,8 +270,8 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         x = (x - box[0]) / (box[2] - box[0]) * 2 - 1
         y = (y - box[1]) / (box[3] - box[1]) * 2 - 1
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
-        sampled = F.grid_sample(mask[None].float(), grid[None], align_corners=False)
-        out[:, top : top + len(y), left : left + len(x)] = sampled[0]
+        sampled = F.grid_sample(masks[n : n + 1].float(), grid[None], align_corners=False)
+        pasted[n, :, top : top + len(y), left : left + len(x)] = sampled[0]
     return pasted
 
 

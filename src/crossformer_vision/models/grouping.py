@@ -274,6 +274,8 @@ def freeze_position_bias(model: nn.Module, height: int = 224, width: int = 224) 
     body: Any = getattr(model.eval(), "body", model)
     sizes: dict[Any, tuple[int, int]] = {}
     biases: Any = [module for module in model.modules() if hasattr(module, "frozen")]
+    if not biases:
+        return model
     for bias in biases:
         bias.frozen = None
     hooks = [

@@ -318,7 +318,10 @@ def segment(
             view = images.flip(3) if mirrored else images
             logits = logits_of(net, view, size, window, stride)
             probabilities = softmax_(logits.flip(3) if mirrored else logits)
-            total = probabilities if total is None else total.add_(probabilities)
+            if total is None:
+                total = probabilities
+            else:  # in place, unless a gradient wants what was there
+                total = total + probabilities if probabilities.requires_grad else total.add_(probabilities)
     count = len(views) * (1 + flip)
     return total if count == 1 else total.div_(count)
 
