@@ -386,6 +386,13 @@ def drive(tmp_path, monkeypatch, published):
     server.shutdown()
 
 
+def test_a_pretrained_model_keeps_its_weights_once():
+    plain, pretrained = (
+        timm.create_model("crossformer_nano", pretrained=p, num_classes=10) for p in (False, True)
+    )
+    assert len(pickle.dumps(pretrained)) < 1.01 * len(pickle.dumps(plain))
+
+
 def test_download_through_redirect_and_warning_page(drive):
     handler, url = drive
     path = fetch_published("crossformer_tiny", url)

@@ -18,6 +18,7 @@ from crossformer_vision.data.class_names import CIFAR10
 from crossformer_vision.info import PUBLISHED, build, describe, figures, paper_operations
 from crossformer_vision.models.variants import FOURTEENS, SEVENS, published_groups
 from crossformer_vision.predict import squares
+from crossformer_vision.predict.files import CocoIds
 from crossformer_vision.predict.results import Detected, Segmented
 
 
@@ -193,6 +194,8 @@ def test_arrays_of_other_values(runs, images):
     ):
         with pytest.raises(UserError, match=f"an image of values from .* arrays of {values} are in 0"):
             predictor(wrong)
+    with pytest.raises(UserError, match=r"an image of shape \(0, 40, 3\) has no pixels"):
+        predictor(np.zeros((0, 40, 3), np.uint8))
     with pytest.raises(UserError, match="an image of values from nan to nan"):
         predictor(np.full((8, 8), np.nan))
 
@@ -365,6 +368,23 @@ def test_info_stands_beside_the_published_figures(capsys):
     assert "size=0: it is a number from 1" in capsys.readouterr().err
     assert main(["info", "crossformer_smal"]) == 1
     assert "did you mean crossformer_small" in capsys.readouterr().err
+
+
+def test_images_of_several_splits_are_numbered_anew(tmp_path, caplog):
+    """Each split's file begins with the same ids; of one split they are kept, be they floats."""
+    files = []
+    for split in ("train", "valid"):
+        (tmp_path / split).mkdir()
+        content = {"images": [{"id": n + 7.0, "file_name": f"{split}{n}.jpg"} for n in range(2)]}
+        (tmp_path / split / "_annotations.coco.json").write_text(json.dumps(content))
+        files += [tmp_path / split / f"{split}{n}.jpg" for n in range(2)]
+    one = CocoIds(files[:2])
+    assert [one.of(f, Path(f.name))["id"] for f in (*files[:2], tmp_path / "video.mp4")] == [7, 8, 9]
+    assert not caplog.text
+    both = CocoIds(files)
+    found = [both.of(f, f.relative_to(tmp_path)) for f in files]
+    assert [f["id"] for f in found] == [1, 2, 3, 4] and found[2]["file_name"] == "valid/valid0.jpg"
+    assert "they are numbered anew" in caplog.text
 
 
 def test_predictions_have_the_ids_of_the_data(tmp_path):

@@ -1,6 +1,7 @@
 """The command: parses, imports late, calls one function."""
 
 import os
+import shlex
 import sys
 import traceback
 from argparse import ArgumentError
@@ -153,7 +154,7 @@ def train(args: list[str]) -> None:
         print(f"  checkpoint  {results['checkpoint']}")
         print(f"  pictures    {', '.join(sorted(p.name for p in Path(folder).glob('*.png')))} in {folder}")
         print(f"  numbers     results.json, metrics.csv; tensorboard --logdir {folder}")
-        print(f"next: {call} predict {folder} photo.jpg")
+        print(f"next: {call} predict {shlex.quote(folder)} photo.jpg")
         if not cli.datamodule.root:
             print(f"      {call} --help, for images of your own")
         for line in cli.datamodule.notices():

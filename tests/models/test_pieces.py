@@ -1,10 +1,12 @@
 """GELU and a linear layer whose training keeps less gives what the plain ones give."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import crossformer_vision  # noqa: F401  (registers the models)
 from crossformer_vision.models.pieces import gelu_linear
 
 
@@ -104,3 +106,21 @@ def test_functional_transforms():
     expected = torch.autograd.grad(linear(F.gelu(x)).square().sum(), x)[0]
     each = torch.func.vmap(torch.func.grad(lambda row: gelu_linear(row[None], linear).square().sum()))
     torch.testing.assert_close(each(x), expected)
+
+
+def test_torch_func_on_a_cpu():
+    """Gradients of images and of stacked weights, with weights that want gradients of their own."""
+    torch.manual_seed(0)
+    nets = [timm.create_model("crossformer_nano", num_classes=3) for _ in range(2)]
+    images = torch.randn(2, 3, 64, 64)
+
+    def loss(weights, buffers):
+        return torch.func.functional_call(nets[0], (weights, buffers), (images,)).square().mean()
+
+    found = torch.func.vmap(torch.func.grad(loss))(*torch.func.stack_module_state(nets))
+    of_images = torch.func.grad(lambda x: nets[0](x).square().mean())(images)
+    x = images.clone().requires_grad_()
+    nets[0](x).square().mean().backward()
+    torch.testing.assert_close(of_images, x.grad, atol=1e-6, rtol=1e-4)
+    for name, weight in nets[0].named_parameters():
+        torch.testing.assert_close(found[name][0], weight.grad, atol=1e-6, rtol=1e-3)

@@ -126,3 +126,14 @@ def test_a_published_file_of_a_classifier_loads_into_a_detector(tmp_path):
     load_checkpoint(wanted, tmp_path / "pvt_tiny.pth")
     for name, value in net.body.model.state_dict().items():
         assert torch.equal(value, wanted.state_dict()[name]), name
+
+
+def test_pools_and_pruning():
+    net = timm.create_model("pvt_tiny", num_classes=5, depths=(1, 1, 1, 1))
+    with pytest.raises(ValueError, match="global_pool='max': it is one of 'token', 'avg', ''"):
+        timm.create_model("pvt_tiny", global_pool="max")
+    with pytest.raises(ValueError, match="global_pool='catavgmax'"):
+        net.reset_classifier(3, "catavgmax")
+    net.prune_intermediate_layers([1])
+    net.reset_classifier(3, "avg")
+    assert net.num_features == 128 and net(torch.randn(2, 3, 64, 64)).shape == (2, 3)

@@ -189,6 +189,80 @@ def test_seeds_are_the_users_and_a_step_takes_nothing_from_them(tmp_path):
     assert runs[0][0] == runs[2][0] and runs[0][1] == runs[2][1] and runs[0][2] == runs[2][2]
 
 
+class Rates(L.Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, *args):
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_a_second_fit_begins_anew_and_so_does_one_after_a_test(tmp_path):
+    def rates(task, **options):
+        seen = Rates()
+        run = trainer(tmp_path, max_epochs=2, callbacks=[seen], **options)
+        run.fit(task, loader(), loader())
+        assert task.images_seen == 4  # batches, of a loader that is not ours
+        return seen.seen, run
+
+    options = dict(num_classes=2, model_args=SMALL, lr=1e-3, warmup_epochs=0)
+    task = Classification(**options)
+    first, run = rates(task)
+    assert len(first) == 4 and first[0] == 1e-3 and first[-1] < 5e-4
+    assert rates(task)[0] == first
+    other = Classification(**options)
+    best = run.checkpoint_callback.best_model_path
+    trainer(tmp_path).test(other, loader(), ckpt_path=best)
+    assert rates(other, enable_checkpointing=False)[0] == first
+    loaded = Classification.load_from_checkpoint(best, weights_only=True)
+    weights = torch.load(best, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
+
+
+class Weighted(Classification):
+    """Arguments, an optimizer and a loss of its own."""
+
+    def __init__(self, weight: list[float], **options) -> None:
+        super().__init__(**options)
+        self.register_buffer("weight", torch.tensor(weight))
+
+    def compute_loss(self, logits, targets):
+        return torch.nn.functional.cross_entropy(logits, targets, weight=self.weight)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_subclass_trains_its_own_way_and_predicts(tmp_path):
+    fit = trainer(tmp_path)
+    options = dict(num_classes=2, model_args=SMALL, label_smoothing=0.0, image_size=96)
+    fit.fit(Weighted([1.0, 2.0], **options), loader())
+    predictor = load_predictor(fit.checkpoint_callback.best_model_path, device="cpu")
+    assert predictor.image["input_size"] == (3, 96, 96)  # as the task has it: the loader is not ours
+    assert predictor(Image.new("RGB", (50, 40))).probabilities.shape == (2,)
+
+
+def test_a_schedule_needs_an_end(tmp_path):
+    stream = DataLoader(Stream(), 4)
+    quick = dict(enable_checkpointing=False)
+    with pytest.raises(
+        UserError, match="schedule 'cosine' needs to know how long the run is: give the Trainer"
+    ):
+        trainer(tmp_path, **quick).fit(Classification(num_classes=2, model_args=SMALL), stream)
+    with pytest.raises(UserError, match="schedule 'poly' needs to know how long the run is"):
+        endless = dict(max_epochs=-1, max_time="00:00:01:00")
+        task = Classification(num_classes=2, model_args=SMALL, schedule="poly")
+        trainer(tmp_path, **endless, **quick).fit(task, loader())
+    trainer(tmp_path, **quick).fit(Classification(num_classes=2, model_args=SMALL, schedule="step"), stream)
+
+
+def test_segmentation_takes_plain_batches(tmp_path):
+    pairs = DataLoader(TensorDataset(torch.randn(4, 3, 64, 64), torch.randint(3, (4, 64, 64))), 2)
+    task = Segmentation(num_classes=3, width=16, model_args=SMALL)
+    trainer(tmp_path, enable_checkpointing=False).fit(task, pairs, pairs)
+    assert task.eval()(torch.randn(2, 3, 64, 64)).shape == (2, 3, 64, 64)
+
+
 def test_other_peoples_schedulers(tmp_path):
     data = ClassificationData(train_images=40, val_images=8, batch_size=8, num_workers=0, image_size=32)
     options = dict(enable_checkpointing=False)

@@ -103,8 +103,10 @@ class CocoImages:
     def _read_images(self, content: dict[str, Any]) -> dict[Any, int]:
         """Categories, and the images' names and sizes; the number of each image's id."""
         try:
-            listed = [(_id(c["id"]), str(c["name"])) for c in content["categories"]]
-            images = [(_id(i.id), str(i.file_name), int(i.width), int(i.height)) for i in content["images"]]
+            listed = [(coco_id(c["id"]), str(c["name"])) for c in content["categories"]]
+            images = [
+                (coco_id(i.id), str(i.file_name), int(i.width), int(i.height)) for i in content["images"]
+            ]
             self.sizes = np.array([image[2:] for image in images], np.int64)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(_lacking(self.annotations, error)) from error
@@ -306,7 +308,7 @@ class CocoImages:
 
     def _find(self, known: dict[Any, Any], annotation: dict[str, Any], key: str, name: str) -> Any:
         try:
-            return known.get(_id(annotation.get(key)))
+            return known.get(coco_id(annotation.get(key)))
         except (TypeError, ValueError, OverflowError):
             raise UserError(f"{name}: its {key} is {annotation.get(key)!r}") from None
 
@@ -377,7 +379,7 @@ def _is_seen(polygons: list[list[float]], width: int, height: int) -> bool | Non
     return seen if polygons else None
 
 
-def _id(value: Any) -> int | str:
+def coco_id(value: Any) -> int | str:
     """An id to look up: whole numbers are the same as integers, floats or text."""
     if isinstance(value, str):
         return int(value) if value.lstrip("-").isdecimal() and value.isascii() else value

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from crossformer_vision.models.grouping import Layout, is_padded, kept, kinds_of_groups, relative_rows
-from crossformer_vision.models.pieces import in_pieces, piece_slices, trains_on_cpu
+from crossformer_vision.models.pieces import in_pieces, piece_slices, trains_on_cpu, transformed
 
 # ------------------------------------------------------------------------------------------------------------
 # Biases
@@ -71,6 +71,10 @@ def group_attention(qkv: Tensor, num_heads: int, bias: Tensor, real: Tensor | No
     if not torch.jit.is_scripting():
         if trains_on_cpu(qkv, bias):
             return TrainedInPieces.apply(qkv, num_heads, bias, real)
+        if transformed() and qkv.device.type == "cpu":  # whose kernel has no gradient of a bias there
+            q, k, v = contiguous_heads(qkv, num_heads)
+            x = softmax(q, k, num_heads, bias, real) @ v
+            return join_heads(x.unflatten(0, (-1, num_heads)))
     q, k, v = split_heads(qkv, num_heads)
     return join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=masked(bias, real)))
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossformer_vision.models.grouping import ceil_div
+from crossformer_vision.models.pieces import transformed
 
 
 class LargeKernelConv2d(nn.Conv2d):
@@ -23,10 +24,9 @@ class LargeKernelConv2d(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not torch.jit.is_scripting():
-            graph = (
-                torch.compiler.is_exporting() or torch.jit.is_tracing()
-            )  # of inference, for other programs
-            if self.folds and not graph and torch.is_grad_enabled() and input.device.type == "cpu":
+            # Graphs of inference, for other programs, and torch.func have the convolution itself.
+            whole = torch.compiler.is_exporting() or torch.jit.is_tracing() or transformed()
+            if self.folds and not whole and torch.is_grad_enabled() and input.device.type == "cpu":
                 return self.folded(input, weight, bias)
         return F.conv2d(input, weight, bias, self.stride, self.padding)
 

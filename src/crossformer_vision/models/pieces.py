@@ -45,9 +45,13 @@ def trains_on_cpu(*tensors: Tensor) -> bool:
         tensors[0].device.type == "cpu"
         and torch.is_grad_enabled()
         and any(t.requires_grad for t in tensors)
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-        and torch._C._functorch.maybe_current_level() is None
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed())
     )
+
+
+def transformed() -> bool:
+    """Whether torch.func is at work: `grad`, `vmap` and the like."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
 def gelu_linear(x: Tensor, linear: nn.Linear) -> Tensor:

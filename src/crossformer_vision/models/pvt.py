@@ -25,12 +25,15 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from crossformer_vision.errors import check_choice
 from crossformer_vision.models.ablations import SpatialReductionAttention
 from crossformer_vision.models.crossformer import FeedForward
 from crossformer_vision.models.timm_interface import FeatureMaps, StagedClassifier, check_size
 from crossformer_vision.models.variants import model_cfg
 
 __all__ = ["PyramidVisionTransformer"]
+
+POOLS = ("token", "avg", "")
 
 
 class PatchEmbedding(nn.Module):
@@ -152,6 +155,7 @@ class PyramidVisionTransformer(StagedClassifier):
         super().__init__()
         if reductions[-1] != 1:
             raise ValueError(f"the class token's stage, the last one, reduces nothing: {tuple(reductions)}")
+        check_choice("global_pool", global_pool, POOLS)
         self.num_classes, self.global_pool = num_classes, global_pool
         self.output_fmt = "NHWC"
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
@@ -187,6 +191,7 @@ class PyramidVisionTransformer(StagedClassifier):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
         if global_pool is not None:
+            check_choice("global_pool", global_pool, POOLS)
             self.global_pool = global_pool
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
@@ -245,10 +250,13 @@ class PyramidVisionTransformer(StagedClassifier):
     ) -> list[int]:
         """Drop the stages that `indices` do not need, and with the head the class token."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        shortened = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]
-        if prune_norm:
+        if shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+        if prune_norm or shortened:
             self.norm = nn.Identity()
-        if prune_head:
+        if prune_head or shortened:
             self.cls_token = None
             self.reset_classifier(0, "")
         return take_indices

@@ -125,6 +125,7 @@ def _create_crossformer(variant: str, pretrained: bool = False, **kwargs: Any) -
         holders: Any = [m for m in model.modules() if hasattr(m, "pretrained_cfg")]
         for module in holders:
             module.pretrained_cfg = {**module.pretrained_cfg, "state_dict": cfg.state_dict}
+            module.default_cfg = module.pretrained_cfg  # timm's other name of it
     return model
 
 

@@ -1,5 +1,6 @@
 """A trained checkpoint and an image -> a result that prints, draws and serialises itself."""
 
+import inspect
 import io
 import os
 from pathlib import Path
@@ -45,7 +46,9 @@ def _from_array(pixels: NDArray[Any] | Tensor) -> Image.Image:
         raise UserError(
             f"an image of shape {tuple(pixels.shape)}: arrays are (H, W, 3) or (H, W), tensors (3, H, W)"
         )
-    low, high = (float(pixels.min()), float(pixels.max())) if pixels.size else (0.0, 0.0)
+    if not pixels.size:
+        raise UserError(f"an image of shape {tuple(pixels.shape)} has no pixels")
+    low, high = float(pixels.min()), float(pixels.max())
     if pixels.dtype.kind in "fb":
         if not -0.5 <= low <= high <= 1.5:  # a resampled image goes a little beyond
             raise UserError(f"an image of values from {low:g} to {high:g}: arrays of floats are in 0..1")
@@ -55,6 +58,12 @@ def _from_array(pixels: NDArray[Any] | Tensor) -> Image.Image:
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
     return Image.fromarray(np.ascontiguousarray(pixels, dtype=np.uint8))
+
+
+def of_task(task: type, options: dict[str, Any]) -> dict[str, Any]:
+    """Those that a task takes: a subclass of it may have further ones, for its training."""
+    names = {name for base in task.__mro__[:2] for name in inspect.signature(base).parameters}
+    return {name: value for name, value in options.items() if name in names}
 
 
 class Predictor:
@@ -119,16 +128,16 @@ class Predictor:
         if self.task == "classification":
             from crossformer_vision.tasks.classification import Classification
 
-            net = Classification(**options).net
+            net = Classification(**of_task(Classification, options)).net
         elif self.task == "segmentation":
             from crossformer_vision.tasks.segmentation import Segmentation
 
-            task = Segmentation(**options)
+            task = Segmentation(**of_task(Segmentation, options))
             net, self.test, self.test_scales = task.net, task.test, task.test_scales
         else:
             from crossformer_vision.tasks.detection import Detection
 
-            net = Detection(**options).net
+            net = Detection(**of_task(Detection, options)).net
             # The detector itself keeps nothing below a score of its own.
             scored = getattr(net, "roi_heads", net)
             self.least_score = scored.score_thresh = min(scored.score_thresh, self.score)

@@ -3,6 +3,7 @@
 import glob
 import itertools
 import json
+import logging
 import os
 import sys
 from collections import deque
@@ -15,9 +16,12 @@ from typing import Any, TextIO
 from PIL import Image
 
 from crossformer_vision.data import images
+from crossformer_vision.data.coco import coco_id
 from crossformer_vision.errors import UserError
 from crossformer_vision.predict import Predictor, video
 from crossformer_vision.predict.results import Result, Segmented
+
+log = logging.getLogger("crossformer_vision")
 
 LARGEST = 2048  # longer side of a picture that is written, in pixels
 DRAWING = 4  # pictures that wait for a thread to draw them, in memory
@@ -79,10 +83,11 @@ class CocoIds:
     """Ids and file names of images as a COCO file has them that lies beside them, or else numbered from 1.
 
     Looked for where the data of a training are: `<folder>/_annotations.coco.json`, or
-    `annotations/instances_<split>.json` beside the folder or one above it.
+    `annotations/instances_<split>.json` beside the folder or one above it. Where files of several splits have
+    one id, all are numbered.
     """
 
-    def __init__(self, files: Iterable[Path]) -> None:
+    def __init__(self, files: Sequence[Path]) -> None:
         self.known: dict[Path, tuple[Any, str]] = {}
         folders: set[Path] = set()
         for file in files:
@@ -95,14 +100,18 @@ class CocoIds:
             ):
                 if path.is_file():
                     self._read(path, folder)
-        self.number = itertools.count(
-            1 + max((i for i, _ in self.known.values() if isinstance(i, int)), default=0)
-        )
+        taken = [self.known[file][0] for file in files if file in self.known]
+        if len(set(taken)) < len(taken):
+            log.warning(
+                "several of these images have one id in their COCO files: they are numbered anew, from 1"
+            )
+            self.known, taken = {}, []
+        self.number = itertools.count(1 + max((i for i in taken if isinstance(i, int)), default=0))
 
     def _read(self, path: Path, folder: Path) -> None:
         try:
             images = json.loads(path.read_bytes())["images"]
-            self.known |= {folder / image["file_name"]: (image["id"], image["file_name"]) for image in images}
+            self.known |= {folder / i["file_name"]: (coco_id(i["id"]), i["file_name"]) for i in images}
         except (OSError, ValueError, KeyError, TypeError):  # not what training reads; no reason to stop
             return
 
@@ -300,7 +309,7 @@ def predict_files(
     from rich.progress import Progress
 
     files = list(find_images(paths))
-    ids = CocoIds(file for file, _ in files) if predictor.task == "detection" else None
+    ids = CocoIds([file for file, _ in files]) if predictor.task == "detection" else None
     failed: list[UserError] = []
 
     console = Console(stderr=True) if as_json else None

@@ -1,6 +1,8 @@
 """What all tasks share: a timm optimizer and schedule, reproducible steps, loading weights to start from."""
 
 import difflib
+import math
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,6 +92,7 @@ class Task(L.LightningModule):
         self._states: Any = None
         self.images_seen = 0  # in training; of loaders that are not ours, the batches
         self._resumed: dict[str, Any] = {}  # the checkpoint that training goes on from
+        self._options: list[dict[str, Any]] = []  # of the optimizer's groups; of a subclass's own, none
         self.optimizer, self.lr = optimizer, lr
         self.weight_decay, self.decay_on = weight_decay, decay_on
         self.schedule, self.milestones, self.power = schedule, milestones, power
@@ -102,6 +105,8 @@ class Task(L.LightningModule):
         if count not in (None, self.hparams["num_classes"]):
             own = self.hparams["num_classes"]
             raise UserError(f"the task has num_classes={own}, its data {count} classes")
+        if stage == "fit":  # begins anew, unless a checkpoint is loaded after this
+            self.images_seen, self._resumed = 0, {}
         body = self.net.body if isinstance(self.net, DenseModel) else self.net
         if self.grad_checkpointing:
             getattr(body, "model", body).set_grad_checkpointing(True)  # `model` in a features_only wrapper
@@ -172,8 +177,19 @@ class Task(L.LightningModule):
         return self._images_of(epochs, min(more * accumulate, int(per_epoch)))
 
     def _images_of_the_run(self) -> int:
-        """Images until the last step; of a resumed run with other batches, those seen and those to come."""
+        """Images until the last step; of a resumed run with other batches, those seen and those to come.
+
+        Raises:
+            UserError: nobody knows how long the run is.
+        """
         trainer, resumed = self.trainer, self._resumed
+        if not 0 < trainer.estimated_stepping_batches < math.inf:
+            if self.schedule == "step":  # follows from epochs
+                return sys.maxsize
+            raise UserError(
+                f"schedule '{self.schedule}' needs to know how long the run is: give the Trainer max_steps, "
+                "or max_epochs and, for a loader without a length, limit_train_batches"
+            )
         steps = int(trainer.estimated_stepping_batches)
         total = self._images_of_steps(steps)
         if resumed:
@@ -185,6 +201,8 @@ class Task(L.LightningModule):
         return total
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is None or self.trainer.state.fn != "fit":  # of its weights alone
+            return
         batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
         self.seed = checkpoint.get("seed", self.seed)
         self.images_seen = checkpoint.get("images_seen", batches * self._batch)
@@ -210,7 +228,7 @@ class Task(L.LightningModule):
     def on_train_start(self) -> None:
         if self.seed is None:
             self.seed = torch.initial_seed() % 2**31
-        for group, options in zip(self.trainer.optimizers[0].param_groups, self._options, strict=True):
+        for group, options in zip(self.trainer.optimizers[0].param_groups, self._options):
             group.update(options)
         if isinstance(schedule := self.lr_schedulers(), Scheduler):  # or else one of a callback's
             schedule.step_update(self.images_seen)

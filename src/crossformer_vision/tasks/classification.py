@@ -164,6 +164,8 @@ class Classification(Task):
 
     def describe(self) -> dict[str, Any]:
         image = resolve_model_data_config(self.net)
+        if side := self.hparams["image_size"]:
+            image["input_size"] = (image["input_size"][0], side, side)
         return {**super().describe(), "image": {k: v for k, v in image.items() if k != "crop_mode"}}
 
     def on_validation_epoch_start(self) -> None:

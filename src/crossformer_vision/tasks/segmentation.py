@@ -109,9 +109,9 @@ class Segmentation(Task):
         if self.trainer.world_size > 1 and self.trainer.strategy.root_device.type == "cuda":  # not for CPUs
             self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
 
-    def forward(self, views: Sequence[Tensor], size: tuple[int, int] | None = None) -> Tensor:
-        """Normalised images (B, 3, H, W) at each scale -> probabilities (B, num_classes, *size)."""
-        return segment(self.net, views, size=size, **self.test)
+    def forward(self, views: Tensor | Sequence[Tensor], size: tuple[int, int] | None = None) -> Tensor:
+        """Normalised images (B, 3, H, W), or one such a scale -> probabilities (B, num_classes, *size)."""
+        return segment(self.net, [views] if isinstance(views, Tensor) else views, size=size, **self.test)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -162,10 +162,11 @@ class Segmentation(Task):
     def on_validation_epoch_start(self) -> None:
         self.shown = []
 
-    def validation_step(self, batch: tuple[list[Tensor], Tensor] | None, batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Tensor | list[Tensor], Tensor] | None, batch_idx: int) -> None:
         if batch is None:
             return
         views, labels = batch
+        views = [views] if isinstance(views, Tensor) else views
         known = labels != IGNORED
         true = torch.where(known, labels, 0)
         if len(views) == 1 and not self.test["flip"]:  # the probabilities of all classes are not needed
