@@ -326,10 +326,8 @@ def benchmark(
         `first_call`, seconds; `difference` from the eager float32 outputs, over the largest of them;
         `error`, why a row could not be run, and nothing else then.
     """
-    if (
-        device.index is not None and device.type == "cuda"
-    ):  # what is waited for and measured is the current one's
-        torch.cuda.set_device(device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # whose work is waited for, and whose memory is measured
     found: list[dict[str, Any]] = []
     calls: dict[str, Callable[[], object]] = {}
     references: dict[tuple[Any, ...], Any] = {}

@@ -488,7 +488,8 @@ def throughput(runs: dict[str, tuple[Path, Sequence[int]]], batch: int = 16) -> 
             try:
                 call()
             except Exception as error:  # of whatever a network stumbles over
-                print(f"{row}: not timed ({str(error).splitlines()[0]})", flush=True)
+                said = (str(error) or type(error).__name__).splitlines()[0]
+                print(f"{row}: not timed ({said})", flush=True)
             else:
                 calls[row] = call
     times = interleaved(calls) if calls else {}

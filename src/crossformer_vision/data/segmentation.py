@@ -136,7 +136,7 @@ def takes_255_for_a_class(root: Path, pairs: list[tuple[Path, Path]], classes: l
         return False
     values: set[int] = set()
     telling = 0
-    for _, path in pairs[:: -(-len(pairs) // 50)]:
+    for _, path in pairs[:: max(1, -(-len(pairs) // 50))]:
         try:
             found = set(np.unique(stored_values(Image.open(path))).tolist())
         except Exception:  # said when it is read
