@@ -191,9 +191,8 @@ class RoIHeads(detection.roi_heads.RoIHeads):
         return results, {}
 
     def _boxes(self, features: Any, rois: list[Tensor], image_shapes: Any) -> tuple[Tensor, Tensor]:
-        return self.box_predictor(
-            self.box_head(self._pooled(self.box_roi_pool, features, rois, image_shapes))
-        )
+        pooled = self._pooled(self.box_roi_pool, features, rois, image_shapes)
+        return self.box_predictor(self.box_head(pooled))
 
     def _masks(self, features: Any, rois: list[Tensor], image_shapes: Any) -> Tensor:
         pooled = self._pooled(self.mask_roi_pool, features, rois, image_shapes)
