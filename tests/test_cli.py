@@ -1,5 +1,7 @@
 """The command: its help is light, and whatever is wrong comes as one line and an exit code."""
 
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +33,26 @@ assert not {"torch", "timm", "lightning", "numpy", "matplotlib"} & set(sys.modul
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "crossformer train" in done.stdout
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have no such thresholds")
+@pytest.mark.parametrize("environment, faults", [({}, False), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, True)])
+def test_freed_memory_is_kept(environment, faults):
+    """A tensor of 64 MiB takes the pages of those before it, unless the environment says otherwise."""
+    script = """
+import resource, torch
+from crossformer_vision.cli import main
+main(["info", "nothing"])
+for _ in range(3):
+    torch.ones(1 << 24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(1 << 24)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() > 1 << 23)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(faults)], done.stderr
 
 
 def test_help_of_a_verb_teaches(capsys):

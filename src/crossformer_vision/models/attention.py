@@ -72,11 +72,16 @@ def group_attention(qkv: Tensor, num_heads: int, bias: Tensor, real: Tensor | No
         if trains_on_cpu(qkv, bias):
             return TrainedInPieces.apply(qkv, num_heads, bias, real)
         if transformed() and qkv.device.type == "cpu":  # whose kernel has no gradient of a bias there
-            q, k, v = contiguous_heads(qkv, num_heads)
-            x = softmax(q, k, num_heads, bias, real) @ v
-            return join_heads(x.unflatten(0, (-1, num_heads)))
+            return plain_attention(qkv, num_heads, bias, real)
     q, k, v = split_heads(qkv, num_heads)
     return join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=masked(bias, real)))
+
+
+def plain_attention(qkv: Tensor, num_heads: int, bias: Tensor, real: Tensor | None) -> Tensor:
+    """`group_attention` as products and softmax."""
+    q, k, v = contiguous_heads(qkv, num_heads)
+    x = softmax(q, k, num_heads, bias, real) @ v
+    return join_heads(x.unflatten(0, (-1, num_heads)))
 
 
 def contiguous_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +111,9 @@ class TrainedInPieces(torch.autograd.Function):
         ctx.num_heads = num_heads
         ctx.save_for_backward(qkv, bias, real)
         # Detached, since SDPA's choice of a kernel asks what wants a gradient, not whether it is recorded.
-        return in_pieces(qkv.shape[1], group_attention, qkv.detach(), num_heads, bias.detach(), real)
+        # In 16 bits its kernel is slower than the products that the backward pass takes.
+        attention = group_attention if qkv.dtype == torch.float32 else plain_attention
+        return in_pieces(qkv.shape[1], attention, qkv.detach(), num_heads, bias.detach(), real)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
@@ -115,22 +122,20 @@ class TrainedInPieces(torch.autograd.Function):
         qkv_grad = torch.empty_like(qkv)
         bias_grads = []
         with torch.autocast("cpu", enabled=False):
-            for at in piece_slices(len(qkv), L):
+            for at in piece_slices(qkv, L):
                 q, k, v = contiguous_heads(qkv[at], heads)
                 its_bias = bias if len(bias) == 1 else bias[at]
                 its_real = None if real is None else real[at]
                 its_grad = grad[at].unflatten(2, (heads, q.shape[-1])).transpose(1, 2).flatten(0, 1)
                 attention = softmax(q, k, heads, its_bias, its_real)
                 weight_grad = its_grad @ v.transpose(1, 2)
-                logit_grad = attention * (weight_grad - (attention * weight_grad).sum(-1, keepdim=True))
-                grads = torch.stack(
-                    [
-                        logit_grad @ k * q.shape[-1] ** -0.5,
-                        logit_grad.transpose(1, 2) @ q,
-                        attention.transpose(1, 2) @ its_grad,
-                    ]
-                )
-                qkv_grad[at] = grads.unflatten(1, (-1, heads)).permute(1, 3, 0, 2, 4).flatten(2)
+                logit_grad = torch.ops.aten._softmax_backward_data(weight_grad, attention, -1, qkv.dtype)
+                q_grad = logit_grad @ k * q.shape[-1] ** -0.5
+                k_grad = logit_grad.transpose(1, 2) @ q
+                v_grad = attention.transpose(1, 2) @ its_grad
+                parts = qkv_grad[at].unflatten(2, (3, heads, -1))
+                for i, its in enumerate((q_grad, k_grad, v_grad)):
+                    parts[:, :, i] = its.unflatten(0, (-1, heads)).transpose(1, 2)
                 if ctx.needs_input_grad[2]:
                     logit_grad = logit_grad.unflatten(0, (-1, heads))
                     if its_real is not None:  # a masked key has a value that is not the bias

@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def piece_slices(count: int, positions: int) -> list[slice]:
-    """Pieces of `count` groups of so many positions each, that stay in a CPU's cache; at least one."""
-    size = max(1, 2048 // positions)
-    return [slice(start, start + size) for start in range(0, max(count, 1), size)]
+def piece_slices(x: Tensor, positions: int) -> list[slice]:
+    """Pieces of the first dimension of `x`, whose entries have so many positions each; at least one.
+
+    Smaller ones slow the products down, larger ones leave the cache.
+    """
+    size = max(1, 8192 // x.element_size() // positions)
+    return [slice(start, start + size) for start in range(0, max(len(x), 1), size)]
 
 
 def in_pieces(positions: int, f: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
@@ -27,16 +30,23 @@ def in_pieces(positions: int, f: Callable[..., Tensor], x: Tensor, *args: Any) -
     Args:
         positions: of the map in each entry of `x`.
     """
-    whole = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled()
-    if whole or x.device.type != "cpu":
+    at_once = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled()
+    if at_once or x.device.type != "cpu":
         return f(x, *args)
-    slices = piece_slices(len(x), positions)
-    if len(slices) <= 1:
+    first, *others = piece_slices(x, positions)
+    if not others:
         return f(x, *args)
     cut = [isinstance(a, Tensor) and len(a) == len(x) for a in args]
-    return torch.cat(
-        [f(x[at], *(a[at] if c else a for a, c in zip(args, cut, strict=True))) for at in slices]
-    )
+
+    def piece(at: slice) -> Tensor:
+        return f(x[at], *(a[at] if c else a for a, c in zip(args, cut, strict=True)))
+
+    y = piece(first)
+    whole = y.new_empty(len(x), *y.shape[1:])
+    whole[first] = y
+    for at in others:
+        whole[at] = piece(at)  # while it is in the cache; `torch.cat` would read all of them again
+    return whole
 
 
 def trains_on_cpu(*tensors: Tensor) -> bool:
@@ -84,13 +94,13 @@ class GeluLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         exact = torch.promote_types(weight.dtype, torch.float32)
-        x_grads: list[Tensor] = []
+        x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         weight_grad = bias_grad = None
         with torch.autocast("cpu", enabled=False):
-            for at in piece_slices(len(x), 1):
-                if ctx.needs_input_grad[0]:
+            for at in piece_slices(x, 1):
+                if x_grad is not None:
                     activation_grad = grad[at] @ weight.to(grad.dtype)
-                    x_grads.append(torch.ops.aten.gelu_backward(activation_grad, x[at]))
+                    x_grad[at] = torch.ops.aten.gelu_backward(activation_grad, x[at])
                 if ctx.needs_input_grad[1]:
                     part = (grad[at].t() @ F.gelu(x[at])).to(exact)
                     weight_grad = part if weight_grad is None else weight_grad + part
@@ -98,4 +108,4 @@ class GeluLinear(torch.autograd.Function):
                 bias_grad = grad.sum(0, dtype=exact).to(weight.dtype)
         if weight_grad is not None:
             weight_grad = weight_grad.to(weight.dtype)
-        return torch.cat(x_grads) if x_grads else None, weight_grad, bias_grad
+        return x_grad, weight_grad, bias_grad
