@@ -1,7 +1,6 @@
 """Computing a large tensor in pieces that stay in a CPU's cache, in inference and in training.
 
-A fresh tensor of tens of MB costs a CPU more in page faults than in arithmetic. What was measured stands in
-docs/results/speed.md.
+The largest tensors, of tens of MB, then never exist whole. What was measured stands in docs/results/speed.md.
 """
 
 from collections.abc import Callable
@@ -24,7 +23,6 @@ def piece_slices(x: Tensor, positions: int) -> list[slice]:
 def in_pieces(positions: int, f: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
     """`f(x, *args)`, computed over pieces of the first dimension by CPU inference.
 
-    Of the attention and the MLPs together that takes a fifth off CrossFormer-S's time at batch 8, 224x224.
     Tensors of `args` as long as `x` are cut with it.
 
     Args:
