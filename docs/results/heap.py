@@ -51,6 +51,7 @@ def main() -> None:
             pipes[what, keep], end = spawn.Pipe()
             row = Row(what, given.size, given.step, given.engine, given.dtype, given.batch)
             spawn.Process(target=serve, args=(row, keep, end), daemon=True).start()
+            end.close()  # so that a process that fails ends the pipe
             pipes[what, keep].recv()
     times: dict[tuple[str, bool], list[float]] = {key: [] for key in pipes}
     faults = {}

@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
 def keep_freed_memory() -> None:
     """Let a process keep up to 2 GiB of what it frees, where glibc is the allocator.
 
-    It gives large blocks back to the system at once, and fresh ones come page by page: a sixth of a training
+    It gives large blocks back to the system at once, and fresh ones come page by page: a tenth of a training
     step on a CPU (docs/results/speed.md). `MALLOC_TRIM_THRESHOLD_` or `MALLOC_MMAP_THRESHOLD_` in the
     environment leave the choice to glibc and to them.
     """

@@ -112,7 +112,7 @@ class TrainedInPieces(torch.autograd.Function):
         ctx.save_for_backward(qkv, bias, real)
         # Detached, since SDPA's choice of a kernel asks what wants a gradient, not whether it is recorded.
         # In 16 bits its kernel is slower than the products that the backward pass takes.
-        attention = group_attention if qkv.dtype == torch.float32 else plain_attention
+        attention = plain_attention if qkv.element_size() == 2 else group_attention
         return in_pieces(qkv.shape[1], attention, qkv.detach(), num_heads, bias.detach(), real)
 
     @staticmethod
