@@ -29,7 +29,7 @@ def inputs(groups, members, per_group, padded, dtype=torch.float64):
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("per_group", [False, True], ids=["one bias", "a bias a group"])
 def test_training_on_a_cpu(per_group, padded):
-    """Several pieces: 300 groups of 9 are two."""
+    """Several pieces: 300 groups of 9 are three."""
     qkv, bias, real = inputs(300, 9, per_group, padded)
     expected = definition(qkv, 2, bias, real)
     found = group_attention(qkv, 2, bias, real)
@@ -82,6 +82,23 @@ def test_inference_in_16_bits(members, dtype):
         found = group_attention(qkv, 2, bias, real)
     assert found.dtype == dtype and found.isfinite().all()
     torch.testing.assert_close(found[1:].double(), exact[1:], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_training_in_16_bits(dtype):
+    """Several pieces: 600 groups of 9 are two."""
+    qkv, bias, real = inputs(600, 9, False, True, dtype)
+    exact_qkv, exact_bias = (t.detach().double().requires_grad_() for t in (qkv, bias))
+    exact = definition(exact_qkv, 2, exact_bias, real)
+    found = group_attention(qkv, 2, bias, real)
+    assert found.dtype == dtype and found.isfinite().all()
+    torch.testing.assert_close(found[1:].double(), exact[1:], atol=2e-2, rtol=2e-2)
+    grad = torch.randn_like(found)
+    grad[0] = 0  # what padding gives is dropped
+    wanted = torch.autograd.grad(exact, [exact_qkv, exact_bias], grad.double())
+    for one, other in zip(torch.autograd.grad(found, [qkv, bias], grad), wanted, strict=True):
+        assert other.abs().max() > 0.5
+        assert (one.double() - other).abs().max() < 2e-2 * other.abs().max()
 
 
 @pytest.mark.parametrize("kernel", [8, 16, 32])

@@ -15,7 +15,7 @@ def inputs(rows, dtype=torch.float64):
     return torch.randn(rows, 12, dtype=dtype, requires_grad=True), nn.Linear(12, 5).to(dtype)
 
 
-@pytest.mark.parametrize("rows", [0, 7, 5000])  # none, one piece, three
+@pytest.mark.parametrize("rows", [0, 7, 5000])  # none, one piece, five
 def test_training_on_a_cpu(rows):
     x, linear = inputs(rows)
     expected, found = linear(F.gelu(x)), gelu_linear(x, linear)
