@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from crossformer_vision import info, visualize
+from crossformer_vision.devices import emulation_note
 from crossformer_vision.errors import UserError, check_range
 from crossformer_vision.info import DETECTORS, count_macs
 from crossformer_vision.models import find_model, fixed_size
@@ -490,6 +491,9 @@ def run(rows: list[Row], device: torch.device, rounds: int, out: Path) -> list[d
         else:
             parsed(row.what)
         check_range("batch", row.batch, 1)
+    for dtype in dict.fromkeys(autocast or weights for weights, autocast in (DTYPES[r.dtype] for r in rows)):
+        if note := emulation_note(device, dtype):
+            print(f"note: {note}")
     print(f"{len(rows)} rows on {device}:")
     found = benchmark(rows, device, rounds)
     out.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ import lightning as L
 import yaml
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins import Precision as PrecisionPlugin
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from crossformer_vision import published
@@ -28,6 +29,7 @@ from crossformer_vision.options.words import explain
 from crossformer_vision.tasks.run import Run, quiet
 from crossformer_vision.tasks.run.files import AtomicCheckpoints
 from crossformer_vision.tasks.run.folder import VAL_LIST, Progress, command, of_this_job
+from crossformer_vision.tasks.run.precision import Precision, resolve_precision
 
 
 class TaskParts(NamedTuple):
@@ -179,7 +181,7 @@ def parse(
         first = os.environ.get("LOCAL_RANK", "0") == "0"
         if line and first and not silent and not has(args, "--help", "-h", "--print_config"):
             print(line, flush=True)
-    built = _cli(task, verb, fixed or {}, resume, upgraded or {}, auto)
+    built = _cli(task, verb, args, fixed or {}, resume, upgraded or {}, auto)
     try:
         return built(
             *(_class(task, package) for package in ("tasks", "data")),
@@ -267,7 +269,13 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _cli(
-    task: str, verb: str, fixed: dict[str, Any], resume: str | None, upgraded: dict[str, Any], auto: str
+    task: str,
+    verb: str,
+    args: Sequence[str],
+    fixed: dict[str, Any],
+    resume: str | None,
+    upgraded: dict[str, Any],
+    auto: str,
 ) -> Any:
     class Cli(LightningCLI):
         parsers: list[Any] = []
@@ -281,7 +289,21 @@ def _cli(
             parser.add_lightning_class_args(_class(task, "data"), "data")
             parser.add_lightning_class_args(_class(task, "tasks"), "model")
             parser.add_class_arguments(Run, "run")
-            parser.add_lightning_class_args(L.Trainer, "trainer")
+            parser.add_class_arguments(
+                L.Trainer,
+                "trainer",
+                skip={"precision"},
+                fail_untyped=False,
+                instantiate=False,
+                sub_configs=True,
+            )
+            parser.add_argument(
+                "--trainer.precision",
+                type=Precision,
+                default="auto",
+                help="auto: bf16-mixed where the device computes bfloat16 natively, 16-mixed on GPUs that "
+                "only have float16, else 32-true; or one of Lightning's",
+            )
             parser.set_defaults(OUR_TRAINER)
             for action in parser._actions:
                 if action.dest.removeprefix("trainer.") in NOT_OURS:
@@ -309,6 +331,12 @@ def _cli(
                     f"--trainer.strategy {strategy}: what such processes hold is lost at their end; "
                     "take ddp, which starts processes of its own"
                 )
+            given = self.config.trainer.precision
+            from_other_device = verb == "validate" and not has(args, "--trainer.precision")
+            self.config.trainer.precision = resolve_precision(
+                given, self.config.trainer.accelerator, prefer_fast=from_other_device
+            )
+            self.precision_is_auto = given == "auto"
             # What follows from where and how the command is called is not kept.
             kept = self.config.clone()
             kept.run.folder = None
@@ -339,7 +367,9 @@ def _cli(
                 for content in (content_of(str(folder / "config.yaml")), yaml.safe_load(self.text))
             )
             for key in before.keys() & now.keys():
-                if before[key] != now[key] and key != "run.folder":
+                if key == "run.folder" or (key == "trainer.precision" and self.precision_is_auto):
+                    continue
+                if before[key] != now[key]:
                     raise UserError(
                         f"{folder}: holds a run of another configuration: {key} is {before[key]} there, "
                         f"{now[key]} here; --resume {folder} goes on with it, --run.folder names another"
@@ -380,6 +410,8 @@ def _cli(
                 plugins.append(AtomicCheckpoints())
             if given.profiler:  # it speaks through what `quiet` silences
                 logging.getLogger("lightning.fabric.utilities.rank_zero").setLevel(logging.INFO)
+            if any(isinstance(p, PrecisionPlugin) for p in plugins):  # Lightning takes one or the other
+                kwargs["precision"] = None
             summary = given.enable_model_summary or any(isinstance(c, ModelSummary) for c in theirs)
             return super().instantiate_trainer(
                 callbacks=callbacks,

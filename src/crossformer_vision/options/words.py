@@ -78,7 +78,7 @@ def _in_words(kind: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(dict.fromkeys(filter(None, map(_in_words, inner))))
     if origin is Literal:
-        return f"one of {', '.join(map(str, inner))}"
+        return f"one of {', '.join(dict.fromkeys(map(str, inner)))}"
     if origin in (list, tuple):
         return "a list such as [1, 2]"
     if origin is dict:

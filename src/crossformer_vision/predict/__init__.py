@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import logging
 import os
 from pathlib import Path
 from typing import Any, BinaryIO, overload
@@ -14,12 +15,15 @@ from torch import Tensor
 
 from crossformer_vision.checkpoints import load_checkpoint, read_checkpoint, span_of_a_run
 from crossformer_vision.data import images
+from crossformer_vision.devices import emulation_note
 from crossformer_vision.errors import UserError, check_range
 from crossformer_vision.fonts import shortened as shortened
 from crossformer_vision.models.segmenters import class_map, segment
 from crossformer_vision.predict.names import as_checkpoint
 from crossformer_vision.predict.results import Classified, Detected, Result, Segmented
 from crossformer_vision.predict.tiles import detect_in_tiles
+
+log = logging.getLogger("crossformer_vision")
 
 BATCH = 8  # images that a classifier takes together
 
@@ -162,6 +166,8 @@ class Predictor:
         if device is not None:
             self.device = usable(device)
             self.net.to(self.device)
+        if note := emulation_note(self.device, self.dtype):
+            log.warning("%s", note)
         return self
 
     def __repr__(self) -> str:

@@ -8,18 +8,21 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import Lookahead, create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
+from crossformer_vision.compat import is_muon_matrix
 from crossformer_vision.data.loading import generators, mix_seed, restore_generators, seed_all
+from crossformer_vision.devices import computes_fast
 from crossformer_vision.errors import UserError, check_choice, check_names, check_range
 from crossformer_vision.models.backbones import DenseModel
 from crossformer_vision.models.crossformer import LongShortAttention
 from crossformer_vision.published import at_hand
+from crossformer_vision.tasks.muon import BatchedMuon
 
 
 def starts_from_published(model: str, pretrained: bool | None, checkpoint: str | None) -> bool:
@@ -33,7 +36,7 @@ class Task(L.LightningModule):
     """Base of the tasks. A subclass sets `name`, `net`, `monitor`, and writes the two steps and `pictures`.
 
     Args:
-        optimizer: timm's name of it.
+        optimizer: timm name of an optimizer, such as `adamw` or `nmuon` (Muon with Nesterov momentum).
         lr: peak learning rate, for the global batch as it is.
         weight_decay: of the weights that `decay_on` names.
         decay_on: `weights` spares norms and biases, and what a model names itself; `all_but_norms` spares
@@ -235,17 +238,38 @@ class Task(L.LightningModule):
         self._resumed = {}
 
     def _optimizer(self) -> Optimizer:
-        options: dict[str, Any] = dict(opt=self.optimizer, lr=self.lr, weight_decay=self.weight_decay)
-        if self.decay_on != "all_but_norms":
-            return create_optimizer_v2(self.net, filter_bias_and_bn=self.decay_on == "weights", **options)
+        groups = self._parameter_groups()
+        options: dict[str, Any] = dict(lr=self.lr, weight_decay=self.weight_decay)
+        name = self.optimizer.lower().removeprefix("lookahead_")
+        if "muon" not in name:
+            return create_optimizer_v2(groups, opt=self.optimizer, **options)
+        if not any(is_muon_matrix(p) for p in self.net.parameters()):
+            raise UserError(
+                f"--model.optimizer {self.optimizer}: this model has no matrix for Muon. Use adamw"
+            )
+        if name not in ("muon", "nmuon"):
+            if not computes_fast(self.device, torch.bfloat16):
+                raise UserError(
+                    f"--model.optimizer {self.optimizer}: computes in bfloat16, which this device emulates. "
+                    "Use nmuon"
+                )
+            return create_optimizer_v2(groups, opt=self.optimizer, **options)
+        optimizer = BatchedMuon(groups, nesterov=name == "nmuon", **options)
+        return optimizer if name == self.optimizer.lower() else Lookahead(optimizer)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Trainable parameters with and without weight decay, as ``decay_on`` says."""
+        named = self.net.no_weight_decay() if hasattr(self.net, "no_weight_decay") else ()
+        if self.decay_on == "weights":
+            return param_groups_weight_decay(self.net, self.weight_decay, no_weight_decay_list=named)
+        if self.decay_on == "all":
+            return [{"params": [p for p in self.net.parameters() if p.requires_grad]}]
         kinds = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
         spared = {id(p) for m in self.net.modules() if isinstance(m, kinds) for p in m.parameters()}
-        named = self.net.no_weight_decay() if hasattr(self.net, "no_weight_decay") else ()
         spared |= {id(p) for name, p in self.net.named_parameters() if name in named}
         norms = [p for p in self.net.parameters() if id(p) in spared]
         others = [p for p in self.net.parameters() if id(p) not in spared]
-        groups: Any = [{"params": others}, {"params": norms, "weight_decay": 0.0}]
-        return create_optimizer_v2(groups, **options)
+        return [{"params": others}, {"params": norms, "weight_decay": 0.0}]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["task"] = self.name

@@ -121,7 +121,8 @@ def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | Non
         name = " on ".join(parts(task).values())
         print(
             f"training {name} ({params / 1e6:.1f} M parameters) on {train} images of "
-            f"{len(data.classes)} classes, validating on {val}",
+            f"{len(data.classes)} classes, validating on {val}\n"
+            f"precision: {trainer.precision} on {trainer.strategy.root_device.type}",
             flush=True,
         )
     last = Path(resume) / "last.ckpt" if resume else None

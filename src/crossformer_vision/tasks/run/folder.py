@@ -32,6 +32,7 @@ with suppress(ImportError):  # not on Windows
     import fcntl
 
 PLOTS = 10.0  # seconds from one drawing of the curves to the next, at least; and at the end
+FIRST_SPEED = 10.0  # seconds of training after which the speed is printed for the first time
 LOCK = ".lock"  # in a run's folder: locked while it runs; names the job that started it
 VAL_LIST = "val_list.txt"  # in a run's folder: the validation images that were held out of one folder
 
@@ -127,6 +128,7 @@ class RunFolder(Callback):
         self.began: float | None = None
         self.drawn = -math.inf  # when the curves were, at the last time
         self.undrawn: Task | None = None  # whose last epoch they do not have yet
+        self.printed_speed = False
         self.made = False
         self.lock: Any = None
         self.signal = 0
@@ -269,9 +271,20 @@ class RunFolder(Callback):
         self.batches += 1
         self.images += len(batch[0]) * trainer.world_size
         self.seconds = time.perf_counter() - self.epoch_began
+        self._print_first_speed(trainer)
         if self._stops(trainer):
             trainer.save_checkpoint(self.folder / "last.ckpt")
             self._stop(trainer)
+
+    def _print_first_speed(self, trainer: L.Trainer) -> None:
+        """One line after the first seconds of training, where no progress bar shows the speed."""
+        if self.printed_speed or not trainer.is_global_zero or time.time() - (self.began or 0) < FIRST_SPEED:
+            return
+        self.printed_speed = True
+        if trainer.progress_bar_callback is None:
+            steps = int(trainer.estimated_stepping_batches)
+            speed = f"{self.images_per_second():.0f} images/s  {self.time_left(trainer)} left"
+            print(f"step {trainer.global_step}/{steps}  {speed}", flush=True)
 
     @staticmethod
     def _stop_at_nan(trainer: L.Trainer, outputs: Any, batch_idx: int) -> None:
