@@ -160,8 +160,8 @@ def train(args: list[str]) -> None:
         cli = options.parse(args, "train", fixed, resume, upgraded)
     if resume and run.is_finished(Path(resume), cli.trainer):
         print(
-            f"{resume} is finished; more: --trainer.max_epochs N with --resume; "
-            f"its figures: {command()} validate {resume}"
+            f"{resume} is finished; to train longer, pass a larger --trainer.max_epochs, or --run.patience "
+            f"after an early stop, with --resume; to see its metrics: {command()} validate {resume}"
         )
         return
     results = run.train(cli.trainer, cli.model, cli.datamodule, cli.run, resume)

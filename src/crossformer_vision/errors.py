@@ -40,5 +40,16 @@ def check_names(source: Any, names: Sequence[str]) -> None:
         raise UserError(f"{source}: a class without a name, or two of one name: {shown}")
 
 
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun: ``1 image``, ``2 images``, ``3 boxes``.
+
+    Args:
+        number: How many.
+        noun: Singular.
+        plural: Plural, if it is not the singular with an s.
+    """
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
 class NoSuchSplit(UserError):
     """The folder or file of a split is not there; without training images, validation may do by itself."""

@@ -1,6 +1,7 @@
 """COCO files: what is read from them, what is refused, and how images become batches."""
 
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import torch
 from PIL import Image
 
 from crossformer_vision import UserError
-from crossformer_vision.data.coco import CocoImages, decode_mask
+from crossformer_vision.data.coco import CocoImages
+from crossformer_vision.data.coco_masks import decode_mask
 from crossformer_vision.data.detection import DetectionData, ToTensors
 
 SQUARE = [10, 10, 30, 10, 30, 40, 10, 40]
@@ -142,7 +144,7 @@ def test_images_without_objects_can_be_left_out_of_training(tmp_path, caplog):
     assert len(found.images["train"].source.sizes) == 2 and len(found.images["val"]) == 4
     assert found.images["train"].source.read(1)[1]["image_id"] == 103
     coco(tmp_path, edit=lambda content: content["annotations"].clear())
-    with pytest.raises(UserError, match="no image has an object; --data.skip_empty false"):
+    with pytest.raises(UserError, match="has no annotations to train on. Export the labels again"):
         assert data(tmp_path, skip_empty=True).num_classes
 
 
@@ -198,7 +200,10 @@ def change(path, value):
         (change("images.1.width", float("nan")), "not a COCO file: its images need id"),
         (change("images.1.width", 10**30), "not a COCO file: its images need id"),
         (change("categories", {}), "not a COCO file: it needs the lists images, annotations and categories"),
-        (change("images.0", {"id": 1}), "not a COCO file: its images need id, file_name, width and height"),
+        (change("images.0", {"id": 1}), "not a COCO file: its images need id and file_name"),
+        (change("annotations.1.segmentation.counts", ""), "annotation 11: its mask has no run lengths"),
+        (change("images.1.file_name", "x.png"), r"image 101: x.png is not in .*train. Add what is missing, or pass --da"),
+        (change("images.1.file_name", "../0.png"), r"image 101: ../0.png lies outside"),
         (change("images", []), "lists no images"),
     ],
 )  # fmt: skip
@@ -232,7 +237,7 @@ def test_what_lies_outside_is_not_trained_on_and_counted(tmp_path, caplog):
 
     file = coco(tmp_path, edit=edit)
     images = CocoImages(file, tmp_path / "images/train", train=True)
-    said = "3 objects outside their image or of no size are not trained on, the first: [200, 10, 20, 30] of"
+    said = "3 objects outside the image or of no size, not trained on; the first is annotation 10 with bbox [200, 10,"
     assert said in caplog.text
     assert np.diff(images.first).tolist() == [0, 1, 2, 3]
     assert images.read(2)[1]["boxes"][0].tolist() == [70, 50, 110, 90]
@@ -249,21 +254,212 @@ def test_what_lies_outside_is_not_trained_on_and_counted(tmp_path, caplog):
     ]
 
 
-def test_masks_without_a_pixel(tmp_path):
+@pytest.mark.parametrize("train", [True, False])
+def test_masks_without_a_pixel_are_left_out_and_counted(train, tmp_path, caplog):
+    from pycocotools import mask
+
+    empty = mask.encode(np.zeros((70, 50), np.uint8, order="F"))
+
     def edit(content):
         content["annotations"][0]["segmentation"] = [[100, 100, 130, 100, 130, 120]]  # outside
         content["annotations"][1]["segmentation"]["counts"] = [50 * 70]
-        content["annotations"][3]["segmentation"] = [[10.1, 10.1, 10.2, 10.1, 10.2, 10.2]]  # of no pixel
+        content["annotations"][3]["segmentation"] = [[10.1, 10.1, 10.2, 10.1, 10.2, 10.2]]
+        content["annotations"][4]["segmentation"] = [[5, 6, 25, 6, 15, 6]]  # on a line
+        content["annotations"][6]["segmentation"] = {"size": [70, 50], "counts": empty["counts"].decode()}
 
     file = coco(tmp_path, edit=edit)
-    images = CocoImages(file, tmp_path / "images/train", masks=True, train=True)
-    assert np.diff(images.first).tolist() == [0, 1, 3, 3]
+    images = CocoImages(file, tmp_path / "images/train", masks=True, train=train)
+    assert np.diff(images.first).tolist() == [0, 1, 1, 2]  # crowds are left, which training drops later
+    assert "instances_train.json: 5 objects without a mask pixel in the image, left out" in caplog.text
     for n in range(4):
-        target = ToTensors(lambda *pair: pair, train=True)(*images.read(n))[1]
-        assert len(target["boxes"]) == len(target["masks"]) == (0, 0, 1, 2)[n]
+        target = ToTensors(lambda *pair: pair, train=train)(*images.read(n))[1]
         assert target["masks"].flatten(1).any(1).all()
-    with pytest.raises(UserError, match="annotation 10: no pixel of its mask is inside the image"):
-        CocoImages(file, tmp_path / "images/train", masks=True)
+
+
+def test_thin_polygons_have_the_pixels_that_cocos_tools_draw():
+    from pycocotools import mask
+
+    from crossformer_vision.data.coco_masks import polygons_have_pixels
+
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        points = rng.uniform(-5, 45, (rng.integers(3, 7), 2)) * [1, rng.choice([0.02, 0.2, 1])]
+        polygons = [points.ravel().tolist()]
+        drawn = int(mask.area(mask.merge(mask.frPyObjects(polygons, 30, 40))))
+        assert polygons_have_pixels(polygons, 40, 30) == (drawn > 0), polygons
+
+
+@pytest.mark.parametrize(
+    "annotations, message",
+    [
+        ([], "has no annotations to train on"),
+        (
+            [dict(iscrowd=1)] * 3,
+            r"all objects \(3\) are crowds \(iscrowd 1\), which are not trained on. Set iscrowd to 0",
+        ),
+        ([dict(bbox=[500, 5, 3, 3])], "no object of 1 can be trained on"),
+    ],
+)
+def test_files_without_an_object_to_train_on_are_refused(annotations, message, tmp_path, caplog):
+    common = dict(image_id=101, category_id=3, bbox=[5, 5, 10, 10])
+
+    def edit(content):
+        content["annotations"] = [{**common, "id": n, **a} for n, a in enumerate(annotations)]
+
+    file = coco(tmp_path, edit=edit)
+    with pytest.raises(UserError, match=f"{file}: {message}"):
+        CocoImages(file, tmp_path / "images/train", train=True)
+    assert len(CocoImages(file, tmp_path / "images/train")) == 4  # validation
+    assert ("has no annotations; average precision cannot be measured" in caplog.text) == (not annotations)
+
+
+def test_crowds_are_counted(tmp_path, caplog):
+    CocoImages(coco(tmp_path), tmp_path / "images/train", train=True)
+    assert "instances_train.json: 3 crowds are not trained on (iscrowd 1)" in caplog.text
+
+
+def listed_as(names, root):
+    """A COCO file whose images are listed under these names."""
+
+    def edit(content):
+        for image, name in zip(content["images"], names, strict=True):
+            image["file_name"] = name
+
+    return coco(root, images=len(names), edit=edit)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["left\\", "./left/", "train/left/", "images/train/left/", "images\\train\\left\\"]
+)
+def test_names_as_tools_spell_them(prefix, tmp_path):
+    file = listed_as([f"{prefix}{n}.png" for n in range(4)], tmp_path)
+    folder = tmp_path / "images/train"
+    (folder / "left").mkdir()
+    for n in range(4):
+        (folder / f"{n}.png").rename(folder / f"left/{n}.png")
+    images = CocoImages(file, folder)
+    assert [images.name(n) for n in range(4)] == [str(folder / f"left/{n}.png") for n in range(4)]
+    assert images.read(1)[0].size == (50, 70)
+
+
+@pytest.mark.parametrize("form, other", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_of_composed_and_decomposed_unicode(form, other, tmp_path):
+    file = listed_as([unicodedata.normalize(form, f"café {n}.png") for n in range(2)], tmp_path)
+    for n in range(2):
+        (tmp_path / f"images/train/{n}.png").rename(
+            tmp_path / "images/train" / unicodedata.normalize(other, f"café {n}.png")
+        )
+    assert CocoImages(file, tmp_path / "images/train").read(1)[0].size == (50, 70)
+
+
+def test_hidden_images_that_are_listed_are_read(tmp_path):
+    file = listed_as(["0.png", ".1.png"], tmp_path)
+    (tmp_path / "images/train/1.png").rename(tmp_path / "images/train/.1.png")
+    assert CocoImages(file, tmp_path / "images/train").read(1)[0].size == (50, 70)
+
+
+def test_missing_images_stop_a_run_before_it_starts_or_are_counted(tmp_path, caplog):
+    for split in ("train", "val"):
+        coco(tmp_path, split)
+    for n in (2, 3):
+        (tmp_path / f"images/val/{n}.png").unlink()
+    with pytest.raises(
+        UserError, match=r"instances_val.json: image 102: 2.png is not in .*val, nor are 1 more"
+    ):
+        assert data(tmp_path, classes=["a", "b"]).open("val")
+    found = data(tmp_path, skip_corrupt=True, detector="retinanet")
+    assert found.num_classes and len(list(found.val_dataloader())) == 4
+    assert "image 102: 2.png is not in" in caplog.text and found.skipped == 2
+
+
+def test_sizes_that_the_file_lacks_are_read_from_the_images(tmp_path, caplog):
+    def edit(content):
+        del content["images"][1]["width"], content["images"][1]["height"]
+        content["images"][2].update(width=0, height=0)
+        content["images"][3]["width"] = None
+
+    images = CocoImages(coco(tmp_path, edit=edit), tmp_path / "images/train", masks=True)
+    assert images.sizes.tolist() == [[80, 60], [50, 70], [80, 60], [50, 70]]
+    assert "lists no size of 3 images; those of the image files are taken" in caplog.text and images.read(1)[
+        1
+    ]["masks"].shape == (3, 70, 50)
+
+
+def test_an_image_under_two_ids_has_the_objects_of_both(tmp_path, caplog):
+    def edit(content):
+        content["images"].append({**content["images"][1], "id": 900})
+        content["annotations"][0]["image_id"] = 900
+
+    images = CocoImages(coco(tmp_path, edit=edit), tmp_path / "images/train")
+    assert np.diff(images.first).tolist() == [0, 3, 3, 3] and len(images) == 4
+    assert "1 entry repeats an image; objects are taken together" in caplog.text
+
+
+def test_a_root_category_is_no_class(tmp_path, caplog):
+    def edit(content):
+        for category in content["categories"]:
+            category["supercategory"] = "cells"
+        content["categories"].append({"id": 0, "name": "cells", "supercategory": "none"})
+
+    for split in ("train", "val"):
+        coco(tmp_path, split, edit=edit)
+    found = data(tmp_path)
+    assert found.num_classes == 2 and found.classes == ["a", "b"] and found.category_ids == [3, 7]
+    assert found.images["train"].source.read(1)[1]["labels"].tolist() == [1, 2, 1]
+    assert "category 'cells' has no objects and stands above the others; it is no class" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "angle, box", [(90.0, [25, 5, 35, 35]), (180, [15, 15, 45, 25]), (45, [15.9, 5.9, 44.1, 34.1])]
+)
+def test_rotated_boxes_become_the_boxes_around_them(angle, box, tmp_path, caplog):
+    def edit(content):
+        rotated = {"occluded": False, "rotation": angle}
+        content["annotations"][0].update(bbox=[15, 15, 30, 10], attributes=rotated)
+        content["annotations"][1]["attributes"] = {"rotation": 0.0}
+
+    images = CocoImages(coco(tmp_path, edit=edit), tmp_path / "images/train")
+    assert images.read(1)[1]["boxes"][0].tolist() == pytest.approx(box, abs=0.1)
+    assert "1 box is rotated; upright boxes around them are taken" in caplog.text
+
+
+def test_naming_an_id_that_stands_twice_takes_linear_time():
+    """Counted in comparisons, not by a clock."""
+    from crossformer_vision.data.coco_json import first_duplicate
+
+    compared = 0
+
+    class Counting(int):
+        def __eq__(self, other):
+            nonlocal compared
+            compared += 1
+            return int(self) == int(other)
+
+        __hash__ = int.__hash__
+
+    assert first_duplicate([Counting(n) for n in (*range(2000), 1999)]) == 1999
+    assert compared < 100 and first_duplicate(range(10)) is None
+
+
+def test_polygons_beyond_the_border_do_not_reach_over_the_padding(tmp_path):
+    """A crop that is larger than the image: what it adds is gray, and no object's."""
+    folder = tmp_path / "images/train"
+
+    def edit(content):
+        for annotation in content["annotations"]:
+            annotation.update(iscrowd=0, bbox=[30, 20, 60, 30])
+            annotation["segmentation"] = [[30, 20, 90, 10, 110, 60, 30, 50]]  # images are 80 or 50 wide
+
+    for split in ("train", "val"):
+        coco(tmp_path, split, edit=edit)
+        for file in folder.glob("*.png"):
+            Image.new("RGB", Image.open(file).size, (255, 0, 0)).save(file)
+    found = data(tmp_path, min_size=96, hflip=0.0, scale_jitter=(0.5, 0.5))
+    assert found.num_classes
+    for n in (1, 2, 3):
+        pixels, target = found.open("train")[n]
+        red = (pixels[0] > 0.9) & (pixels[1] < 0.1)
+        assert target["masks"].any() and not (target["masks"].bool().any(0) & ~red).any()
 
 
 @pytest.mark.parametrize("side", [800, 672])
@@ -334,10 +530,10 @@ def test_images_of_all_kinds(tmp_path):
     Image.fromarray((ramp / 257).astype(np.uint8)).save(folder / "0.png")
     Image.fromarray(ramp.astype(np.uint16)).save(folder / "2.png")
     Image.new("RGBA", (50, 70), (10, 200, 30, 0)).save(folder / "1.png")
-    (folder / "3.png").unlink()
     (folder / "4.png").write_bytes(b"rubbish")
     found = data(tmp_path)
     assert found.num_classes
+    (folder / "3.png").unlink()
     grey, colour, deep = (found.images["val"][n][0] for n in range(3))
     assert (grey - deep).abs().max() < 0.01 and deep[0, -1, -1] > 0.99  # 16 bits are scaled, not clipped
     assert (colour[:, 0, 0] * 255).round().tolist() == [10, 200, 30]

@@ -11,9 +11,9 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image, project
 from torchvision.ops import box_iou, masks_to_boxes, sigmoid_focal_loss
 from torchvision.transforms.functional import pil_to_tensor
 
-from crossformer_vision import create_detector
+from crossformer_vision import UserError, create_detector
+from crossformer_vision.models import detector_parts, matching
 from crossformer_vision.models.detector_parts import (
-    RPNMatcher,
     box_losses,
     mask_loss,
     mask_targets,
@@ -102,11 +102,72 @@ def test_objects_are_found_with_gradients_and_in_half_precision():
     assert half["masks"].shape[1:] == (1, 64, 80)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 2), (3, 3)])
+def test_gradients_of_the_coarsest_levels_in_bfloat16(size):
+    """oneDNN's own are of uninitialized memory where a map is one pixel wide."""
+    torch.manual_seed(0)
+    levels, x = detector_parts.P6P7(8, 16), torch.randn(2, 8, *size)
+
+    def gradients():
+        levels.zero_grad()
+        (p6, p7), _ = levels([], [x], [])
+        (p6.float().square().sum() + p7.float().square().sum()).backward()
+        return [p.grad.clone() for p in levels.parameters()]
+
+    exact = gradients()
+    junk = [torch.full((n,), float("nan")) for n in (64, 256, 1152, 2304, 4096) for _ in range(8)]
+    del junk  # what is allocated next holds it
+    with torch.autocast("cpu", torch.bfloat16):
+        low = gradients()
+    for a, b in zip(low, exact, strict=True):
+        torch.testing.assert_close(a, b, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("low_quality", [True, False])
+@pytest.mark.parametrize("chunk", [1 << 23, 700])  # all anchors at once, and some of 90 at a time
+def test_matching_in_chunks_is_torchvisions(chunk, low_quality, monkeypatch):
+    monkeypatch.setattr(matching, "CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(497, 2, generator=generator) * 80
+    anchors = torch.cat([corners, corners + 4 + 30 * torch.rand(497, 2, generator=generator)], 1).round()
+    boxes = torch.cat([anchors[:5] + 3, anchors[7:8], torch.tensor([[200.0, 200, 210, 210]])])
+    matcher = Matcher(0.5, 0.4, allow_low_quality_matches=low_quality)
+    expected = matcher(box_iou(boxes, anchors))
+    assert torch.equal(matching.match_anchors(matcher, boxes, anchors), expected)
+    assert matching.match_anchors(matcher, boxes[:0], anchors).eq(-1).all()
+
+
 def test_an_object_that_nothing_overlaps_claims_no_anchor():
-    iou = torch.tensor([[0.8, 0.1, 0.2, 0.0], [0.1, 0.35, 0.2, 0.0], [0.0, 0.0, 0.1, 0.29]])
-    assert Matcher(0.7, 0.3, allow_low_quality_matches=True)(iou).tolist() == [0, 1, -1, 2]
-    assert RPNMatcher(0.7, 0.3, allow_low_quality_matches=True)(iou).tolist() == [0, 1, -1, -1]
-    assert type(create_detector("mask_rcnn", "crossformer_nano", **SMALL).rpn.proposal_matcher) is RPNMatcher
+    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10]])
+    boxes = torch.tensor([[0.0, 0, 10, 8], [20, 0, 30, 3.5], [60, 0, 70, 2.9]])  # overlaps 0.8, 0.35, 0.29
+    matcher = Matcher(0.7, 0.3, allow_low_quality_matches=True)
+    assert matching.match_anchors(matcher, boxes, anchors).tolist() == [0, 1, -1, 2]
+    assert matching.match_anchors(matcher, boxes, anchors, least_claim=0.3).tolist() == [0, 1, -1, -1]
+    rpn = create_detector("mask_rcnn", "crossformer_nano", **SMALL).rpn
+    labels, matched = rpn.assign_targets_to_anchors([anchors], [{"boxes": boxes}])
+    assert labels[0].tolist() == [1, 1, 0, 0] and matched[0][:2].tolist() == boxes[:2].tolist()
+
+
+def test_mask_targets_a_few_at_a_time(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    masks = (torch.rand(7, 40, 30, generator=generator) > 0.5).to(torch.uint8)
+    boxes = torch.rand(12, 2, generator=generator) * 10
+    boxes = torch.cat([boxes, boxes + 8], 1)
+    index = torch.tensor([6, 0, 3, 3, 0, 5, 2, 6, 1, 0, 3, 2])
+    at_once = mask_targets(masks, boxes, index, 14)
+    monkeypatch.setattr(detector_parts, "MASKS_AT_A_TIME", 2)
+    assert torch.equal(mask_targets(masks, boxes, index, 14), at_once) and 0 < at_once.mean() < 1
+
+
+@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn"])
+@pytest.mark.parametrize("label", [0, 4, -1])
+def test_labels_of_no_class_are_refused(name, label):
+    """Labels from 0, as other libraries have them, would train the last class."""
+    net = create_detector(name, "crossformer_nano", **SMALL).train()
+    target = dict(boxes=torch.tensor([[1.0, 1, 9, 9]]), labels=torch.tensor([label]))
+    target["masks"] = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    with pytest.raises(UserError, match=rf"a target has label {label}: labels run from 1 to 3"):
+        net([torch.rand(3, 64, 64)], [target])
 
 
 def test_losses_of_the_box_head():

@@ -198,7 +198,7 @@ def test_metrics_agree_with_pycocotools(tmp_path):
 
     task = Detection("mask_rcnn", "crossformer_nano", 3, width=16, min_size=64)
     for batch in batches:
-        task.metric.update(*batch)
+        task.metric.update(*batch, [batch[1][0]["masks"].shape[1:]])
     figures, task.precisions = task.metric.compute()
     assert not task.metric.found and not task.metric.true
     reference = COCO()

@@ -120,7 +120,8 @@ def test_two_processes_train_as_one(tmp_path):
     for folder, devices, batch in (("one", 1, 16), ("two", 2, 8)):
         options = f"--trainer.devices {devices} --trainer.strategy {'ddp' if devices > 1 else 'auto'}"
         options += f" --data.batch_size {batch} --data.val_images 21 --run.folder {tmp_path / folder}"
-        options += " --model.optimizer adamw"  # Muon magnifies the rounding of small gradients
+        options += " --model.optimizer adamw"  # Muon magnifies the rounding of small gradients,
+        options += " --trainer.precision 32"  # as bfloat16 does
         subprocess.run([CROSSFORMER, "train", *TINY, *options.split()], check=True, env=threads)
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         for name in ("train_loss", "val_loss", "val_accuracy", "lr", "step"):

@@ -1,85 +1,70 @@
 """Files in COCO's format: images, boxes and masks, as arrays.
 
-COCO's own training file has 860,000 objects. A Python object each would take gigabytes, and be copied into
-every worker as it is touched. So what is plain is decoded by msgspec straight into arrays, and only what is
-not goes through the functions that name what is wrong with it.
+COCO's own training file has 860,000 objects. A Python object for each would take gigabytes and be copied
+into every worker process. Annotations as COCO writes them are therefore decoded by msgspec straight into
+arrays; only the others go through the slower functions that name what is wrong with them.
 """
 
 import json
 import logging
-import math
 from array import array
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
 from PIL import Image
 
+from crossformer_vision.data.coco_json import (
+    check_numbers,
+    coco_id,
+    decode_annotation,
+    decode_polygons,
+    describe_missing,
+    enclosing_box,
+    first_duplicate,
+    read_coco_json,
+    rotation_of,
+)
+from crossformer_vision.data.coco_masks import check_segmentation, decode_mask, polygons_have_pixels
+from crossformer_vision.data.image_files import find_listed_images, is_outside, stored_size
 from crossformer_vision.data.images import Names, upright
-from crossformer_vision.errors import UserError, check_names
+from crossformer_vision.errors import UserError, check_names, counted
 
 log = logging.getLogger("crossformer_vision")
-
-
-class _Image(msgspec.Struct):
-    id: Any
-    file_name: Any
-    width: Any
-    height: Any
-
-
-class _File(msgspec.Struct):
-    images: list[_Image]
-    annotations: list[msgspec.Raw]
-    categories: list[Any]
-
-
-class _Annotation(msgspec.Struct):
-    """One as COCO has them. Those that differ, with ids as text say, are not wrong, but read the slow way."""
-
-    image_id: int
-    category_id: int
-    bbox: tuple[float, float, float, float]
-    id: int = -1
-    area: float | None = None
-    iscrowd: int = 0
-    segmentation: msgspec.Raw = msgspec.Raw()
-
-
-_annotation = msgspec.json.Decoder(_Annotation)
-_polygons = msgspec.json.Decoder(list[list[float]])
 
 
 class CocoImages:
     """Images and objects of a file in COCO's format.
 
-    Boxes are kept as the file has them, over the image's border too, for COCO's metrics. Objects of which
-    nothing lies inside their image cannot be learned: they are left out of training, with one warning that
-    counts them and names the first.
+    Boxes are kept as the file has them, over the image's border too, for COCO's metrics. What is left out or
+    read in another way than it is written is counted in a warning that names the first such annotation.
 
     Args:
-        annotations: the JSON file.
-        folder: of the images.
-        classes: names of the training file, in the order of their labels; None numbers the file's own, in the
-            order of ids.
-        masks: read the segmentations too.
-        train: leave out what cannot be learned.
-        skip_empty: leave out images in which no object but crowds is.
-        as_outlines: read polygons in place of masks, of images in which all objects but crowds have some.
+        annotations: The JSON file.
+        folder: Folder of the images.
+        classes: Names of the training classes, in the order of their labels. ``None`` numbers the file's own,
+            in the order of ids.
+        masks: Read segmentations, too.
+        train: Leave out what cannot be learned: crowds, objects outside their image or without a size.
+        skip_empty: Leave out images without objects other than crowds.
+        as_outlines: Read polygons in place of masks, of images in which all objects but crowds have some.
+        skip_missing: Warn about listed images that are missing instead of refusing the file.
 
     Attributes:
-        categories: name of each of the training file's ids; the label of the k-th is k + 1.
-        sizes: (images, 2), width and height of each, as the file says.
-        first: (images + 1,), number of the first object of each image, by which the next ones are sorted.
-        boxes, labels, iscrowd, area: of the objects; boxes are x1, y1, x2, y2.
+        categories: Names by the ids of the file; the label of the k-th is k + 1.
+        sizes: Width and height of each image in pixels, ``(images, 2)``.
+        first: Number of the first object of each image, ``(images + 1,)``.
+        boxes: ``x1, y1, x2, y2`` of the objects in pixels, ``(objects, 4)``.
+        labels: Labels of the objects, from 1, ``(objects,)``.
+        iscrowd: 1 for crowds, ``(objects,)``.
+        area: Areas that the file gives, 0 where it gives none, ``(objects,)``.
 
     Raises:
-        UserError: a file that is missing, no JSON or not COCO's; an id that stands twice; an annotation of an
-            unknown image or category, without a box, with numbers that are none, with a polygon of fewer than
-            three points or a mask of another size; in validation, a mask without a pixel in its image.
+        UserError: If the file is missing, no JSON or not COCO's; if an id stands twice, an image is missing,
+            nothing can be trained on, or an annotation is of an unknown image or category, has no box, no
+            finite numbers, a polygon of fewer than three points or a mask of another size.
     """
 
     def __init__(
@@ -91,40 +76,103 @@ class CocoImages:
         train: bool = False,
         skip_empty: bool = False,
         as_outlines: bool = False,
+        skip_missing: bool = False,
     ) -> None:
         self.annotations, self.folder, self.masks, self.as_outlines = annotations, folder, masks, as_outlines
-        content = _read(annotations)
-        number = self._read_images(content)
+        content = read_coco_json(annotations)
+        number = self._read_images(content, skip_missing)
         names = list(classes or self.categories.values())
         label_of = {i: names.index(name) + 1 for i, name in self.categories.items() if name in names}
         self._read_objects(content["annotations"], number, label_of, names, classes is None)
+        if classes is None:
+            self._drop_root_category(content["categories"])
         self._leave_out(content["annotations"], train, skip_empty)
 
-    def _read_images(self, content: dict[str, Any]) -> dict[Any, int]:
-        """Categories, and the images' names and sizes; the number of each image's id."""
+    def _read_images(self, content: dict[str, Any], skip_missing: bool) -> dict[Any, int]:
+        """Read categories, names and sizes of the images; returns the number of each image id."""
         try:
             listed = [(coco_id(c["id"]), str(c["name"])) for c in content["categories"]]
             images = [
-                (coco_id(i.id), str(i.file_name), int(i.width), int(i.height)) for i in content["images"]
+                (coco_id(i.id), str(i.file_name), int(i.width or 0), int(i.height or 0))
+                for i in content["images"]
             ]
-            self.sizes = np.array([image[2:] for image in images], np.int64)
+            np.array([image[2:] for image in images], np.int64)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(_lacking(self.annotations, error)) from error
+            raise UserError(describe_missing(self.annotations, error)) from error
         if not images or not listed:
             raise UserError(f"{self.annotations}: lists no {'categories' if images else 'images'}")
         for what, ids in (("image", [i[0] for i in images]), ("category", [c[0] for c in listed])):
-            if len(set(ids)) < len(ids):
-                twice = next(i for i in ids if ids.count(i) > 1)
+            if (twice := first_duplicate(ids)) is not None:
                 raise UserError(f"{self.annotations}: two entries have the {what} id {twice}")
         if all(isinstance(category, int) for category, _ in listed):
             listed.sort()
         self.categories = dict(listed)
         check_names(self.annotations, list(self.categories.values()))
-        self.names = Names(image[1] for image in images)
-        usable = [isinstance(i[0], int) and abs(i[0]) < 2**63 for i in images]
-        # Ids for the metrics; those that no tensor holds are an image's place in the file.
-        self.ids = np.array([i[0] if ok else n for n, (i, ok) in enumerate(zip(images, usable))], np.int64)
-        return {image[0]: n for n, image in enumerate(images)}
+        files = self._find_files(images, skip_missing)
+        first_of: dict[str, int] = {}
+        number: dict[Any, int] = {}
+        kept: list[int] = []
+        for n, (image, file) in enumerate(zip(images, files, strict=True)):
+            if file not in first_of:
+                first_of[file] = len(kept)
+                kept.append(n)
+            number[image[0]] = first_of[file]
+        if len(kept) < len(images):
+            repeated = counted(len(images) - len(kept), "entry repeats", "entries repeat")
+            log.warning("%s: %s an image; objects are taken together", self.annotations, repeated)
+        self.names = Names(files[n] for n in kept)
+        self.sizes = self._read_sizes([images[n][2:] for n in kept])
+        usable = [isinstance(images[n][0], int) and abs(int(images[n][0])) < 2**63 for n in kept]
+        # Ids for the metrics. Ids that no tensor holds are replaced by the image's place in the file.
+        self.ids = np.array([images[n][0] if ok else n for n, ok in zip(kept, usable)], np.int64)
+        return number
+
+    def _find_files(self, images: list[tuple[Any, str, int, int]], skip_missing: bool) -> list[str]:
+        """Paths of the images below the folder."""
+        for identity, name, _, _ in images:
+            if is_outside(name.replace("\\", "/")):  # a link may lead anywhere
+                raise UserError(f"{self.annotations}: image {identity}: {name} lies outside {self.folder}")
+        found = find_listed_images([image[1] for image in images], self.folder)
+        missing = [image for image, file in zip(images, found, strict=True) if file is None]
+        if missing:
+            others = f", nor are {len(missing) - 1} more" if len(missing) > 1 else ""
+            identity, name, *_ = missing[0]
+            message = f"{self.annotations}: image {identity}: {name} is not in {self.folder}{others}"
+            if not skip_missing:
+                raise UserError(f"{message}. Add what is missing, or pass --data.skip_corrupt true")
+            log.warning("%s", message)
+        return [file or image[1] for image, file in zip(images, found, strict=True)]
+
+    def _read_sizes(self, listed: list[tuple[int, int]]) -> NDArray[np.int64]:
+        """Sizes as the file has them; of images without one, those of the image files."""
+        unknown = [n for n, (width, height) in enumerate(listed) if width <= 0 or height <= 0]
+        for n in unknown:
+            try:
+                listed[n] = stored_size(self.folder / self.names[n])
+            except OSError:
+                listed[n] = (0, 0)  # reading the image will name it
+        if unknown:
+            log.warning(
+                "%s: lists no size of %d images; those of the image files are taken",
+                self.annotations,
+                len(unknown),
+            )
+        return np.array(listed, np.int64)
+
+    def _drop_root_category(self, categories: list[Any]) -> None:
+        """Leave out a category without objects that only stands above the others, as Roboflow exports it."""
+        parents = {str(c.get("supercategory")) for c in categories}
+        used = set(self.labels.tolist())
+        for label, (identity, name) in enumerate(list(self.categories.items()), start=1):
+            if name in parents and label not in used and len(self.categories) > 1:
+                log.warning(
+                    "%s: category '%s' has no objects and stands above the others; it is no class",
+                    self.annotations,
+                    name,
+                )
+                del self.categories[identity]
+                self.labels[self.labels > label] -= 1
+                return
 
     def _read_objects(
         self,
@@ -134,21 +182,24 @@ class CocoImages:
         names: list[str],
         own: bool,
     ) -> None:
-        """The objects, in the file's order. `own`: the names of the classes are the file's."""
+        """Read the objects, in the file's order; ``own`` tells that the classes are the file's categories."""
         image, label, identity, crowd = array("i"), array("i"), array("q"), array("b")
         box, area, end = array("d"), array("d"), array("q")
         shapes, seen = bytearray(), array("b")
         sizes = self.sizes.tolist()
         is_seen: bool | None = True
+        rotated = 0
         for entry in annotations:
             plain: Any = None
             if isinstance(entry, msgspec.Raw):
                 try:
-                    plain = _annotation.decode(entry)
+                    plain = decode_annotation(entry)
                     n, k = number[plain.image_id], label_of[plain.category_id]
                     if self.masks:
-                        is_seen = _is_seen(_polygons.decode(plain.segmentation), *sizes[n])
+                        is_seen = polygons_have_pixels(decode_polygons(plain.segmentation), *sizes[n])
                         plain = None if is_seen is None else plain
+                    if plain is not None and b'"rotation"' in bytes(plain.attributes):
+                        plain = None
                 except (msgspec.MsgspecError, KeyError, ValueError):
                     plain = None
             if plain is not None:
@@ -159,20 +210,26 @@ class CocoImages:
                 annotation = self._whole(entry)
                 n, k = self._places(annotation, number, label_of, names, own)
                 name = f"{self.annotations}: annotation {annotation.get('id', '?')}"
-                xywh, surface, is_crowd = self._checked(name, annotation)
-                is_seen = not self.masks or self._check_shape(name, annotation.get("segmentation"), n)
+                xywh, surface, is_crowd = check_numbers(name, annotation)
+                segmentation = annotation.get("segmentation")
+                is_seen = not self.masks or check_segmentation(name, segmentation, *sizes[n])
+                if angle := rotation_of(annotation):
+                    xywh, rotated = enclosing_box(xywh, angle), rotated + 1
                 shape = json.dumps(annotation.get("segmentation")).encode()
                 own_id = annotation.get("id")
             image.append(n)
             label.append(k)
             box.extend(xywh)
-            area.append(xywh[2] * xywh[3] if surface is None else surface)
+            area.append(surface or 0.0)
             crowd.append(is_crowd != 0)
             identity.append(own_id if isinstance(own_id, int) and abs(own_id) < 2**63 else -1)
             if self.masks:
                 shapes += shape
                 seen.append(bool(is_seen))
                 end.append(len(shapes))
+        if rotated:
+            boxes = counted(rotated, "box is", "boxes are")
+            log.warning("%s: %s rotated; upright boxes around them are taken", self.annotations, boxes)
         self.order = np.argsort(np.array(image, np.int32), kind="stable")  # of the file's, by image
         self.image = np.array(image, np.int32)[self.order]
         self.labels = np.array(label, np.int32)[self.order]
@@ -212,7 +269,7 @@ class CocoImages:
         return n, label
 
     def _leave_out(self, annotations: list[Any], train: bool, skip_empty: bool) -> None:
-        """What training cannot learn; images without an object, if these are skipped."""
+        """Leave out what cannot be learned or found, and images without an object if these are skipped."""
         width, height = self.sizes[self.image].T
         x1, y1, w, h = self.xywh.T
         x2, y2 = x1 + w, y1 + h
@@ -220,35 +277,58 @@ class CocoImages:
         inside &= (np.minimum(width, x2) > np.maximum(0, x1)) & (np.minimum(height, y2) > np.maximum(0, y1))
         self.boxes = np.stack([x1, y1, x2, y2], 1).astype(np.float32)
         del self.xywh
-        lost = ~inside | ~self.seen
-        if not (train or self.seen.all()):
-            unseen = np.flatnonzero(~self.seen)
-            k = int(unseen[np.argmin(self.order[unseen])])
+        total, crowds = len(inside), int(self.iscrowd.sum())
+        if train:
+            self._check_trainable(total, crowds)
+            self._report(annotations, ~inside, "outside the image or of no size, not trained on")
+            if crowds:
+                what = counted(crowds, "crowd is", "crowds are")
+                log.warning("%s: %s not trained on (iscrowd 1)", self.annotations, what)
+        elif not total:
+            log.warning("%s: has no annotations; average precision cannot be measured", self.annotations)
+        else:  # COCO's metrics count such boxes as objects that were not found
+            self._report(annotations, ~inside, "outside the image or of no size, which nothing can match")
+        self._report(annotations, ~self.seen, "without a mask pixel in the image, left out")
+        kept = (inside | (not train)) & self.seen
+        if train and total and not (kept & (self.iscrowd == 0)).any():
             raise UserError(
-                f"{self._named(k)}: no pixel of its mask is inside the image; remove it from the file"
+                f"{self.annotations}: no object of {total} can be trained on. Export the labels again"
             )
-        if train and lost.any():
-            place = int(self.order[lost].min())
-            first = self._whole(annotations[place])
-            log.warning(
-                "%s: %d objects outside their image or of no size are not trained on, the first: %s",
-                self.annotations,
-                int(lost.sum()),
-                f"{first.get('bbox')} of annotation {first.get('id', '?')}",
-            )
-            self._keep(~lost)
+        if not kept.all():
+            self._keep(kept)
         del self.order, self.seen
         if skip_empty:
             full = np.unique(self.image[self.iscrowd == 0])
-            if not len(full):
-                raise UserError(
-                    f"{self.annotations}: no image has an object; --data.skip_empty false keeps them"
-                )
             self._keep(np.isin(self.image, full))
             self.image = np.searchsorted(full, self.image).astype(np.int32)
             self.names = Names(self.names[int(n)] for n in full)
             self.sizes, self.ids = self.sizes[full], self.ids[full]
         self.first = np.searchsorted(self.image, np.arange(len(self.sizes) + 1))
+
+    def _check_trainable(self, total: int, crowds: int) -> None:
+        if not total:
+            raise UserError(
+                f"{self.annotations}: has no annotations to train on. Export the labels again, or choose "
+                "another --data.train_split"
+            )
+        if crowds == total:
+            raise UserError(
+                f"{self.annotations}: all objects ({total}) are crowds (iscrowd 1), which are not trained "
+                "on. Set iscrowd to 0 for single objects"
+            )
+
+    def _report(self, annotations: list[Any], chosen: NDArray[np.bool_], what: str) -> None:
+        """Warn about some objects: how many, and the first in the file."""
+        if chosen.any():
+            first = self._whole(annotations[int(self.order[chosen].min())])
+            log.warning(
+                "%s: %s %s; the first is annotation %s with bbox %s",
+                self.annotations,
+                counted(int(chosen.sum()), "object"),
+                what,
+                first.get("id", "?"),
+                first.get("bbox"),
+            )
 
     def _keep(self, chosen: NDArray[np.bool_]) -> None:
         for name in ("image", "labels", "identity", "iscrowd", "area", "boxes"):
@@ -264,10 +344,6 @@ class CocoImages:
 
     def read(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
         file_name, (width, height) = self.names[index], self.sizes[index].tolist()
-        if Path(file_name).is_absolute() or ".." in Path(file_name).parts:  # a link may lead anywhere
-            raise UserError(
-                f"{self.annotations}: image {self.ids[index]}: {file_name} lies outside {self.folder}"
-            )
         path = self.folder / file_name
         image = upright(Image.open(path), labelled=(width, height))
         if image.size != (width, height):
@@ -311,116 +387,3 @@ class CocoImages:
             return known.get(coco_id(annotation.get(key)))
         except (TypeError, ValueError, OverflowError):
             raise UserError(f"{name}: its {key} is {annotation.get(key)!r}") from None
-
-    def _checked(self, name: str, annotation: dict[str, Any]) -> tuple[list[float], float, int]:
-        """Box (x, y, width, height), area and crowd of an annotation, or a UserError."""
-        try:
-            x, y, w, h = (float(value) for value in annotation["bbox"])
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{name}: its bbox is not [x, y, width, height]") from None
-        area = annotation.get("area")
-        try:
-            area = w * h if area is None else float(area)
-            crowd = int(int(annotation.get("iscrowd") or 0) != 0)
-        except (TypeError, ValueError, OverflowError):
-            raise UserError(
-                f"{name}: its area or iscrowd is no number ({area!r}, {annotation.get('iscrowd')!r})"
-            ) from None
-        if not all(map(math.isfinite, (x, y, w, h, area))):
-            raise UserError(
-                f"{name}: its bbox or area has a number that is none: {annotation['bbox']}, {area}"
-            )
-        return [x, y, w, h], area, crowd
-
-    def _check_shape(self, name: str, shape: Any, n: int) -> bool:
-        """Whether any of it may lie inside the image."""
-        width, height = self.sizes[n].tolist()
-        if isinstance(shape, dict):
-            counts = shape.get("counts")
-            if shape.get("size") not in ([height, width], (height, width)) or not counts:
-                raise UserError(
-                    f"{name}: its mask is of size {shape.get('size')}, the image of [{height}, {width}]"
-                )
-            if isinstance(counts, (str, bytes)):
-                return True
-            if not isinstance(counts, list) or not all(isinstance(c, int) and c >= 0 for c in counts):
-                raise UserError(f"{name}: the run lengths of its mask are not whole numbers")
-            if sum(counts) != width * height:
-                raise UserError(
-                    f"{name}: the run lengths of its mask are of {sum(counts)} pixels, the image has "
-                    f"{width * height}"
-                )
-            return any(counts[1::2])
-        if not isinstance(shape, list) or not shape:
-            raise UserError(f"{name}: has no segmentation; without masks there is --model.detector retinanet")
-        if not all(isinstance(polygon, list) for polygon in shape):
-            raise UserError(f"{name}: its segmentation is not a list of polygons, [[x1, y1, x2, y2, …], …]")
-        if any(len(polygon) < 6 or len(polygon) % 2 for polygon in shape):
-            raise UserError(f"{name}: a polygon of fewer than three points in its segmentation")
-        values = [value for polygon in shape for value in polygon]
-        if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
-            raise UserError(f"{name}: its segmentation has a value that is no number")
-        if max(map(abs, values)) > 10 * max(width, height) + 10_000:  # drawing it takes memory by its length
-            farthest = max(values, key=abs)
-            raise UserError(f"{name}: its segmentation reaches to {farthest:.3g}, far outside the image")
-        return bool(_is_seen(shape, width, height))
-
-
-def _is_seen(polygons: list[list[float]], width: int, height: int) -> bool | None:
-    """Whether any of them may lie inside the image; None if one needs a closer look."""
-    far = 10 * max(width, height) + 10_000
-    seen = False
-    for p in polygons:
-        if len(p) < 6 or len(p) % 2 or min(p) < -far or max(p) > far:
-            return None
-        if not seen and not (seen := 0 < p[0] < width and 0 < p[1] < height):
-            x, y = p[0::2], p[1::2]
-            seen = max(x) > 0 and min(x) < width and max(y) > 0 and min(y) < height
-    return seen if polygons else None
-
-
-def coco_id(value: Any) -> int | str:
-    """An id to look up: whole numbers are the same as integers, floats or text."""
-    if isinstance(value, str):
-        return int(value) if value.lstrip("-").isdecimal() and value.isascii() else value
-    number = int(value)
-    if number != value:
-        raise ValueError(f"id {value}")
-    return number
-
-
-def _lacking(path: Path, error: Exception) -> str:
-    needed = "its images need id, file_name, width and height, its categories id and name"
-    return f"{path}: not a COCO file: {needed} ({type(error).__name__}: {error})"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The lists of the file: images with their four entries, annotations as msgspec left them, categories."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such annotation file")
-    text = path.read_bytes()
-    try:
-        found = msgspec.json.decode(text, type=_File)
-        return {"images": found.images, "annotations": found.annotations, "categories": found.categories}
-    except (msgspec.MsgspecError, RecursionError, ValueError):  # json takes more, and says what it does not
-        pass
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(key), list) for key in ("images", "annotations", "categories")
-    ):
-        raise UserError(f"{path}: not a COCO file: it needs the lists images, annotations and categories")
-    try:
-        images = [_Image(i["id"], i["file_name"], i["width"], i["height"]) for i in content["images"]]
-    except (KeyError, TypeError) as error:
-        raise UserError(_lacking(path, error)) from error
-    return {**content, "images": images}
-
-
-def decode_mask(segmentation: Any, width: int, height: int) -> NDArray[np.uint8]:
-    """Polygons or a run-length encoding, as COCO writes them, to (height, width) of 0 and 1."""
-    if isinstance(segmentation, list) or not isinstance(segmentation["counts"], (str, bytes)):
-        segmentation = rle.segmToRle(segmentation, width, height)
-    return rle.decode(segmentation)

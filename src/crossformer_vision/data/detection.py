@@ -17,7 +17,7 @@ from crossformer_vision.data import digits
 from crossformer_vision.data.augmentation import PhotometricDistortion, Steps, composed
 from crossformer_vision.data.coco import CocoImages
 from crossformer_vision.data.loading import ReadImages, ResumableData, SeededLoader
-from crossformer_vision.data.outlines import drawn, outlines_of
+from crossformer_vision.data.outlines import clip_shape, drawn, outlines_of
 from crossformer_vision.errors import NoSuchSplit, UserError
 
 log = logging.getLogger("crossformer_vision")
@@ -86,7 +86,12 @@ class ToTensors:
         if "masks" in tensors:
             tensors["masks"] = tv_tensors.Mask(tensors["masks"])
         if outlines is not None:
-            outlines = [shape for shape, stays in zip(outlines, kept, strict=True) if stays]
+            # Or a crop that is larger than the image would draw them over its padding.
+            outlines = [
+                clip_shape(shape, image.width, image.height)
+                for shape, stays in zip(outlines, kept, strict=True)
+                if stays
+            ]
             tensors["outlines"] = outlines_of(outlines, canvas)
             tensors["object"] = torch.arange(len(outlines))
         least = -(-max(canvas) // self.longest)  # becomes one pixel, where the longer side becomes `longest`
@@ -218,7 +223,8 @@ class DetectionData(ResumableData):
         train = stage == "train"
         skip_empty = self.skip_empty and train
         outlines = self.masks and train and self.augmentation is None
-        return CocoImages(*self._find(stage), self.classes or None, self.masks, train, skip_empty, outlines)
+        options = (self.masks, train, skip_empty, outlines, self.skip_corrupt)
+        return CocoImages(*self._find(stage), self.classes or None, *options)
 
     def _find(self, stage: str) -> tuple[Path, Path]:
         """The annotation file and the folder of images of a split."""

@@ -72,6 +72,15 @@ class Names(Sequence[str]):
         return os.fsdecode(self.bytes[start : self.ends[index]].tobytes())
 
 
+def orientation_of(image: Image.Image) -> int:
+    """EXIF orientation of an image, 1 to 8; 1, upright, where it has none or its EXIF is damaged."""
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # damaged EXIF does not hide the picture
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
 def upright(image: Image.Image, labelled: tuple[int, int] | None = None) -> Image.Image:
     """The image turned as its EXIF orientation says, as viewers show it.
 
@@ -80,11 +89,8 @@ def upright(image: Image.Image, labelled: tuple[int, int] | None = None) -> Imag
         labelled: width and height that its labels refer to. An image whose stored size alone fits them stays
             as it is stored.
     """
-    try:
-        orientation = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # damaged EXIF does not hide the picture
-        return image
-    if orientation not in range(2, 9):
+    orientation = orientation_of(image)
+    if orientation == 1:
         return image
     turned = (image.height, image.width) if orientation >= 5 else image.size
     if labelled is not None and turned != labelled and image.size == labelled:

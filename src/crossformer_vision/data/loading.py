@@ -5,11 +5,11 @@ So a run does not depend on the number of workers, two processes see what one wo
 goes on from its checkpoint as if nothing had happened.
 """
 
-import atexit
 import logging
 import os
 import random
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -256,14 +256,12 @@ def leave_signals_to_the_run(worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-_open: "WeakSet[SeededLoader]" = WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    """Before Python ends what workers are left by a SIGTERM, which they do not hear, and waits for them."""
-    for loader in list(_open):
-        loader.close()
+def close_loader(loader: DataLoader[Any]) -> None:
+    """End the workers of a loader, as Lightning does with those of a DataLoader."""
+    workers: Any = loader._iterator
+    loader._iterator = None
+    if hasattr(workers, "_shutdown_workers"):
+        workers._shutdown_workers()
 
 
 class SeededLoader:
@@ -290,7 +288,8 @@ class SeededLoader:
             persistent_workers=num_workers > 0,
             worker_init_fn=leave_signals_to_the_run,
         )
-        _open.add(self)
+        # Workers do not hear SIGTERM, by which Python ends them: it would wait for them forever at its exit.
+        self._finalizer = weakref.finalize(self, close_loader, self.loader)
         self.batch_sampler = self.batches = batches  # the first name is Lightning's, for `set_epoch`
         self.taken = 0
 
@@ -298,11 +297,8 @@ class SeededLoader:
         return len(self.batches)
 
     def close(self) -> None:
-        """End its workers, as Lightning does with those of a DataLoader."""
-        workers: Any = self.loader._iterator
-        self.loader._iterator = None
-        if hasattr(workers, "_shutdown_workers"):
-            workers._shutdown_workers()
+        """End its workers."""
+        close_loader(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
         # A generator: the loader's workers start at the first batch, when the epoch is known.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
-from crossformer_vision.data.coco import decode_mask
+from crossformer_vision.data.coco_masks import decode_mask
 
 
 class Outlines(tv_tensors.KeyPoints):
@@ -38,6 +38,40 @@ def outlines_of(shapes: list[list[list[float]]], canvas: tuple[int, int]) -> Out
     """The corners of objects' polygons, as COCO has them, one after another."""
     corners = np.concatenate([np.zeros(0), *(np.asarray(polygon) for shape in shapes for polygon in shape)])
     return Outlines(torch.from_numpy(corners.astype(np.float32)).view(-1, 2), canvas_size=canvas)
+
+
+def clip_polygon(polygon: list[float], width: int, height: int) -> list[float]:
+    """Cut off what lies outside an image (Sutherland and Hodgman).
+
+    Args:
+        polygon: ``x1, y1, x2, y2, ...`` in pixels.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
+
+    Returns:
+        The part inside, in the same form; empty if there is none.
+    """
+    x, y = polygon[0::2], polygon[1::2]
+    if min(x) >= 0 and min(y) >= 0 and max(x) <= width and max(y) <= height:
+        return polygon
+    points = list(zip(x, y))
+    for axis, limit, sign in ((0, 0, 1), (0, width, -1), (1, 0, 1), (1, height, -1)):
+        inside: list[tuple[float, float]] = []
+        for start, end in zip(points[-1:] + points[:-1], points):
+            from_start, from_end = sign * (start[axis] - limit), sign * (end[axis] - limit)
+            if (from_start >= 0) != (from_end >= 0):
+                t = from_start / (from_start - from_end)
+                inside.append((start[0] + t * (end[0] - start[0]), start[1] + t * (end[1] - start[1])))
+            if from_end >= 0:
+                inside.append(end)
+        points = inside
+    return [value for point in points for value in point]
+
+
+def clip_shape(shape: list[list[float]], width: int, height: int) -> list[list[float]]:
+    """The parts of an object's polygons inside its image; the polygons as they are if none is."""
+    clipped = [clip_polygon(polygon, width, height) for polygon in shape]
+    return [polygon for polygon in clipped if len(polygon) >= 6] or shape
 
 
 def drawn(

@@ -11,13 +11,14 @@
 - P6, P7 and the box head start as there.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import detection
-from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import maskrcnn_inference
@@ -27,6 +28,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from crossformer_vision.models.backbones import STRIDES
+from crossformer_vision.models.matching import match_anchors
 
 # ------------------------------------------------------------------------------------------------------------
 # Levels, anchors, RoIAlign
@@ -45,8 +47,23 @@ class P6P7(ExtraFPNBlock):
     def forward(
         self, results: list[Tensor], x: list[Tensor], names: list[str]
     ) -> tuple[list[Tensor], list[str]]:
-        p6 = self.p6(x[-1])
-        return [*results, p6, self.p7(p6)], [*names, "p6", "p7"]
+        p6 = stable_conv(self.p6, x[-1])
+        return [*results, p6, stable_conv(self.p7, p6)], [*names, "p6", "p7"]
+
+
+def stable_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution, computed in float32 where a CPU would train it in bfloat16.
+
+    The bfloat16 weight gradient of a 3x3 convolution with stride 2 reads uninitialized memory where the map
+    is one pixel wide (torch 2.15 with oneDNN on AVX-512), as P6 of an image of 64 pixels is.
+    """
+    low = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    if not (x.device.type == "cpu" and torch.is_grad_enabled() and low):
+        return conv(x)
+    assert conv.bias is not None
+    with torch.autocast("cpu", enabled=False):
+        out = F.conv2d(x.float(), conv.weight.float(), conv.bias.float(), conv.stride, conv.padding)
+    return out.to(x.dtype)
 
 
 class Anchors(AnchorGenerator):
@@ -131,18 +148,21 @@ def xavier(module: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-class RPNMatcher(Matcher):
-    """An object takes its best anchors, however little they overlap, only if that is by 0.3 at least."""
-
-    def set_low_quality_matches_(
-        self, matches: Tensor, all_matches: Tensor, match_quality_matrix: Tensor
-    ) -> None:
-        found = match_quality_matrix.max(dim=1).values >= self.low_threshold
-        super().set_low_quality_matches_(matches, all_matches, match_quality_matrix[found])
-
-
 class RPN(RegionProposalNetwork):
-    """torchvision's, with L1 for boxes."""
+    """torchvision's, with L1 for boxes; an object that no anchor overlaps by 0.3 claims none."""
+
+    def assign_targets_to_anchors(
+        self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Label of each anchor (1 object, 0 background, -1 neither) and the box it is matched with."""
+        labels, matched = [], []
+        for own, target in zip(anchors, targets, strict=True):
+            boxes, matcher = target["boxes"], self.proposal_matcher
+            match = match_anchors(matcher, boxes, own, least_claim=matcher.low_threshold)
+            label = (match >= 0).to(torch.float32)
+            labels.append(torch.where(match == matcher.BETWEEN_THRESHOLDS, -1.0, label))
+            matched.append(boxes[match.clamp(min=0)] if len(boxes) else torch.zeros_like(own))
+        return labels, matched
 
     def compute_loss(
         self,
@@ -240,23 +260,48 @@ def mask_loss(
     return F.binary_cross_entropy_with_logits(own, torch.cat(wanted))
 
 
+MASKS_AT_A_TIME = 16  # whose float32 copies exist together
+
+
 def mask_targets(masks: Tensor, boxes: Tensor, index: Tensor, side: int) -> Tensor:
-    """Masks (objects, H, W) of 0 and 1, as boxes (n, 4) of objects `index` see them: (n, side, side)."""
-    rois = torch.cat([index[:, None].to(boxes), boxes], dim=1)
-    covered = roi_align(masks[:, None].to(boxes), rois, (side, side), 1.0, sampling_ratio=0, aligned=True)
-    return (covered[:, 0] >= 0.5).to(boxes)
-
-
-def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks of boxes, sampled at the centres of an image's pixels: (n, 1, side, side) -> (n, 1, H, W).
+    """Crop the masks of objects to boxes.
 
     Args:
-        masks: probabilities.
-        boxes: (n, 4), in pixels.
-        size: H, W of the image.
+        masks: Masks of 0 and 1, ``(objects, H, W)``, of any dtype.
+        boxes: Boxes, ``(n, 4)`` in pixels.
+        index: Object of each box, ``(n,)``.
+        side: Rows and columns of the result.
+
+    Returns:
+        Masks of 0 and 1, ``(n, side, side)``, in the dtype of ``boxes``.
+    """
+    targets = boxes.new_zeros(len(boxes), side, side)
+    used = index.unique()
+    for chunk in used.split(MASKS_AT_A_TIME):
+        chosen = torch.where(torch.isin(index, chunk))[0]
+        place = torch.searchsorted(chunk, index[chosen])
+        rois = torch.cat([place[:, None].to(boxes), boxes[chosen]], dim=1)
+        some = masks[chunk][:, None].to(boxes)
+        covered = roi_align(some, rois, (side, side), 1.0, sampling_ratio=0, aligned=True)
+        targets[chosen] = (covered[:, 0] >= 0.5).to(boxes)
+    return targets
+
+
+def pasted_regions(
+    masks: Tensor, boxes: Tensor, size: tuple[int, int]
+) -> Iterator[tuple[int, slice, slice, Tensor]]:
+    """Sample masks of boxes at the centers of an image's pixels.
+
+    Args:
+        masks: Probabilities, ``(n, 1, side, side)``.
+        boxes: Boxes, ``(n, 4)`` in pixels.
+        size: Height and width of the image.
+
+    Yields:
+        Index of a mask, rows and columns of the image that it covers, and its probabilities there. Masks
+        that cover no pixel are left out.
     """
     H, W = size
-    pasted = masks.new_zeros(len(masks), 1, H, W)
     # A mask reaches half a cell beyond its box's border, where its outermost values fade.
     reach = (boxes[:, 2:] - boxes[:, :2]) / (2 * masks.shape[-1])
     low = (boxes[:, :2] - reach).floor().clamp(min=0).long().tolist()
@@ -270,12 +315,42 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         y = (y - box[1]) / (box[3] - box[1]) * 2 - 1
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
         sampled = F.grid_sample(masks[n : n + 1].float(), grid[None], align_corners=False)
-        pasted[n, :, top : top + len(y), left : left + len(x)] = sampled[0]
+        yield n, slice(top, top + len(y)), slice(left, left + len(x)), sampled[0, 0]
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Paste masks of boxes into an image; see ``pasted_regions``.
+
+    Returns:
+        Probabilities, ``(n, 1, H, W)``: four bytes for each object and pixel.
+    """
+    pasted = masks.new_zeros(len(masks), 1, *size)
+    for n, rows, columns, probabilities in pasted_regions(masks, boxes, size):
+        pasted[n, 0, rows, columns] = probabilities
+    return pasted
+
+
+def paste_binary_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Paste masks of boxes into an image; see ``pasted_regions``.
+
+    Returns:
+        1 where the probability is above one half, else 0, uint8, ``(n, H, W)``.
+    """
+    pasted = torch.zeros(len(masks), *size, dtype=torch.uint8, device=masks.device)
+    for n, rows, columns, probabilities in pasted_regions(masks, boxes, size):
+        pasted[n, rows, columns] = probabilities > 0.5
     return pasted
 
 
 class Transform(GeneralizedRCNNTransform):
-    """torchvision's, with masks that are pasted aligned, for images however thin."""
+    """torchvision's, with masks that are pasted aligned, for images however thin.
+
+    Attributes:
+        paste: Return masks of whole images. ``False`` returns ``mask_crops`` of the boxes instead, shape
+            ``(n, 1, side, side)``, whose memory does not grow with the image.
+    """
+
+    paste = True
 
     def resize(
         self, image: Tensor, target: dict[str, Tensor] | None = None
@@ -283,7 +358,21 @@ class Transform(GeneralizedRCNNTransform):
         H, W = image.shape[-2:]
         least = -(-max(H, W) // self.max_size)  # becomes one pixel
         image = F.pad(image, (0, max(0, least - W), 0, max(0, least - H)))
-        return super().resize(image, target)
+        masks = target.pop("masks", None) if target is not None else None
+        image, target = super().resize(image, target)
+        if target is not None and masks is not None:
+            target["masks"] = self._resize_masks(masks, image)
+        return image, target
+
+    def _resize_masks(self, masks: Tensor, image: Tensor) -> Tensor:
+        """Masks at the size of a resized image, by nearest neighbor as torchvision; a few at a time."""
+        if (self.training and self._skip_resize) or masks.shape[1:] == image.shape[1:]:
+            return masks
+        resized = masks.new_zeros(len(masks), *image.shape[1:])
+        for n in range(0, len(masks), MASKS_AT_A_TIME):
+            some = masks[n : n + MASKS_AT_A_TIME, None].float()
+            resized[n : n + MASKS_AT_A_TIME] = F.interpolate(some, size=image.shape[1:])[:, 0].to(masks.dtype)
+        return resized
 
     def postprocess(
         self,
@@ -294,6 +383,25 @@ class Transform(GeneralizedRCNNTransform):
         masks = [found.pop("masks", None) for found in result]
         result = super().postprocess(result, image_shapes, original_image_sizes)
         for found, probabilities, size in zip(result, masks, original_image_sizes):
-            if probabilities is not None:
+            if probabilities is not None and self.paste:
                 found["masks"] = paste_masks(probabilities, found["boxes"], size)
+            elif probabilities is not None:
+                found["mask_crops"] = probabilities
         return result
+
+
+@contextmanager
+def mask_crops(net: nn.Module) -> Iterator[None]:
+    """Let a detector return ``mask_crops`` in place of masks of whole images; see ``Transform``.
+
+    Args:
+        net: A detector. Modules without a ``Transform``, such as exported ones, are left as they are.
+    """
+    transform: Any = getattr(net, "transform", None)
+    if isinstance(transform, Transform):
+        transform.paste = False
+    try:
+        yield
+    finally:
+        if isinstance(transform, Transform):
+            transform.paste = True

@@ -16,9 +16,9 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from crossformer_vision.errors import UserError
 from crossformer_vision.models import find_model
 from crossformer_vision.models.backbones import (
     PUBLISHED_NECK,
@@ -34,10 +34,10 @@ from crossformer_vision.models.detector_parts import (
     Anchors,
     RoIAlign,
     RoIHeads,
-    RPNMatcher,
     Transform,
     xavier,
 )
+from crossformer_vision.models.matching import match_anchors
 
 __all__ = ["MaskRCNN", "RetinaNet", "create_detector"]
 
@@ -84,6 +84,19 @@ def _in_float32(module: nn.Module, args: Any, output: Any) -> Any:
     return type(output)(_in_float32(module, args, x) for x in output)
 
 
+def check_labels(targets: list[dict[str, Tensor]] | None, num_classes: int) -> None:
+    """Check that labels of targets run from 1 to ``num_classes``; 0 is the background.
+
+    Raises:
+        UserError: If a label is outside this range.
+    """
+    for target in targets or ():
+        wrong = (target["labels"] < 1) | (target["labels"] > num_classes)
+        if wrong.any():
+            label = int(target["labels"][wrong][0])
+            raise UserError(f"a target has label {label}: labels run from 1 to {num_classes}")
+
+
 class RetinaNet(DenseModel, detection.RetinaNet):
     """RetinaNet (arXiv 1708.02002) as published with CrossFormer; see `create_detector`."""
 
@@ -114,6 +127,11 @@ class RetinaNet(DenseModel, detection.RetinaNet):
         parts: Any = self
         parts.transform.__class__ = Transform
         self.body_name = body_name("backbone.body.", body)
+        self.num_classes = num_classes
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+        check_labels(targets, self.num_classes)
+        return super().forward(images, targets)
 
     def compute_loss(
         self, targets: list[dict[str, Tensor]], head_outputs: dict[str, Tensor], anchors: list[Tensor]
@@ -123,11 +141,8 @@ class RetinaNet(DenseModel, detection.RetinaNet):
         matcher: Any = self.proposal_matcher
         matches, before = [], 0
         for target, own in zip(targets, anchors, strict=True):
-            if len(target["boxes"]):
-                match = matcher(box_iou(target["boxes"], own))
-                matches.append(torch.where(match >= 0, match + before, match))
-            else:
-                matches.append(torch.full((len(own),), -1, device=own.device))
+            match = match_anchors(matcher, target["boxes"], own)
+            matches.append(torch.where(match >= 0, match + before, match))
             before += len(target["boxes"])
         joined = {
             "boxes": torch.cat([target["boxes"] for target in targets]),
@@ -187,10 +202,14 @@ class MaskRCNN(DenseModel, detection.MaskRCNN):
         )
         parts: Any = self  # torchvision has built them from our keywords
         parts.rpn.__class__ = RPN
-        parts.rpn.proposal_matcher.__class__ = RPNMatcher
         parts.roi_heads.__class__ = RoIHeads
         parts.transform.__class__ = Transform
         self.body_name = body_name("backbone.body.", body)
+        self.num_classes = num_classes
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+        check_labels(targets, self.num_classes)
+        return super().forward(images, targets)
 
     def rename_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         # The background class comes first with torchvision, not last, and has rows of its own everywhere.

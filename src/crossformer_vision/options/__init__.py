@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import yaml
-from lightning.pytorch.callbacks import ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar, StochasticWeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import Precision as PrecisionPlugin
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -397,6 +397,11 @@ def _cli(
             self.run = self.config_init.run
             given = self.config_init.trainer
             theirs = _listed(given.callbacks)
+            if any(isinstance(c, StochasticWeightAveraging) for c in theirs):
+                raise UserError(
+                    "StochasticWeightAveraging: its weights would not reach best.ckpt. Use --run.ema, or "
+                    "Lightning's WeightAveraging"
+                )
             callbacks = [*theirs]
             if verb == "train":
                 callbacks += self.run.callbacks(

@@ -18,6 +18,7 @@ from crossformer_vision.data import images
 from crossformer_vision.devices import emulation_note
 from crossformer_vision.errors import UserError, check_range
 from crossformer_vision.fonts import shortened as shortened
+from crossformer_vision.models.detector_parts import mask_crops, paste_binary_masks
 from crossformer_vision.models.segmenters import class_map, segment
 from crossformer_vision.predict.names import as_checkpoint
 from crossformer_vision.predict.results import Classified, Detected, Result, Segmented
@@ -243,10 +244,14 @@ class Predictor:
             found = detect_in_tiles(self.net, picture, self.tile, self.score, self.device)
         else:
             pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(self.device) / 255
-            found = self._objects(pixels)
+            with mask_crops(self.net):
+                found = self._objects(pixels)
             kept = found["scores"] >= self.score
             found = {name: value[kept].cpu() for name, value in found.items()}
-            if "masks" in found:
+            if "mask_crops" in found:
+                size = (picture.height, picture.width)
+                found["masks"] = paste_binary_masks(found["mask_crops"], found["boxes"], size)
+            elif "masks" in found:  # of an exported detector
                 found["masks"] = found["masks"].squeeze(1) > 0.5
         masks = found["masks"].numpy().astype(np.uint8) if "masks" in found else None
         boxes, labels, scores = (found[key].float().numpy() for key in ("boxes", "labels", "scores"))

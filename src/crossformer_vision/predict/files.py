@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from PIL import Image
 
 from crossformer_vision.data import images
-from crossformer_vision.data.coco import coco_id
+from crossformer_vision.data.coco_json import coco_id
 from crossformer_vision.errors import UserError
 from crossformer_vision.predict import Predictor, video
 from crossformer_vision.predict.results import Result, Segmented

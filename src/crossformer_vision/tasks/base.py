@@ -135,12 +135,18 @@ class Task(L.LightningModule):
         optimizer = self._optimizer()
         # As the options have it now: what a checkpoint says of these is of the run before.
         self._options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        self._configured_lr = self.lr
         if (
             getattr(self.trainer, "train_dataloader", ()) is None
         ):  # where only steps are given, Lightning has not looked yet
             self.trainer.fit_loop.setup_data()
         if self._resumed:
             self._fit_loops()
+        schedule = self._build_schedule(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _build_schedule(self, optimizer: Optimizer) -> Scheduler:
+        """The schedule that the options describe, over the images of the run."""
         epoch = self._images_of(epochs=1)
         accumulated = self.trainer.accumulate_grad_batches * self._batch
         total = self._images_of_the_run()
@@ -156,17 +162,13 @@ class Task(L.LightningModule):
             t_in_epochs=False,
         )
         if self.schedule == "cosine":
-            schedule: Scheduler = CosineLRScheduler(
-                optimizer, t_initial=total, lr_min=min(self.min_lr, self.lr), **common
-            )
-        elif self.schedule == "poly":
-            schedule = PolyLRScheduler(
-                optimizer, t_initial=total, power=self.power, lr_min=min(self.min_lr, self.lr), **common
-            )
-        else:  # timm's goes down one before its milestones
-            down = [round(milestone * epoch) + 1 for milestone in self.milestones]
-            schedule = MultiStepLRScheduler(optimizer, decay_t=down, decay_rate=0.1, **common)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+            return CosineLRScheduler(optimizer, t_initial=total, lr_min=min(self.min_lr, self.lr), **common)
+        if self.schedule == "poly":
+            lr_min = min(self.min_lr, self.lr)
+            return PolyLRScheduler(optimizer, t_initial=total, power=self.power, lr_min=lr_min, **common)
+        # timm's goes down one before its milestones
+        down = [round(milestone * epoch) + 1 for milestone in self.milestones]
+        return MultiStepLRScheduler(optimizer, decay_t=down, decay_rate=0.1, **common)
 
     def _images_of(self, epochs: int = 0, batches: int = 0) -> int:
         per_epoch = self.trainer.num_training_batches
@@ -231,9 +233,16 @@ class Task(L.LightningModule):
     def on_train_start(self) -> None:
         if self.seed is None:
             self.seed = torch.initial_seed() % 2**31
-        for group, options in zip(self.trainer.optimizers[0].param_groups, self._options):
+        optimizer, schedule = self.trainer.optimizers[0], self.lr_schedulers()
+        found = bool(self._options) and self.lr != self._configured_lr  # by Lightning's LearningRateFinder
+        for group, options in zip(optimizer.param_groups, self._options):
             group.update(options)
-        if isinstance(schedule := self.lr_schedulers(), Scheduler):  # or else one of a callback's
+            if found:
+                group["lr"] = group["initial_lr"] = options["lr"] * self.lr / self._configured_lr
+        if isinstance(schedule, Scheduler):  # or else one of a callback's
+            if found:
+                schedule = self._build_schedule(optimizer)
+                self.trainer.lr_scheduler_configs[0].scheduler = schedule  # type: ignore[assignment]
             schedule.step_update(self.images_seen)
         self._resumed = {}
 

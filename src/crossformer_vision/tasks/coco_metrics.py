@@ -1,6 +1,6 @@
 """COCO's average precision over a validation, through faster-coco-eval."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,8 @@ from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
 from torch import Tensor
+
+from crossformer_vision.models.detector_parts import paste_binary_masks
 
 # Name -> IoU (None for the mean of 0.5 to 0.95), index of COCO's range of areas: all, small, medium, large.
 PRECISIONS = {
@@ -38,23 +40,33 @@ class CocoMetrics:
         self.found: list[dict[str, Any]] = []  # of each image: arrays, and the masks' run lengths
         self.true: list[dict[str, Any]] = []
 
-    def update(self, found: Sequence[dict[str, Tensor]], true: Sequence[dict[str, Tensor]]) -> None:
-        """Add images: `boxes` (n, 4) and `labels` of both, `scores` found, `iscrowd` and `area` of the true.
+    def update(
+        self,
+        found: Sequence[dict[str, Tensor]],
+        true: Sequence[dict[str, Tensor]],
+        sizes: Sequence[tuple[int, int]],
+    ) -> None:
+        """Add images.
 
-        With masks, `masks` (n, H, W) of both.
+        Args:
+            found: ``boxes`` ``(n, 4)``, ``labels`` and ``scores`` of each image, with masks ``masks``
+                ``(n, 1, H, W)`` as probabilities, or ``mask_crops`` ``(n, 1, side, side)`` of the boxes.
+            true: ``boxes``, ``labels``, ``iscrowd`` and ``area`` of each image, with masks ``masks``
+                ``(n, H, W)`` of 0 and 1.
+            sizes: Height and width of each image.
         """
-        self.found += [self._kept(one, ("scores",)) for one in found]
-        self.true += [self._kept(one, ("iscrowd", "area")) for one in true]
+        for one, truth, size in zip(found, true, sizes, strict=True):
+            self.found.append(self._kept(one, ("scores",), size))
+            self.true.append(self._kept(truth, ("iscrowd", "area"), size))
 
-    def _kept(self, one: dict[str, Tensor], more: tuple[str, ...]) -> dict[str, Any]:
+    def _kept(self, one: dict[str, Tensor], more: tuple[str, ...], size: tuple[int, int]) -> dict[str, Any]:
         kept: dict[str, Any] = {
             name: one[name].cpu().double().numpy() for name in ("boxes", *more) if name in one
         }
         kept["labels"] = one["labels"].cpu().numpy()
+        kept["size"] = dict(zip(("height", "width"), size))
         if "mask" in self.kinds:
-            masks = one["masks"].cpu().numpy().astype(np.uint8)
-            kept["masks"] = rle.encode(np.asfortranarray(masks.transpose(1, 2, 0))) if len(masks) else []
-            kept["size"] = dict(zip(("height", "width"), masks.shape[1:]))
+            kept["masks"] = list(encoded_masks(one, size))
         return kept
 
     def gather(self) -> None:
@@ -111,6 +123,18 @@ class CocoMetrics:
         evaluation.accumulate()
         found: dict[str, NDArray[np.float64]] = evaluation.eval
         return found
+
+
+def encoded_masks(objects: dict[str, Tensor], size: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    """Run lengths of the masks of an image's objects, decoded or pasted one at a time; see ``update``."""
+    for n in range(len(objects["labels"])):
+        if "mask_crops" in objects:
+            one = slice(n, n + 1)
+            mask = paste_binary_masks(objects["mask_crops"][one], objects["boxes"][one], size)[0]
+        else:
+            mask = objects["masks"][n].reshape(size)
+            mask = mask > 0.5 if mask.is_floating_point() else mask
+        yield rle.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
 
 
 def _annotations(of_images: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:

@@ -6,17 +6,20 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
 
 from crossformer_vision import visualize
 from crossformer_vision.checkpoints import load_checkpoint
 from crossformer_vision.data.detection import Batch
 from crossformer_vision.models import drop_path
+from crossformer_vision.models.detector_parts import mask_crops, paste_binary_masks
 from crossformer_vision.models.detectors import MaskRCNN, create_detector
 from crossformer_vision.tasks.base import Task, starts_from_published
 from crossformer_vision.tasks.coco_metrics import CocoMetrics
 from crossformer_vision.tasks.run.files import write_csv
 
 SHOWN = 8  # validation images in the picture of predictions
+PICTURE = 1280  # largest side of such an image, in pixels
 
 
 class Detection(Task):
@@ -119,14 +122,13 @@ class Detection(Task):
         if batch is None:
             return
         images, targets = batch
-        found = self(images)
-        for result in found:
-            if "masks" in result:
-                result["masks"] = result["masks"].squeeze(1) > 0.5
-        self.metric.update(found, targets)
+        with mask_crops(self.net):
+            found = self(images)
+        sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]
+        self.metric.update(found, targets, sizes)
         batches = self.batches_evaluated
         if batch_idx % max(1, batches // SHOWN) == 0 and len(self.shown) < SHOWN:
-            self.shown += zip(images, targets, found, strict=True)
+            self.shown += [shrink(*one) for one in zip(images, targets, found, strict=True)]
 
     def on_validation_epoch_end(self) -> None:
         if self.trainer.world_size > 1:
@@ -162,12 +164,41 @@ class Detection(Task):
         )
         rows = []
         for image, truth, found in self.shown:
-            kept = found["scores"] >= 0.5
             pixels = visualize.denormalised(
                 image.float().cpu().numpy(), (0, 0, 0), (1, 1, 1), self.shown_channels
             )
-            rows.append((pixels, _arrays(truth), _arrays({k: v[kept] for k, v in found.items()})))
+            rows.append((pixels, _arrays(truth), _arrays(found)))
         visualize.detections(rows, classes, folder / "predictions.png")
+
+
+def shrink(
+    image: Tensor, truth: dict[str, Tensor], found: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """An image and its objects at a size for pictures: large photos would take gigabytes.
+
+    Args:
+        image: ``(3, H, W)``.
+        truth: Objects in the image, with ``boxes``, ``labels`` and perhaps ``masks`` ``(n, H, W)``.
+        found: Objects that a detector found; those of a score of one half or more are kept.
+
+    Returns:
+        The same three with sides of ``PICTURE`` pixels at most, masks as 0 and 1, on the CPU.
+    """
+    height, width = image.shape[1:]
+    size = [max(1, round(side * min(1.0, PICTURE / max(height, width)))) for side in (height, width)]
+    factors = torch.tensor([size[1] / width, size[0] / height] * 2)
+    found = {k: v[found["scores"] >= 0.5].cpu() for k, v in found.items()}
+    truth = {k: v.cpu() for k, v in truth.items()}
+    smaller = [{k: v for k, v in o.items() if k in ("labels", "scores", "iscrowd")} for o in (truth, found)]
+    for objects, kept in zip((truth, found), smaller):
+        kept["boxes"] = objects["boxes"].float() * factors
+        if "mask_crops" in objects:
+            kept["masks"] = paste_binary_masks(objects["mask_crops"], kept["boxes"], (size[0], size[1]))
+        elif "masks" in objects:
+            masks = objects["masks"].reshape(-1, 1, height, width)
+            binary = masks > 0.5 if masks.is_floating_point() else masks
+            kept["masks"] = v2.functional.resize_mask(binary.to(torch.uint8), size)[:, 0]
+    return v2.functional.resize_image(image.float().cpu(), size, antialias=True), *smaller
 
 
 def _arrays(objects: dict[str, Tensor]) -> dict[str, np.ndarray]:

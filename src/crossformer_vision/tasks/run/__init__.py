@@ -10,6 +10,7 @@ results.json      what came out, and on what
 
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -22,15 +23,16 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import (
     Callback,
-    EMAWeightAveraging,
     ModelCheckpoint,
+    WeightAveraging,
 )
 from torch import distributed
 
 from crossformer_vision.errors import UserError as UserError
+from crossformer_vision.errors import check_range
 from crossformer_vision.tasks.base import Task
 from crossformer_vision.tasks.run.files import new_folder, write_json
-from crossformer_vision.tasks.run.folder import BestCheckpoint, Patience, RunFolder, Stopped
+from crossformer_vision.tasks.run.folder import AverageWeights, BestCheckpoint, Patience, RunFolder, Stopped
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Run:
     Args:
         folder: of the run; null for `runs/<task>-<model>`, numbered if there is one.
         ema: decay of an exponential moving average of the weights, which is then validated and kept; 0 for
-            none.
+            none. The decay rises to this value, as (1 + steps) / (10 + steps).
         patience: stop after so many epochs without a better validation; 0 to go on to the end.
         save_every: also save `last.ckpt` every so many steps; 0 for at each epoch's end alone.
     """
@@ -50,9 +52,14 @@ class Run:
     patience: int = 0
     save_every: int = 0
 
+    def __post_init__(self) -> None:
+        check_range("--run.ema", self.ema, 0, 1)
+        check_range("--run.patience", self.patience, 0)
+        check_range("--run.save_every", self.save_every, 0)
+
     def callbacks(self, task: Task, config: str, resumed: bool, tensorboard: bool = True) -> list[Callback]:
         """What Lightning's Trainer needs for a run; `RunFolder` chooses the folder of the others."""
-        callbacks: list[Callback] = [EMAWeightAveraging(decay=self.ema)] if self.ema else []
+        callbacks: list[Callback] = [AverageWeights(self.ema)] if self.ema else []
         callbacks += [
             RunFolder(self, config, resumed, tensorboard),
             BestCheckpoint(  # before `last`, which keeps what the best one is
@@ -128,6 +135,10 @@ def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | Non
     last = Path(resume) / "last.ckpt" if resume else None
     try:
         trainer.fit(task, data, ckpt_path=str(last) if last and last.exists() else None, weights_only=True)
+    except RuntimeError as error:
+        if trainer.world_size > 1 and re.search("gloo|nccl|peer|connection", str(error), re.IGNORECASE):
+            raise UserError(f"another process of this run died; {writer.how_to_go_on()}") from error
+        raise
     except SystemExit as stop:  # Lightning's, of a second Ctrl-C, or of one before the first step
         if not writer.batches and not (writer.folder / "last.ckpt").exists():
             raise KeyboardInterrupt from stop
@@ -142,7 +153,7 @@ def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | Non
     saved = [path for path in (folder / "best.ckpt", folder / "last.ckpt") if path.exists()]
     saved = trainer.strategy.broadcast(saved)
     # It would validate the last epoch's average in place of the best weights.
-    kept = [c for c in trainer.callbacks if not isinstance(c, EMAWeightAveraging)]  # type: ignore[attr-defined]
+    kept = [c for c in trainer.callbacks if not isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
     trainer.callbacks = kept  # type: ignore[attr-defined]
     metrics = validate(trainer, task, data, saved[0] if saved else None, folder)
     results = {
@@ -222,6 +233,9 @@ def is_finished(folder: Path, trainer: L.Trainer) -> bool:
 
     content = read_checkpoint(folder / "last.ckpt")
     if 0 < trainer.max_steps <= content["global_step"]:
+        return True
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(c, Patience) and c.has_stopped(content) for c in callbacks):
         return True
     taken = any(v.get("taken") for k, v in content.items() if k.endswith("Data") and isinstance(v, dict))
     epochs = content["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"] - bool(taken)

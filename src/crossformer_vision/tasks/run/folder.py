@@ -1,5 +1,6 @@
 """The folder of a run as it goes: what Lightning calls at each step and epoch, and at a signal."""
 
+import logging
 import math
 import os
 import shlex
@@ -16,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    ModelCheckpoint,
+    RichProgressBar,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from crossformer_vision import visualize
@@ -27,10 +34,17 @@ from crossformer_vision.tasks.run.files import new_folder, read_csv, write_csv, 
 if TYPE_CHECKING:
     from crossformer_vision.tasks.run import Run
 
+log = logging.getLogger("crossformer_vision")
+
 fcntl: Any = None
 with suppress(ImportError):  # not on Windows
     import fcntl
 
+# Files of a run; those that are in a directory without a config.yaml are somebody else's.
+RUN_FILES = {
+    "best.ckpt", "last.ckpt", "results.json", "metrics.csv", "classes.csv", "curves.png", "predictions.png",
+    "confusion_matrix.png", "precision_recall.png", "class_iou.png",
+}  # fmt: skip
 PLOTS = 10.0  # seconds from one drawing of the curves to the next, at least; and at the end
 FIRST_SPEED = 10.0  # seconds of training after which the speed is printed for the first time
 LOCK = ".lock"  # in a run's folder: locked while it runs; names the job that started it
@@ -50,10 +64,20 @@ class Stopped(Exception):
 
 
 class Patience(EarlyStopping):
-    """Stops after so many epochs without a better validation, however many validations those have."""
+    """Stops after so many epochs without a better validation, however many validations those have.
+
+    It decides at the end of a validation, before checkpoints are saved: `last.ckpt` then tells that the run
+    has stopped, and a resumed run does not ask for metrics of an epoch that was over before.
+
+    Args:
+        epochs: Epochs without an improvement after which training stops.
+        task: Task whose monitored metric counts.
+    """
 
     def __init__(self, epochs: int, task: Task) -> None:
-        super().__init__(task.monitor, mode=task.monitor_mode, patience=epochs)
+        super().__init__(
+            task.monitor, mode=task.monitor_mode, patience=epochs, check_on_train_epoch_end=False
+        )
         self.epochs = epochs
 
     def count(self, trainer: L.Trainer) -> None:
@@ -61,6 +85,33 @@ class Patience(EarlyStopping):
         per_epoch = trainer.num_training_batches / trainer.val_check_batch  # type: ignore[operator]
         per_epoch /= trainer.check_val_every_n_epoch or 1  # several in an epoch, or one in several
         self.patience = max(1, round(self.epochs * per_epoch))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "epochs": self.epochs}
+
+    def has_stopped(self, checkpoint: dict[str, Any]) -> bool:
+        """Whether a checkpoint is of a run that stopped early, after no fewer epochs than wanted now."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        exhausted = state.get("wait_count", 0) >= state.get("patience", math.inf)
+        return exhausted and self.epochs <= state.get("epochs", 0)
+
+
+class AverageWeights(WeightAveraging):
+    """Exponential moving average of the weights, whose decay rises to its final value.
+
+    After n updates the decay is at most (1 + n) / (10 + n), as in timm's `ModelEmaV3` with a warm-up: the
+    average of a short run is not that of its first steps.
+
+    Args:
+        decay: Final decay.
+    """
+
+    def __init__(self, decay: float) -> None:
+        def average(averaged: torch.Tensor, current: torch.Tensor, updates: torch.Tensor | int) -> Any:
+            weight = 1 - torch.clamp((1 + torch.as_tensor(updates)) / (10 + updates), max=decay)
+            return torch.lerp(averaged, current, weight.to(averaged))
+
+        super().__init__(avg_fn=average)
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -130,6 +181,7 @@ class RunFolder(Callback):
         self.undrawn: Task | None = None  # whose last epoch they do not have yet
         self.printed_speed = False
         self.made = False
+        self.files_before: set[str] = set()  # in the directory, before this run
         self.lock: Any = None
         self.signal = 0
         self.validating = False
@@ -176,17 +228,22 @@ class RunFolder(Callback):
             if not folder.exists():
                 folder.mkdir(parents=True)
                 self.made = True
+            self.files_before = {path.relative_to(folder).as_posix() for path in _run_paths(folder)}
             if not os.access(folder, os.W_OK):
                 raise PermissionError(13, "Permission denied")
             if config.exists() and not self.resumed:
                 raise UserError(
                     f"{folder}: there is a run in it; --resume it, or choose another --run.folder"
                 )
+            if taken := sorted(RUN_FILES & self.files_before) if not self.resumed else []:
+                raise UserError(
+                    f"{folder}: holds {taken[0]}, which a run would overwrite. Choose another --run.folder"
+                )
             # Held open and locked until the run ends: of two that resume it, one is told. The lock is of this
             # process alone: those that it forks live on for some seconds where it is killed.
             self.lock = (folder / LOCK).open("a+", encoding="utf-8")
             if fcntl is not None:
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock_file()
             self.lock.truncate(0)
             self.lock.write(job() or "")
             self.lock.flush()
@@ -197,21 +254,40 @@ class RunFolder(Callback):
         write_text(config, self.config)
         return str(folder)
 
+    def _lock_file(self) -> None:
+        """Lock the directory for this process.
+
+        Raises:
+            BlockingIOError: If another process has the lock.
+        """
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as error:  # Lustre without flock, some NFS and FUSE mounts
+            log.warning(
+                "%s: this disk has no file locks (%s); make sure that no other process trains in it",
+                self.lock.name,
+                error.strerror,
+            )
+
     def remove_unused(self) -> None:
-        """A run that made no step leaves nothing; one that was given no folder touches none."""
+        """Remove what a run without a step has created, and nothing else."""
         if self.folder == Path() or self.resumed or self.batches or (self.folder / "last.ckpt").exists():
             return
         if self.made:
             shutil.rmtree(self.folder, ignore_errors=True)
         else:
-            for name in ("config.yaml", LOCK):
-                (self.folder / name).unlink(missing_ok=True)
-            shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
+            for path in reversed(_run_paths(self.folder)):
+                if path.relative_to(self.folder).as_posix() not in self.files_before:
+                    path.rmdir() if path.is_dir() else path.unlink()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         print(f"run folder: {self.folder}", flush=True)
+        if trainer.world_size > 1:
+            name_dead_processes(self.how_to_go_on())
         data: Any = getattr(trainer, "datamodule", None)
         if held_out := getattr(data, "held_out", None):
             write_text(self.folder / VAL_LIST, "".join(f"{name}\n" for name in held_out))
@@ -400,6 +476,28 @@ class RunFolder(Callback):
         parts = [f"{visualize.called(k)} {values[k]:.{3 if 'loss' in k else 4}f}" for k in shown]
         parts += [f"{self.images_per_second():.0f} images/s", f"{self.time_left(trainer)} left"]
         return "  ".join((done, *parts))
+
+
+def _run_paths(folder: Path) -> list[Path]:
+    """Everything in a directory that a run may have written there; folders before what is in them."""
+    names = ("config.yaml", LOCK, VAL_LIST, *RUN_FILES)
+    logs = folder / "tensorboard"
+    below = sorted(logs.rglob("*")) if logs.is_dir() else []
+    return [folder / name for name in names if (folder / name).exists()] + [logs] * logs.is_dir() + below
+
+
+def name_dead_processes(how_to_go_on: str) -> None:
+    """Let Lightning, which ends all processes of a run when one has died, say so in a line of ours."""
+    launcher = logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script")
+
+    def reword(record: logging.LogRecord) -> bool:
+        if "terminated with code" not in record.getMessage():
+            return False
+        record.msg, record.args = f"a process of this run died, so all end; {how_to_go_on}", ()
+        return True
+
+    launcher.setLevel(logging.INFO)
+    launcher.filters[:] = [reword]
 
 
 def job() -> str | None:
