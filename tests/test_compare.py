@@ -270,3 +270,59 @@ def test_workers_that_share_a_postgresql_server(postgresql, tmp_path):
     assert scores(outs[0]) == scores(outs[1])
     folders = [{str(p.parent.relative_to(out)) for p in out.rglob("results.json")} for out in outs]
     assert not folders[0] & folders[1] and len(folders[0] | folders[1]) == 4 and all(folders)
+
+
+@pytest.mark.parametrize(
+    "name", ["..", ".", "a/b", "../up", "x" * 300, "é" * 200, "drop [/b]", "with [mixup]", ""]
+)
+def test_rows_of_any_name_have_a_folder_below_the_grids(name, tmp_path):
+    folder = compare.slug(name)
+    assert len(folder.encode()) <= 120 and (tmp_path / folder).resolve().parent == tmp_path.resolve()
+    assert folder not in (".", "..")
+    if len(name) > 150:
+        assert compare.slug(name + "y") != folder
+
+
+def test_names_in_brackets_are_printed_as_they_are(tmp_path, capsys):
+    grid = written(tmp_path / "grid.yaml", "rows: {'with [mixup]': {}, 'drop [/b]': {}}")
+    assert main(["compare", grid, "--out", str(tmp_path / "out?#1")]) == 0
+    printed = capsys.readouterr().out
+    assert "with [mixup]" in printed and "drop [/b]" in printed
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["out?#1"]  # the study lies in it, too
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("rows: {}", "grid.yaml: rows is empty. Name a row"),
+        (
+            "rows: {a: {data.root: nowhere}}",
+            "nowhere: no such folder of images, which the grid names as data.root",
+        ),
+    ],
+)
+def test_grids_that_cannot_run_are_refused_once(text, message, tmp_path, capsys):
+    assert main(["compare", written(tmp_path / "grid.yaml", text), "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.count(message) == 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            ("max_epochs: 1", "max_epochs: 2"),
+            "trial 0 ran with other options or recipes. Choose another folder",
+        ),
+        (
+            ("[0.0, 0.2]", "[0.0, 0.2, 0.8]"),
+            "search: model.mixup: choices were [0.0, 0.2], now [0.0, 0.2, 0.8]",
+        ),
+    ],
+)
+def test_a_search_goes_on_with_its_own_trials_alone(change, message, tmp_path, capsys):
+    path = tmp_path / "grid.yaml"
+    grid = written(path, "search: {model.mixup: {choices: [0.0, 0.2]}}")
+    assert main(["compare", grid, "--out", str(tmp_path / "out"), "--search", "1"]) == 0
+    path.write_text(path.read_text().replace(*change))
+    assert main(["compare", grid, "--out", str(tmp_path / "out"), "--search", "2"]) == 1
+    assert message in capsys.readouterr().err

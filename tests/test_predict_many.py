@@ -175,6 +175,49 @@ def test_tiles_find_each_object_once(seed):
     assert masks[:, 370:][pixels[:, 370:, 0] > 0].all()
 
 
+class FindsBright(torch.nn.Module):
+    """The box around all that is bright, if it is at least ``least`` pixels wide and high."""
+
+    def __init__(self, least=1):
+        super().__init__()
+        self.least = least
+
+    def forward(self, images):
+        y, x = torch.where(images[0][0] > 0.5)
+        seen = len(x) and min(x.max() - x.min(), y.max() - y.min()) + 1 >= self.least
+        boxes = [[x.min(), y.min(), x.max() + 1, y.max() + 1]] if seen else []
+        boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+        masks = (images[0][:1] > 0.5).float()[None].expand(len(boxes), -1, -1, -1)
+        return [
+            dict(
+                boxes=boxes,
+                labels=torch.ones(len(boxes)).long(),
+                scores=torch.full((len(boxes),), 0.9),
+                masks=masks,
+            )
+        ]
+
+
+@pytest.mark.parametrize("size, box", [((90, 4000), (10, 1000, 80, 1900)), ((3000, 70), (700, 5, 2100, 60))])
+def test_boxes_of_long_images_are_scaled_along_each_side(size, box):
+    pixels = np.zeros((*size[::-1], 3), np.uint8)
+    pixels[box[1] : box[3], box[0] : box[2]] = 255
+    found = detect_in_tiles(FindsBright(), Image.fromarray(pixels), 200, 0.5, CPU)
+    assert len(found["boxes"]) == 1 and (found["boxes"][0] - torch.tensor(box)).abs().max() <= 20
+
+
+@pytest.mark.parametrize("corner", [(500, 500), (505, 130), (40, 520), (610, 610)])
+def test_objects_across_the_borders_of_tiles_are_found_whole(corner):
+    """Too small to be seen in the whole image, and cut by all tiles that it lies in."""
+    x, y = corner
+    pixels = np.zeros((3200, 3200, 3), np.uint8)
+    pixels[y : y + 155, x : x + 155] = 255
+    found = detect_in_tiles(FindsBright(least=20), Image.fromarray(pixels), 640, 0.5, CPU)
+    assert len(found["boxes"]) == 1
+    assert (found["boxes"][0] - torch.tensor([x, y, x + 155, y + 155])).abs().max() <= 3
+    assert abs(int(found["masks"].sum()) - 155**2) < 155 * 8
+
+
 def test_tiles_of_a_real_detector(tmp_path, capsys):
     torch.save(detector(), tmp_path / "best.ckpt")
     pixels = np.random.default_rng(0).integers(0, 255, (150, 260, 3), dtype=np.uint8)

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
 from crossformer_vision import info, visualize
 from crossformer_vision.devices import emulation_note
-from crossformer_vision.errors import UserError, check_range
+from crossformer_vision.errors import UserError, check_range, counted
 from crossformer_vision.info import DETECTORS, count_macs
 from crossformer_vision.models import find_model, fixed_size
 from crossformer_vision.models.backbones import create_backbone, feature_maps
@@ -482,7 +483,7 @@ def run(rows: list[Row], device: torch.device, rounds: int, out: Path) -> list[d
         UserError: what a row names is not there; or, at the end, no row could be run.
     """
     from crossformer_vision.tasks.run import about
-    from crossformer_vision.tasks.run.files import write_json, write_text
+    from crossformer_vision.tasks.run.files import make_folder, write_json, write_text
 
     for row in rows:
         if row.exported:
@@ -494,9 +495,9 @@ def run(rows: list[Row], device: torch.device, rounds: int, out: Path) -> list[d
     for dtype in dict.fromkeys(autocast or weights for weights, autocast in (DTYPES[r.dtype] for r in rows)):
         if note := emulation_note(device, dtype):
             print(f"note: {note}")
-    print(f"{len(rows)} rows on {device}:")
+    make_folder(out)
+    print(f"{counted(len(rows), 'row')} on {device}:")
     found = benchmark(rows, device, rounds)
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "benchmark.json", {"rows": found, "threads": torch.get_num_threads(), **about()})
     lines = markdown(found)
     write_text(out / "benchmark.md", "\n".join(lines) + "\n")
@@ -512,7 +513,7 @@ def run(rows: list[Row], device: torch.device, rounds: int, out: Path) -> list[d
     for column in narrow:
         shown.add_column(head[column] if column != 4 else "in mode", justify="right", overflow="fold")
     for cells in body:
-        shown.add_row(f"{cells[0]}\n  {cells[1]}", *[cells[column] for column in narrow])
+        shown.add_row(f"{escape(cells[0])}\n  {cells[1]}", *[cells[column] for column in narrow])
     Console().print(shown)
     print(f"benchmark.md, .json, .csv and .png in {out}")
     if all("error" in entry for entry in found):

@@ -22,10 +22,13 @@ from typing import Any
 
 import lightning as L
 import optuna
+import sqlalchemy
 import torch
 import yaml
+from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from crossformer_vision import options, visualize
@@ -33,7 +36,7 @@ from crossformer_vision.benchmark import images_per_second, interleaved
 from crossformer_vision.errors import UserError, check_range
 from crossformer_vision.fonts import written
 from crossformer_vision.info import count_macs
-from crossformer_vision.options.arguments import find_config
+from crossformer_vision.options.arguments import content_of, find_config
 from crossformer_vision.predict import load_predictor
 from crossformer_vision.tasks import run
 from crossformer_vision.tasks.run.files import write_json
@@ -60,6 +63,22 @@ class Grid:
     options: dict[str, Any] = field(default_factory=dict)
     search: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def check_data(self) -> None:
+        """Check that the folders of images exist, once for all cells.
+
+        Raises:
+            UserError: If a ``data.root`` is missing.
+        """
+        contents = [content_of(recipe).get("data") for recipe in self.recipe]
+        recipes = [data["root"] for data in contents if isinstance(data, dict) and data.get("root")]
+        for row in self.rows.values():
+            root = {**self.options, **row}.get("data.root", recipes[-1] if recipes else None)
+            if root is not None and not Path(root).exists():
+                raise UserError(
+                    f"{root}: no such folder of images, which the grid names as data.root. Put the data set "
+                    "there, or change data.root in the grid"
+                )
+
     def arguments(self, row: dict[str, Any], seed: int) -> list[str]:
         """The command line of a run, without its folder."""
         args = [part for recipe in self.recipe for part in ("--config", recipe)]
@@ -68,15 +87,19 @@ class Grid:
         return args
 
     def digest(self, row: str, seed: int) -> str:
-        """Of what a cell's score follows from: its options, and what the recipes say, not where they lie."""
+        """Digest of what a score follows from: options, and contents of the recipes, not their paths."""
         recipes = [Path(recipe).read_text(encoding="utf-8") for recipe in self.recipe]
         said = [*self.arguments(self.rows[row], seed)[2 * len(recipes) :], *recipes]
         return hashlib.sha256("\0".join(said).encode()).hexdigest()[:16]
 
 
 def slug(name: str) -> str:
-    """A name as a folder's."""
-    return re.sub(r"[^\w.+-]+", "_", name).strip("_") or "row"
+    """The folder name of a row: without separators, never ``..``, and at most 120 characters long."""
+    folder = re.sub(r"[^\w.+-]+", "_", name).strip("_.") or "row"
+    if len(folder.encode()) <= 120:
+        return folder
+    digest = hashlib.sha256(name.encode()).hexdigest()[:10]
+    return f"{folder.encode()[:100].decode(errors='ignore')}-{digest}"
 
 
 def read_grid(path: str) -> Grid:
@@ -101,6 +124,8 @@ def read_grid(path: str) -> Grid:
         isinstance(row, dict) for row in rows.values()
     ):
         raise UserError(f"{path}: rows, vary, options and search are names with values: {{name: value}}")
+    if not rows:
+        raise UserError(f"{path}: rows is empty. Name a row, or leave rows out to run the recipe alone")
     if not all(isinstance(values, list) and values for values in vary.values()):
         raise UserError(f"{path}: vary has a list of values for each option")
     product = {}
@@ -182,6 +207,12 @@ def macs(net: torch.nn.Module, size: Sequence[int]) -> int | None:
 # ------------------------------------------------------------------------------------------------------------
 
 
+def sqlite_url(path: Path) -> str:
+    """The address of a SQLite file for Optuna, whatever characters its path has."""
+    address = sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string()
+    return address.replace("{", "{{").replace("}", "}}")  # Optuna formats it
+
+
 def open_study(name: str, folder: Path, url: str | None, heartbeat: int) -> optuna.Study:
     """The study of a grid: in SQLite beside the results, or in the database at `url`.
 
@@ -191,7 +222,7 @@ def open_study(name: str, folder: Path, url: str | None, heartbeat: int) -> optu
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # heartbeats
     folder.mkdir(parents=True, exist_ok=True)
-    url = url or f"sqlite:///{folder / 'study.db'}"
+    url = url or sqlite_url(folder / "study.db")
     waits = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
     for attempt in range(5):
         try:
@@ -277,8 +308,10 @@ def compare(path: str, out: Path, url: str | None = None, heartbeat: int = 20) -
         UserError: see `read_grid`; and at the end, if cells have failed.
     """
     grid = read_grid(path)
+    grid.check_data()
     study = open_study(Path(path).stem, out, url, heartbeat)
     cells = {f"{row}, seed {seed}": (row, seed) for row in grid.rows for seed in grid.seeds}
+    reasons: set[str] = set()  # why cells have failed so far
 
     def run_cell(trial: optuna.Trial) -> float:
         cell = trial.user_attrs.get("cell")
@@ -296,7 +329,8 @@ def compare(path: str, out: Path, url: str | None = None, heartbeat: int = 20) -
         except Exception as error:
             said = (str(error) or type(error).__name__).splitlines()[0]
             trial.set_user_attr("error", said)
-            print(f"failed: {cell}: {said}", flush=True)
+            print(f"failed: {cell}: {'as before' if said in reasons else said}", flush=True)
+            reasons.add(said)
             raise CellFailed(said) from error
         trial.set_user_attr("results", results)
         return float(results[results["metric"]])
@@ -331,10 +365,14 @@ def search(path: str, out: Path, count: int, url: str | None = None, heartbeat: 
     grid = read_grid(path)
     if not grid.search:
         raise UserError(f"{path}: has no search: {{option: {{low: 1.0e-4, high: 1.0e-2, log: true}}}}")
+    grid.check_data()
     study = open_study(f"{Path(path).stem}-search", out, url, heartbeat)
-    row = next(iter(grid.rows.values()))
+    name, row = next(iter(grid.rows.items()))
+    digest = grid.digest(name, grid.seeds[0])
+    check_earlier_trials(study, grid, digest, out)
 
     def run_trial(trial: optuna.Trial) -> float:
+        trial.set_user_attr("digest", digest)
         chosen = {name: suggested(trial, name, values) for name, values in grid.search.items()}
         print(f"\ntrial {trial.number}: " + ", ".join(f"{k} {v}" for k, v in chosen.items()), flush=True)
         folder = out / "search" / f"trial-{trial.number}"
@@ -358,6 +396,29 @@ def search(path: str, out: Path, count: int, url: str | None = None, heartbeat: 
     write_json(out / "search.json", found)
     print(f"\nbest of {count}: {best.value:.4f}, trial {best.number}, {best.params}; {out}/search.json")
     return found
+
+
+def check_earlier_trials(study: optuna.Study, grid: Grid, digest: str, out: Path) -> None:
+    """Check that earlier trials of a search are of the same grid.
+
+    Args:
+        study: Study of the search.
+        grid: The grid as it is now.
+        digest: Digest of its first row and options.
+        out: Folder of the search, for errors.
+
+    Raises:
+        UserError: If an earlier trial had other options, or an option other choices.
+    """
+    instead = "Choose another folder with --out, or change the grid back"
+    for trial in study.get_trials(deepcopy=False):
+        if trial.user_attrs.get("digest", digest) != digest:
+            raise UserError(f"{out}: trial {trial.number} ran with other options or recipes. {instead}")
+        for name, earlier in trial.distributions.items():
+            now = grid.search.get(name, {}).get("choices")
+            before = list(earlier.choices) if isinstance(earlier, CategoricalDistribution) else None
+            if before is not None and now != before:
+                raise UserError(f"{out}: search: {name}: choices were {before}, now {now}. {instead}")
 
 
 def suggested(trial: optuna.Trial, name: str, values: dict[str, Any]) -> Any:
@@ -423,7 +484,7 @@ def report(study: optuna.Study, grid: Grid, cells: dict[str, tuple[str, int]], o
     for column in narrow:
         shown.add_column(head[column], justify="right", no_wrap=True)
     for cells_of_row in body:
-        shown.add_row(cells_of_row[0], *[cells_of_row[column] for column in narrow])
+        shown.add_row(escape(cells_of_row[0]), *[cells_of_row[column] for column in narrow])
     Console().print(shown)
     print(f"{sum(map(len, found.values()))} of {len(cells)} cells; compare.md, .csv, .json and .png in {out}")
     if failed:

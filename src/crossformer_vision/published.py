@@ -7,16 +7,19 @@ import socket
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from filelock import FileLock
-from torch import Tensor
+from filelock import BaseFileLock, FileLock, SoftFileLock
+from torch import Tensor, nn
 
-from crossformer_vision.checkpoints import PREFIXES, read_checkpoint, weights_of
+from crossformer_vision.checkpoints import PREFIXES, load_checkpoint, read_checkpoint, weights_of
 from crossformer_vision.errors import UserError
 from crossformer_vision.models import find_model, variants
 
@@ -142,7 +145,7 @@ def fetch_published(name: str, url: str = DRIVE) -> Path:
         )
     query = urllib.parse.urlencode({"id": published.drive_id, "export": "download"})
     try:
-        _download(f"{url}?{query}", path)
+        _download(f"{url}?{query}", path, name)
     except UserError as error:
         raise UserError(f"{error}; or {published.by_hand(path)}") from error
     return path
@@ -242,16 +245,31 @@ def _open(url: str, offset: int) -> Any:
     return response
 
 
-def _download(url: str, path: Path) -> None:
+def _download(url: str, path: Path, name: str) -> None:
     """Bring `url` to `path`, by one process at a time: others that want it wait, and find it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
+    with _lock(f"{path}.lock"):
         if not path.exists():
-            _fetch(url, path)
+            _fetch(url, path, name)
 
 
-def _fetch(url: str, path: Path) -> None:
-    """Bring `url` to `path`, resumed from an earlier part, and under its name only when readable."""
+@contextmanager
+def _lock(path: str) -> Iterator[None]:
+    """A lock between processes; by the existence of a file where the disk has no locks."""
+    lock: BaseFileLock = FileLock(path)
+    try:
+        lock.acquire()
+    except (NotImplementedError, OSError):
+        lock = SoftFileLock(path)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _fetch(url: str, path: Path, name: str) -> None:
+    """Bring `url` to `path`, resumed from an earlier part, and under its name only when it fits the model."""
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -281,9 +299,12 @@ def _fetch(url: str, path: Path) -> None:
                     file.write(block)
                     progress.advance(bar, len(block))
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # the part is as long as the file, or longer: it cannot be continued
-            part.unlink()
-        raise UserError(f"{url}: HTTP {error.code} {error.reason}; try again") from error
+        whole = (error.headers.get("Content-Range") or "").rpartition("/")[2]
+        if error.code != 416 or whole != str(offset):
+            if error.code == 416:  # the part is longer than the file
+                part.unlink()
+            raise UserError(f"{url}: HTTP {error.code} {error.reason}; try again") from error
+        total = offset  # all of it came before, but was not checked
     except (OSError, HTTPException) as error:
         raise UserError(f"{url}: {error}; try again, the download goes on where it stopped") from error
     size = part.stat().st_size
@@ -292,11 +313,32 @@ def _fetch(url: str, path: Path) -> None:
             f"{url}: truncated, {size} of {total} bytes came; try again, it goes on where it stopped"
         )
     try:
-        read_checkpoint(part)
+        _check_fits(name, part)
     except UserError as error:
         part.unlink()
-        raise UserError(f"{url}: what came is not a checkpoint, and was removed; try again") from error
+        raise UserError(f"{url}: not the weights of {name}, and removed ({error}); try again") from None
     part.replace(path)
+
+
+def _check_fits(name: str, path: Path) -> None:
+    """Check that a file holds the weights of a published model.
+
+    Raises:
+        UserError: If it is no checkpoint, or another model's.
+    """
+    content = read_checkpoint(path)
+    head, _, variant = name.rpartition("_crossformer_")
+    model = f"crossformer_{variant}" if head else name
+    net: nn.Module
+    if not head:
+        net = timm.create_model(model)
+    else:
+        from crossformer_vision.models.detectors import create_detector
+        from crossformer_vision.models.segmenters import create_segmenter
+
+        create: Any = create_detector if head in ("retinanet", "mask_rcnn") else create_segmenter
+        net = create(head, model, backbone_args=variants.published_groups(model, head))
+    load_checkpoint(net, content, adapt_classifier=False)
 
 
 def _read_weights(model: str, file: str | None) -> dict[str, Tensor]:

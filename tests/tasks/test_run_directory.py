@@ -106,8 +106,8 @@ def test_a_learning_rate_that_is_found_is_used(schedule, tmp_path):
         def on_train_batch_end(self, trainer, task, *args):
             self.largest = max(self.largest, trainer.optimizers[0].param_groups[0]["lr"])
 
-    finder = Found(min_lr=1e-7, max_lr=1e-2, num_training_steps=35)
-    data = ClassificationData(train_images=80, val_images=4, batch_size=2, num_workers=0, image_size=32)
+    finder = Found(min_lr=1e-7, max_lr=1e-2)
+    data = ClassificationData(train_images=480, val_images=4, batch_size=4, num_workers=0, image_size=32)
     task = Classification(
         optimizer="sgd", lr=0.3, schedule=schedule, warmup_epochs=0.25, model_args={"depths": [1] * 4}
     )

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,20 @@ def new_folder(base: Path) -> Path:
             ) from None
         return folder
     raise AssertionError
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for output, before the work whose results go there.
+
+    Raises:
+        UserError: If it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}). Choose another --out") from None
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
