@@ -33,9 +33,10 @@ from PIL import Image
 import crossformer_vision
 from crossformer_vision.checkpoints import read_checkpoint
 from crossformer_vision.data import images
+from crossformer_vision.data.class_lists import read_classes, value_table
 from crossformer_vision.data.coco import CocoImages
 from crossformer_vision.data.loading import ReadImages
-from crossformer_vision.data.segmentation import MappedImages, read_classes, table
+from crossformer_vision.data.segmentation import MappedImages
 from crossformer_vision.errors import UserError
 
 SECONDS, MEMORY = 20, 2048  # for one file; MiB of memory in use beyond what the process had
@@ -211,7 +212,7 @@ class Fuzzer:
             read[n]
 
     def _map(self, path: Path, _: str) -> None:
-        source = MappedImages([(self.folder / "images/1.png", path)], ["a", "b", "c"], table(3))
+        source = MappedImages([(self.folder / "images/1.png", path)], ["a", "b", "c"], value_table(3))
         ReadImages(source, lambda image, labels: labels, skip_corrupt=False)[0]
 
     def _checkpoint(self, path: Path, _: str) -> None:

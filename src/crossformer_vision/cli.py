@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     if args[0] not in verbs:
         from difflib import get_close_matches
 
-        close = get_close_matches(args[0], verbs, 1)
+        close = get_close_matches(args[0], [*verbs, "--version", "--help"], 1)
         meant = f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(verbs)}"
         print(f"crossformer: error: no verb '{args[0]}'{meant}", file=sys.stderr)
         return 2
@@ -109,6 +109,11 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(code, int):
             print(f"\n{line}", file=sys.stderr)
             return code
+        if "torchvision::nms does not exist" in line:
+            line = (
+                "torchvision does not match torch. Install the two together: "
+                "pip install --force-reinstall torch torchvision"
+            )
         print(f"crossformer: error: {line}", file=sys.stderr)
         return 2 if usage else 1
     return 0
@@ -252,18 +257,31 @@ def predict(args: list[str]) -> None:
         help="what is written below --out: pictures and results (all, the default), results, or nothing",
     )
     parser.add_argument("--json", action="store_true", help="print results as JSON, one a line, not as words")
-    parser.add_argument("--score", type=float, default=0.5, help="least score of an object (0.5)")
+    parser.add_argument(
+        "--score",
+        "--score-threshold",
+        "--conf",
+        type=float,
+        default=0.5,
+        help="score threshold of objects (default: 0.5)",
+    )
     parser.add_argument(
         "--tile",
+        "--tile-size",
         type=int,
         metavar="PIXELS",
-        help="side of overlapping tiles, in which a detector goes over larger images for small objects",
+        help="side of overlapping tiles, in which a detector goes over larger images for small objects; "
+        "images of any number of pixels are read then",
     )
     parser.add_argument("--device", help="cpu, cuda, …; the best there is, if not given")
     options = parser.parse_args(args)
     from crossformer_vision import load_predictor
     from crossformer_vision.predict.files import predict_files
 
+    if options.tile:
+        from PIL import Image
+
+        Image.MAX_IMAGE_PIXELS = None  # such images are what tiles are for
     predictor = load_predictor(options.what, options.device, options.score, options.tile, options.model)
     out = None if options.save == "nothing" else Path(options.out)
     predict_files(predictor, options.images, out, options.save == "all", options.json)

@@ -30,6 +30,11 @@ def onednn_has_float16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
+def in_forward_ad() -> bool:
+    """Whether ``torch.autograd.forward_ad`` computes derivatives. Tested with torch 2.15."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def cpu_has_vnni() -> bool:
     """Whether the CPU has instructions for 8-bit products (AVX-512 VNNI). Tested with torch 2.15."""
     return torch.cpu._is_vnni_supported()

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from crossformer_vision import UserError
-from crossformer_vision.data.segmentation import MappedImages, SegmentationData, table
+from crossformer_vision.data.class_lists import value_table
+from crossformer_vision.data.segmentation import MappedImages, SegmentationData
 
 COLOURS = np.array([[200, 30, 30], [30, 200, 30], [30, 30, 200]], np.uint8)  # of the classes, in images
 
@@ -314,9 +315,9 @@ def test_class_maps_of_numbers_that_are_no_classes(tmp_path):
     for values in ([[0, 1, 0.5, 1]], [[0, 1, np.nan, 1]], [[0, 1, -1, 1]]):
         Image.fromarray(np.array(values * 2, np.float32)).save(tmp_path / "map.tif")
         with pytest.raises(UserError, match=r"map.tif: has the value"):
-            MappedImages([(tmp_path / "x.png", tmp_path / "map.tif")], ["a", "b"], table(2)).read(0)
+            MappedImages([(tmp_path / "x.png", tmp_path / "map.tif")], ["a", "b"], value_table(2)).read(0)
     Image.fromarray(np.array([[0, 1, 1, 0]] * 2, np.float32)).save(tmp_path / "map.tif")
-    read = MappedImages([(tmp_path / "x.png", tmp_path / "map.tif")], ["a", "b"], table(2)).read(0)[1]
+    read = MappedImages([(tmp_path / "x.png", tmp_path / "map.tif")], ["a", "b"], value_table(2)).read(0)[1]
     assert read.tolist() == [[0, 1, 1, 0]] * 2
 
 
@@ -338,5 +339,5 @@ def test_greyscale_of_few_bits_holds_classes(tmp_path, bits):
     )
     (tmp_path / "map.png").write_bytes(png)
     Image.new("RGB", (4, 2)).save(tmp_path / "x.png")
-    source = MappedImages([(tmp_path / "x.png", tmp_path / "map.png")], list("abcd"), table(4))
+    source = MappedImages([(tmp_path / "x.png", tmp_path / "map.png")], list("abcd"), value_table(4))
     assert source.read(0)[1].tolist() == values.tolist()

@@ -9,12 +9,42 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
+from crossformer_vision.errors import UserError
+
 Steps = Callable[..., Any] | list[Callable[..., Any]]
 
 
 def composed(steps: Steps) -> Callable[..., Any]:
-    """One callable of a user's augmentation: it, or all of a list one after the other."""
-    return steps if callable(steps) else v2.Compose(steps)
+    """One callable of a user's augmentation, or of a list of them, whose images are checked."""
+    return CheckedAugmentation(steps if callable(steps) else v2.Compose(steps))
+
+
+class CheckedAugmentation:
+    """A user's augmentation; images that it has normalized already are refused.
+
+    Args:
+        augmentation: Callable from an image, or an image and its target, to the same.
+    """
+
+    def __init__(self, augmentation: Callable[..., Any]) -> None:
+        self.augmentation = augmentation
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Augment, and check the image.
+
+        Raises:
+            UserError: If a tensor of floats has values outside 0..1.
+        """
+        found = self.augmentation(*inputs)
+        image = found[0] if isinstance(found, tuple) else found
+        if isinstance(image, Tensor) and image.is_floating_point() and image.numel():
+            low, high = (float(value) for value in image.aminmax())
+            if not -0.01 <= low <= high <= 1.01:
+                raise UserError(
+                    f"data.augmentation returned an image of values from {low:.2g} to {high:.2g}. Return "
+                    "bytes, or floats in 0..1 without normalization, which comes afterwards"
+                )
+        return found
 
 
 class PhotometricDistortion(v2.Transform):

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from timm.data import create_transform, str_to_interp_mode
 from timm.data.dataset_factory import create_dataset
-from timm.data.readers.reader_factory import create_reader
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import v2
@@ -31,10 +30,14 @@ from crossformer_vision.data.loading import (
     mix_seed,
 )
 from crossformer_vision.data.shards import ShardImages, shards_of
-from crossformer_vision.errors import NoSuchSplit, UserError, check_choice, check_range
+from crossformer_vision.data.tar_images import TarImages
+from crossformer_vision.errors import NoSuchSplit, UserError, check_choice, check_range, counted
 from crossformer_vision.models import find_model
 
 log = logging.getLogger("crossformer_vision")
+
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random")
 
 
 class LabelledSource(Source, Protocol):
@@ -54,11 +57,14 @@ class FolderImages:
         labels = array("i")  # in the order of the names, which is that of the classes
         found: dict[str, int] = {}
         others: list[str] = []
+        beside: list[str] = []  # images in no class folder
 
         def images() -> Iterator[str]:
             for name in names_below(folder):
                 first, below, _ = name.partition("/")
                 if not below:
+                    if Path(name).suffix.lower() in EXTENSIONS:
+                        beside.append(name)
                     continue
                 if name[name.rfind(".") :].lower() in EXTENSIONS:
                     labels.append(found.setdefault(first, len(found)))
@@ -74,11 +80,19 @@ class FolderImages:
         listed = {p.name for p in folder.iterdir() if p.is_dir() and not is_hidden(Path(p.name))}
         if empty := sorted(listed - set(found)):
             raise UserError(
-                f"{folder / empty[0]}: a class without images; put some there, or remove the folder"
+                f"{folder / empty[0]}: a class folder without images. Add images, or choose another "
+                "--task if this is no folder of classes"
             )
         if others:
             first = folder / others[0]
             log.warning("%s: left out %d files that are no images: %s, …", folder, len(others), first)
+        if beside:
+            log.warning(
+                "%s: left out %s beside the class folders, such as %s",
+                folder,
+                counted(len(beside), "image"),
+                beside[0],
+            )
         number = _number(folder, list(found), classes)
         self.classes = list(number)
         self.labels = np.array([number[name] for name in found], np.int32)[np.array(labels)]
@@ -97,32 +111,6 @@ class FolderImages:
         part, kept = copy(self), [n for n, name in enumerate(self.names) if name in names]
         part.names, part.labels = Names(self.names[n] for n in kept), self.labels[kept]
         return part
-
-
-class TarImages:
-    """`<class>/<image>` inside a tar file, through timm's reader."""
-
-    def __init__(self, path: Path, classes: list[str]) -> None:
-        try:
-            self.reader = create_reader("", root=str(path))
-        except Exception as error:
-            raise UserError(f"{path}: cannot be read as a tar file of class folders ({error})") from error
-        if not len(self.reader):
-            raise UserError(f"{path}: no images in class folders")
-        self.path = path
-        number = _number(path, sorted(self.reader.class_name_to_idx), classes)  # as a folder does
-        self.classes = list(number)
-        self.labels = {theirs: number[name] for name, theirs in self.reader.class_name_to_idx.items()}
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        file, label = self.reader[index]
-        return upright(Image.open(file)), self.labels[label]
-
-    def name(self, index: int) -> str:
-        return f"{self.path}/{self.reader.filename(index)}"
 
 
 class NamedImages:
@@ -267,6 +255,8 @@ class ClassificationData(ResumableData):
     ) -> None:
         super().__init__(root, train_split, val_split, batch_size, num_workers, skip_corrupt, seed, classes)
         check_choice("crop", crop, ("resized", "padded", "none"))
+        if interpolation is not None:
+            check_choice("interpolation", interpolation, INTERPOLATIONS)
         for name, value in (("hflip", hflip), ("erasing", erasing), ("val_share", val_share)):
             check_range(name, value, 0, 1)
         self.val_share, self.val_list = val_share, val_list
@@ -381,10 +371,12 @@ class ClassificationData(ResumableData):
         if not self.root:
             return DigitImages(stage, self.lengths[stage], self._size(), self.seed)
         if shards := self._shards(stage):
+            self.note_split(stage, shards[0].parent)
             return ShardImages(shards, self.classes)
         if folder := self._unsplit():
             return self._part(folder, stage)
         path = self._find(stage)
+        self.note_split(stage, path)
         return TarImages(path, self.classes) if path.suffix == ".tar" else FolderImages(path, self.classes)
 
     def _size(self) -> int:

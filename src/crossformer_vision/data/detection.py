@@ -239,6 +239,7 @@ class DetectionData(ResumableData):
                 if annotations.exists():
                     for folder in folders:
                         if folder.is_dir():
+                            self.note_split(stage, folder)
                             return annotations, folder
                     raise UserError(f"{folders[0]}: no such folder, for the images of {annotations}")
         raise NoSuchSplit(

@@ -12,6 +12,7 @@ import signal
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -341,6 +342,7 @@ class ResumableData(L.LightningDataModule):
         self.num_workers = min(8, max(0, (os.cpu_count() or 1) - 1)) if num_workers is None else num_workers
         self.classes = list(classes or ())
         check_names("classes", self.classes)
+        self.found_splits: dict[str, Path] = {}  # where "train" and "val" were found
         self.images: dict[str, ReadImages] = {}  # "train" and "val", once opened
         self.global_batch = batch_size  # of all processes, once training images are loaded
         self._training: SeededLoader | None = None
@@ -377,6 +379,16 @@ class ResumableData(L.LightningDataModule):
 
     def _read(self, stage: str) -> ReadImages:
         raise NotImplementedError
+
+    def note_split(self, stage: str, path: Path) -> None:
+        """Keep where a split was found; warn if test images are about to choose the best checkpoint."""
+        self.found_splits[stage] = path
+        if stage == "val" and path.name.removesuffix(".tar") == "test" and self.splits["val"] != "test":
+            log.warning(
+                "%s: there is no split for validation; best.ckpt is chosen on the test images. To hold out "
+                "others, name their folder with --data.val_split",
+                path,
+            )
 
     def split_names(self, stage: str) -> tuple[str, ...]:
         """Where a split is looked for: under its name, and if that is a usual one, under the others."""

@@ -1,6 +1,5 @@
 """Semantic segmentation: images and class maps, or the digits that come with the library -> batches."""
 
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -13,21 +12,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.datasets import Cityscapes, VOCSegmentation
+from torchvision.datasets import Cityscapes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
 from crossformer_vision.data import digits
 from crossformer_vision.data.augmentation import PhotometricDistortion, Steps, composed
+from crossformer_vision.data.class_lists import IGNORED, UNKNOWN, ClassList, read_classes, value_table
 from crossformer_vision.data.images import EXTENSIONS, files_below, reason, upright
 from crossformer_vision.data.loading import ReadImages, ResumableData, SeededLoader
-from crossformer_vision.errors import NoSuchSplit, UserError, check_names
+from crossformer_vision.errors import NoSuchSplit, UserError
 from crossformer_vision.models import find_model
 
 log = logging.getLogger("crossformer_vision")
 
-IGNORED = 255  # in class maps: no class, neither trained on nor counted
-UNKNOWN = 254  # in tables: a value that no class map may have
 # fmt: off
 VOC_CLASSES = [
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
@@ -118,21 +116,12 @@ def _size(image: Image.Image) -> str:
     return f"{image.width}x{image.height}"
 
 
-def table(classes: int, first: int = 0, ignored: int = IGNORED) -> NDArray[np.uint8]:
-    """Of class maps that number the classes from `first`; 255 and `ignored` are ignored."""
-    values = np.full(256, UNKNOWN, np.uint8)
-    values[first : first + classes] = np.arange(classes)
-    values[[IGNORED, ignored]] = IGNORED
-    return values
-
-
-def takes_255_for_a_class(root: Path, pairs: list[tuple[Path, Path]], classes: list[str]) -> bool:
+def takes_255_for_a_class(pairs: list[tuple[Path, Path]], classes: ClassList) -> bool:
     """Whether class maps of two classes are of 0 and 255, as drawing programs make them.
 
-    By ten that hold something, of 50 from all over the data, where `classes.json` does not say that 255 is
-    ignored.
+    Looks at up to 50 maps, where `classes.json` does not say what is ignored.
     """
-    if len(classes) != 2 or "ignore_index" in (root / "classes.json").read_text(encoding="utf-8"):
+    if len(classes.names) != 2 or classes.says_what_is_ignored:
         return False
     values: set[int] = set()
     telling = 0
@@ -146,43 +135,6 @@ def takes_255_for_a_class(root: Path, pairs: list[tuple[Path, Path]], classes: l
         if telling == 10:
             break
     return values == {0, 255}
-
-
-def read_classes(root: Path) -> tuple[list[str], NDArray[np.uint8]]:
-    """Names and table of a folder in ADE20K's layout.
-
-    ADE20K's own `objectInfo150.txt` numbers them from 1, and 0 is ignored; `classes.json` says it itself.
-    """
-    info, listed = root / "objectInfo150.txt", root / "classes.json"
-    if info.is_file() and not listed.is_file():
-        rows = [
-            line.split("\t")
-            for line in info.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
-            if line.strip()
-        ]
-        if len(rows) != 150:
-            raise UserError(f"{info}: lists {len(rows)} classes; ADE20K's has 150, after a line of titles")
-        return [row[-1].split(",")[0].strip() for row in rows], table(150, first=1, ignored=0)
-    try:
-        content = json.loads(listed.read_bytes())
-        content = content if isinstance(content, dict) else {"classes": content}
-        names = [str(name) for name in content["classes"]]
-        first, ignored = int(content.get("first_index", 0)), int(content.get("ignore_index", IGNORED))
-    except FileNotFoundError:
-        raise UserError(
-            f'{listed}: no such file; it lists the classes: {{"classes": ["sky", …], "ignore_index": 255}}'
-        ) from None
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise UserError(
-            f'{listed}: not a list of classes like {{"classes": ["sky", …], "ignore_index": 255}} ({error})'
-        ) from error
-    check_names(listed, names)
-    if not 2 <= len(names) <= UNKNOWN - first or first < 0 or not 0 <= ignored <= 255:
-        raise UserError(
-            f"{listed}: {len(names)} classes from index {first}, {ignored} ignored; a class map has room for "
-            f"2 to {UNKNOWN} from 0 on"
-        )
-    return names, table(len(names), first, ignored)
 
 
 def pair_files(images: Path, maps: Path) -> list[tuple[Path, Path]]:
@@ -457,9 +409,7 @@ class SegmentationData(ResumableData):
             if (root / "leftImg8bit").is_dir():
                 return cityscapes(root, split)
             if (root / "VOCdevkit").is_dir():
-                voc = VOCSegmentation(str(root), image_set=split)
-                pairs = [(Path(i), Path(m)) for i, m in zip(voc.images, voc.masks, strict=True)]
-                return MappedImages(pairs, VOC_CLASSES, table(len(VOC_CLASSES)))
+                return pascal_voc(root, split)
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"{root}: {str(error).splitlines()[0]}") from error
         for name in self.split_names(stage):
@@ -467,8 +417,10 @@ class SegmentationData(ResumableData):
             if images.is_dir():
                 if not maps.is_dir():
                     raise UserError(f"{maps}: no such folder, for the class maps of {images}")
-                pairs, (names, values) = pair_files(images, maps), read_classes(root)
-                if not self.images and takes_255_for_a_class(root, pairs, names):
+                self.note_split(stage, images)
+                pairs, listed = pair_files(images, maps), read_classes(root)
+                names, values = listed.names, listed.values
+                if not self.images and takes_255_for_a_class(pairs, listed):
                     log.warning(
                         "%s: its values are 0 and 255 alone: 255 is taken for '%s'. If it is to be ignored, "
                         'say so in classes.json: "ignore_index": 255',
@@ -491,6 +443,28 @@ class SegmentationData(ResumableData):
 
     def val_dataloader(self) -> SeededLoader:
         return self.loader("val", batch_size=1)
+
+
+def pascal_voc(root: Path, split: str) -> MappedImages:
+    """Class maps of Pascal VOC, of the latest year in ``VOCdevkit``.
+
+    Raises:
+        UserError: If no year has class maps of this split, or one of its files is missing.
+    """
+    years = sorted((root / "VOCdevkit").glob("VOC*"), reverse=True)
+    for year in years:
+        listed = year / "ImageSets/Segmentation" / f"{split}.txt"
+        if listed.is_file():
+            names = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
+            pairs = [(year / f"JPEGImages/{n}.jpg", year / f"SegmentationClass/{n}.png") for n in names]
+            for path in (path for pair in pairs for path in pair):
+                if not path.is_file():
+                    raise UserError(f"{path}: no such file, which {listed} names. Add what is missing")
+            return MappedImages(pairs, VOC_CLASSES, value_table(len(VOC_CLASSES)))
+    raise UserError(
+        f"{root}/VOCdevkit/VOC2012/ImageSets/Segmentation/{split}.txt: no such file, nor of another year. "
+        "Unpack Pascal VOC there, or name another split"
+    )
 
 
 def cityscapes(root: Path, split: str) -> MappedImages:

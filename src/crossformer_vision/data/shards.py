@@ -7,7 +7,6 @@ processes and workers, and a run goes on in the middle of an epoch; a stream giv
 
 import io
 import json
-import os
 import re
 import tarfile
 from array import array
@@ -86,43 +85,66 @@ class ShardImages:
         return f"{self.paths[self.shards[index]]}/{self.names[index]}"
 
 
+Member = tuple[str, int, int, int | None]  # name, offset, size, label (of .cls and .json)
+
+
 def _samples(path: Path) -> Iterator[tuple[str, int, int, int]]:
     """Of each image of a shard its name, where it begins, how long it is, and its class."""
-    image: tuple[str, int, int] | None = None
-    key, label = "", None
+    key = ""
+    files: list[Member] = []
     try:
         with tarfile.open(path, "r:") as tar:
-            while True:
-                member = tar.next()
-                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-                if member is not None and (
-                    not member.isfile() or is_hidden(Path(member.name.removeprefix("./")))
-                ):
-                    continue
-                folder, base = os.path.split(member.name) if member else ("", "")
-                stem, _, kind = base.partition(".")
-                kind, found = kind.lower(), f"{folder}/{stem}" if folder else stem
-                if member is None or found != key:
-                    if image is not None and label is None:
-                        raise UserError(f"{path}/{image[0]}: has no class beside it, no {key}.cls")
-                    if image is not None and label is not None:
-                        yield *image, label
-                    key, image, label = found, None, None
-                if member is None:
-                    break
-                if f".{kind}" in EXTENSIONS and image is None:  # not x.seg.png
-                    image = (member.name, member.offset_data, member.size)
-                elif kind == "cls" or (kind == "json" and label is None):
+            for name, member in _members(tar):
+                folder, slash, base = name.rpartition("/")
+                stem = folder + slash + base.partition(".")[0]
+                if stem != key:
+                    yield from _pair(path, key, files)
+                    key, files = stem, []
+                label = None
+                if (kind := name.rpartition(".")[2].lower()) in ("cls", "json"):
                     file = tar.extractfile(member)
                     assert file is not None  # of a regular file
-                    value = _label(f"{path}/{member.name}", file.read(), kind)
-                    label = label if value is None else value
+                    label = _label(f"{path}/{name}", file.read(), kind)
+                files.append((name, member.offset_data, member.size, label))
+            yield from _pair(path, key, files)
             with path.open("rb") as whole:  # a damaged header ends what `tarfile` reads, without an error
                 whole.seek(tar.offset)
                 if whole.read(len(END)) != END:
                     raise tarfile.ReadError("it is cut or damaged")
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{path}: cannot be read as a shard ({error}); fetch it again") from None
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """The files of a shard with their names; hidden ones are left out."""
+    while (member := tar.next()) is not None:
+        tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+        name = member.name.removeprefix("./")
+        if member.isfile() and not is_hidden(Path(name)):
+            yield member.name, member
+
+
+def _pair(path: Path, key: str, files: list[Member]) -> Iterator[tuple[str, int, int, int]]:
+    """Pair images with their classes, among files whose names are the same up to the first dot.
+
+    `photo.jpg` belongs to `photo.cls` or `photo.json`, and `photo.v2.jpg` to `photo.v2.cls`. Other images,
+    such as `photo.seg.png`, are no samples.
+    """
+    labels: dict[str, int] = {}
+    for name, _, _, label in files:
+        stem, _, kind = name.rpartition(".")
+        if label is not None and (kind.lower() == "cls" or stem not in labels):
+            labels[stem] = label
+    taken: set[str] = set()
+    for name, offset, size, _ in files:
+        stem, _, kind = name.rpartition(".")
+        if f".{kind.lower()}" not in EXTENSIONS or stem in taken:
+            continue
+        if stem in labels:
+            taken.add(stem)
+            yield name, offset, size, labels[stem]
+        elif stem == key or not labels:
+            raise UserError(f"{path}/{name}: has no class beside it, no {stem}.cls")
 
 
 def _label(name: str, content: bytes, kind: str) -> int | None:

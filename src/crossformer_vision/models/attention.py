@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from crossformer_vision.models.grouping import Layout, is_padded, kept, kinds_of_groups, relative_rows
-from crossformer_vision.models.pieces import in_pieces, piece_slices, trains_on_cpu, transformed
+from crossformer_vision.models.pieces import (
+    in_pieces,
+    piece_slices,
+    plain_gradients,
+    trains_on_cpu,
+    transformed,
+)
 
 # ------------------------------------------------------------------------------------------------------------
 # Biases
@@ -119,6 +125,9 @@ class TrainedInPieces(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
         qkv, bias, real = ctx.saved_tensors
         heads, L = ctx.num_heads, qkv.shape[1]
+        if transformed():
+            grads = plain_gradients(lambda x, y: plain_attention(x, heads, y, real), (qkv, bias), grad)
+            return grads[0], None, grads[1], None
         qkv_grad = torch.empty_like(qkv)
         bias_grads = []
         with torch.autocast("cpu", enabled=False):

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crossformer_vision.compat import in_forward_ad
+
 
 def piece_slices(x: Tensor, positions: int) -> list[slice]:
     """Pieces of the first dimension of `x`, whose entries have so many positions each; at least one.
@@ -28,7 +30,9 @@ def in_pieces(positions: int, f: Callable[..., Tensor], x: Tensor, *args: Any) -
     Args:
         positions: of the map in each entry of `x`.
     """
-    at_once = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled()
+    at_once = (
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled() or transformed()
+    )
     if at_once or x.device.type != "cpu":
         return f(x, *args)
     first, *others = piece_slices(x, positions)
@@ -58,8 +62,24 @@ def trains_on_cpu(*tensors: Tensor) -> bool:
 
 
 def transformed() -> bool:
-    """Whether torch.func is at work: `grad`, `vmap` and the like."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+    """Whether torch.func is at work (`grad`, `vmap` and the like), batched gradients, or forward-mode AD."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is not None or in_forward_ad()
+
+
+def plain_gradients(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of a function by autograd, for batched gradients, which in-place writes do not allow.
+
+    Args:
+        f: Function of the inputs.
+        inputs: Tensors that gradients are computed for.
+        grad: Gradient of the output.
+    """
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = f(*leaves)
+    return torch.autograd.grad(out, leaves, grad.to(out.dtype))
 
 
 def gelu_linear(x: Tensor, linear: nn.Linear) -> Tensor:
@@ -84,13 +104,15 @@ class GeluLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, bias)
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)  # once, not by autocast in each piece
         return in_pieces(1, lambda piece: F.linear(F.gelu(piece), weight, bias), x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, bias = ctx.saved_tensors
+        if transformed():
+            return plain_gradients(lambda x, *params: F.linear(F.gelu(x), *params), (x, weight, bias), grad)
         exact = torch.promote_types(weight.dtype, torch.float32)
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         weight_grad = bias_grad = None

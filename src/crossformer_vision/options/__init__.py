@@ -3,10 +3,13 @@
 Lightning's parser on our task, data and trainer: every option is where its argument is documented.
 """
 
+import atexit
 import glob
 import logging
 import os
+import shutil
 import sys
+import tempfile
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Sequence
 from importlib import import_module
@@ -23,13 +26,14 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 from crossformer_vision import published
 from crossformer_vision.checkpoints import read_checkpoint, span_of_a_run
+from crossformer_vision.data.layout import infer_task
 from crossformer_vision.errors import UserError
 from crossformer_vision.options.arguments import content_of, find_config, has, in_utf8, suggest, take
 from crossformer_vision.options.words import explain
 from crossformer_vision.tasks.run import Run, quiet
 from crossformer_vision.tasks.run.files import AtomicCheckpoints
 from crossformer_vision.tasks.run.folder import VAL_LIST, Progress, command, of_this_job
-from crossformer_vision.tasks.run.precision import Precision, resolve_precision
+from crossformer_vision.tasks.run.precision import Precision, resolve_precision, training_device
 
 
 class TaskParts(NamedTuple):
@@ -111,10 +115,21 @@ def task_of(args: list[str], configs: Sequence[str]) -> str:
         there = any(isinstance(model, dict) and parts.sign in model for model in options)
         if name is None and parts.sign and (there or has(args, f"--model.{parts.sign}")):
             name = task
-    name = name or "classification"
+    name = name or (None if configs else infer_task_of(args)) or "classification"
     if name not in TASKS:
         raise UserError(f"no task '{name}'; there are: {', '.join(TASKS)}{suggest(str(name), list(TASKS))}")
     return name
+
+
+def infer_task_of(args: Sequence[str]) -> str | None:
+    """The task that the folder `--data.root` is for, said in a line unless it is the default one."""
+    root = take(list(args), "--data.root")
+    if root is None or not Path(root).is_dir():
+        return None
+    task, reason = infer_task(Path(root))
+    if task != "classification" and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"task: {task}, since in {root} {reason}; --task names another", flush=True)
+    return task
 
 
 def recipe(task: str, args: Sequence[str]) -> tuple[str, str]:
@@ -221,7 +236,8 @@ def from_run(folder: str, checkpoint: str | None) -> tuple[list[str], dict[str, 
     for needed in (Path(folder) / "config.yaml", *(() if resumed else (path,))):
         if not needed.is_file():
             raise UserError(f"{folder}: not a run folder, it has no {needed.name}")
-    options = ["--config", f"{folder}/config.yaml"]
+    config = f"{folder}/config.yaml"
+    options = ["--config", config if resumed else without_augmentation(config)]
     fixed: dict[str, Any] = {"run.folder": folder} if resumed else {}
     span: dict[str, str] = {}
     if path.is_file():
@@ -234,6 +250,19 @@ def from_run(folder: str, checkpoint: str | None) -> tuple[list[str], dict[str, 
     if (listed := Path(folder) / VAL_LIST).is_file():
         fixed["data.val_list"] = str(listed)
     return options, fixed, span
+
+
+def without_augmentation(config: str) -> str:
+    """A copy of a run's configuration that validates where the run's augmentation cannot be imported."""
+    content = content_of(config)
+    if not (isinstance(data := content.get("data"), dict) and data.get("augmentation")):
+        return config
+    data["augmentation"] = None
+    folder = tempfile.mkdtemp(prefix="crossformer-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    copy = Path(folder) / "config.yaml"
+    copy.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return str(copy)
 
 
 USAGE = {
@@ -331,6 +360,7 @@ def _cli(
                     f"--trainer.strategy {strategy}: what such processes hold is lost at their end; "
                     "take ddp, which starts processes of its own"
                 )
+            check_trainer(self.config.trainer)
             given = self.config.trainer.precision
             from_other_device = verb == "validate" and not has(args, "--trainer.precision")
             self.config.trainer.precision = resolve_precision(
@@ -437,3 +467,40 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat.update(_flat(value, f"{name}.") if isinstance(value, dict) and prefix == "" else {name: value})
     return flat
+
+
+def check_trainer(options: Any) -> None:
+    """Check options of Lightning's Trainer that it would answer with a traceback or an endless start.
+
+    Raises:
+        UserError: If a value cannot be meant, or a device is missing.
+    """
+    device = training_device(options.accelerator)
+    if options.accelerator in ("gpu", "cuda", "mps") and not is_available(options.accelerator):
+        raise UserError(
+            f"--trainer.accelerator {options.accelerator}: torch finds none here. Use cpu, or install "
+            "a torch build for your GPU"
+        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = int(options.devices) if str(options.devices).isdecimal() else 1
+    if device is not None and device.type == "cpu" and wanted > cores:
+        raise UserError(
+            f"--trainer.devices {wanted}: there is no GPU to use, and {wanted} processes need {wanted} "
+            f"cores of the CPU, which has {cores}. Use --trainer.devices {cores} or fewer"
+        )
+    for name, least in (("max_epochs", 1), ("max_steps", 1), ("accumulate_grad_batches", 1)):
+        value = getattr(options, name)
+        if value is not None and value != -1 and value < least:
+            raise UserError(f"--trainer.{name} {value}: trains nothing. Use {least} or more")
+    for name in ("limit_train_batches", "val_check_interval"):
+        value = getattr(options, name)
+        if isinstance(value, (int, float)) and value <= 0:
+            raise UserError(f"--trainer.{name} {value}: must be above 0")
+
+
+def is_available(accelerator: str) -> bool:
+    """Whether torch can use a GPU of this kind here."""
+    import torch
+
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    return {"gpu": cuda or mps, "cuda": cuda, "mps": mps}[accelerator]

@@ -4,10 +4,49 @@ import difflib
 import re
 from argparse import SUPPRESS
 from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from crossformer_vision.options.arguments import content_of, has
+
+# What other trainers call an option -> ours, the first that the task has.
+ALIASES = {
+    "epochs": ("trainer.max_epochs",),
+    "max_epochs": ("trainer.max_epochs",),
+    "steps": ("trainer.max_steps",),
+    "batch": ("data.batch_size",),
+    "batch_size": ("data.batch_size",),
+    "bs": ("data.batch_size",),
+    "imgsz": ("data.crop_size", "model.min_size", "data.image_size"),
+    "img_size": ("data.crop_size", "model.min_size", "data.image_size"),
+    "image_size": ("data.crop_size", "model.min_size", "data.image_size"),
+    "lr": ("model.lr",),
+    "lr0": ("model.lr",),
+    "learning_rate": ("model.lr",),
+    "weight_decay": ("model.weight_decay",),
+    "optimizer": ("model.optimizer",),
+    "opt": ("model.optimizer",),
+    "workers": ("data.num_workers",),
+    "num_workers": ("data.num_workers",),
+    "model": ("model.model",),
+    "arch": ("model.model",),
+    "weights": ("model.checkpoint",),
+    "checkpoint": ("model.checkpoint",),
+    "pretrained": ("model.pretrained",),
+    "patience": ("run.patience",),
+    "output": ("run.folder",),
+    "out": ("run.folder",),
+    "output_dir": ("run.folder",),
+    "project": ("run.folder",),
+    "seed": ("seed_everything",),
+    "amp": ("trainer.precision",),
+    "classes": ("data.classes",),
+    "root": ("data.root",),
+    "data_dir": ("data.root",),
+    "data_path": ("data.root",),
+}
 
 
 def explain(message: str, parser: Any, args: Sequence[str], configs: Sequence[str]) -> str:
@@ -19,7 +58,14 @@ def explain(message: str, parser: Any, args: Sequence[str], configs: Sequence[st
         word = found[1]
         name = word.removeprefix("--").split("=")[0]
         if not word.startswith("-"):
+            if Path(word).exists():
+                return f"'{word}' is not understood; did you mean --data.root {word}?"
             return f"'{word}' is not understood; options are given as --data.root FOLDER"
+        if name == "data" or name.endswith(("data.yaml", ".yaml")):
+            return (
+                f"no option --{name}; --data.root names the folder of your images. A data.yaml is YOLO's, "
+                "whose labels are converted to COCO first"
+            )
         return f"no option --{name}{_suggest_option(name, shown, '--')}"
     if found := re.search(r"Group '(\S+)' does not accept option '(\S+)'", message):
         return _unknown(f"{found[1]}.{found[2]}", shown, configs)
@@ -27,6 +73,8 @@ def explain(message: str, parser: Any, args: Sequence[str], configs: Sequence[st
         return _unknown(found[1], shown, configs)
     if found := re.search(r'Parser key "([^"]+)":.*?(?:Got|Given) value: (.*)$', message):
         name, value = found[1], found[2].strip()
+        if name == "data.augmentation" and (reason := _why_not_importable(value)):
+            return f"--data.augmentation {value}: {reason}"
         wanted = _in_words(types.get(name))
         place = f"--{name}" if has(args, f"--{name}") else f"{_file_of(name, configs)}: {name}"
         return (
@@ -44,7 +92,10 @@ def _unknown(name: str, shown: Sequence[str], configs: Sequence[str]) -> str:
 
 
 def _suggest_option(name: str, shown: Sequence[str], dashes: str) -> str:
-    close = difflib.get_close_matches(name, shown, 1, 0.75)
+    close = [option for option in ALIASES.get(name.replace("-", "_"), ()) if option in shown][:1]
+    if name in ("device", "devices", "gpus"):
+        return "; did you mean --trainer.accelerator cpu (or gpu), or --trainer.devices N?"
+    close = close or difflib.get_close_matches(name, shown, 1, 0.75)
     last = name.rsplit(".", 1)[-1]
     close = close or [option for option in shown if option.rsplit(".", 1)[-1] == last]
     close = close or difflib.get_close_matches(name, shown, 1, 0.6)
@@ -84,3 +135,17 @@ def _in_words(kind: Any) -> str:
     if origin is dict:
         return plain[dict]
     return ""
+
+
+def _why_not_importable(path: str) -> str | None:
+    """Why a function cannot be imported by its dotted path; None if it can, or the value is no such path."""
+    module, _, name = path.strip("'\"").rpartition(".")
+    if not re.fullmatch(r"[A-Za-z_][\w.]*", module):
+        return None
+    try:
+        found = import_module(module)
+    except ModuleNotFoundError as error:
+        return f"no module '{error.name}'. Call the command where it lies, or add its folder to PYTHONPATH"
+    except Exception as error:  # of the user's code
+        return f"cannot import '{module}' ({type(error).__name__}: {error})"
+    return None if hasattr(found, name) else f"module '{module}' has no '{name}'"

@@ -98,6 +98,8 @@ class Predictor:
         self.classes: list[str] = checkpoint["classes"]
         self.category_ids: list[Any] | None = checkpoint.get("category_ids") or None
         self.values: list[int] | None = checkpoint.get("values") or None
+        if tile is not None and self.task != "detection":
+            raise UserError(f"--tile {tile}: tiles are for detectors, and {source} is of {self.task}")
         self.device, self.score, self.tile = device, score, tile
         self.together = BATCH if self.task == "classification" else 1  # images that the network takes at once
         self.image: dict[str, Any] = checkpoint.get("image") or {}  # how one is prepared
@@ -119,6 +121,11 @@ class Predictor:
             from crossformer_vision.data.segmentation import ToInput
 
             self.transform = ToInput(**self.image)
+        if not all(bool(torch.isfinite(p).all()) for p in net.parameters()):
+            raise UserError(
+                f"{source}: has weights that are no finite numbers, so every output would be NaN. Take a "
+                "checkpoint from before the run diverged"
+            )
         self.net = net.to(device).eval()
         self.dtype = torch.float32
 
@@ -216,6 +223,10 @@ class Predictor:
         parts = [[picture] if self.whole else squares(picture) for picture, _ in opened]
         pixels: Any = torch.stack([self.transform(part) for of_one in parts for part in of_one])
         logits: Tensor = self.net(pixels.to(self.device)).float()
+        if not torch.isfinite(logits).all():
+            number = int((~torch.isfinite(logits)).any(1).nonzero()[0])
+            name = [name for part, (_, name) in zip(parts, opened) for _ in part][number]
+            raise UserError(f"{name}: the network's output is NaN in {self.dtype}. Use float32")
         of_each = logits.softmax(1).split([len(of_one) for of_one in parts])
         return [
             Classified(name, picture, self.classes, probabilities.mean(0).cpu().numpy())
@@ -303,6 +314,13 @@ def load_predictor(
     check_range("score", score, 0, 1)
     if tile is not None:
         check_range("tile", tile, 64)
+    if isinstance(checkpoint, str) and not checkpoint.strip():
+        raise UserError("load_predictor(''): no checkpoint is named. Did a run save none?")
+    if isinstance(checkpoint, (str, os.PathLike)) and Path(checkpoint).suffix.lower() in images.EXTENSIONS:
+        raise UserError(
+            f"{checkpoint}: is an image. First comes a run, a checkpoint or the name of published weights: "
+            f"crossformer predict crossformer_nano.cifar10 {checkpoint}"
+        )
     source = "checkpoint"
     if model is not None:
         if not isinstance(checkpoint, (str, os.PathLike)):

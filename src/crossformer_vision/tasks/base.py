@@ -15,10 +15,12 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
+from crossformer_vision.checkpoints import LoadReport
 from crossformer_vision.compat import is_muon_matrix
 from crossformer_vision.data.loading import generators, mix_seed, restore_generators, seed_all
 from crossformer_vision.devices import computes_fast
 from crossformer_vision.errors import UserError, check_choice, check_names, check_range
+from crossformer_vision.models import find_model
 from crossformer_vision.models.backbones import DenseModel
 from crossformer_vision.models.crossformer import LongShortAttention
 from crossformer_vision.published import at_hand
@@ -30,6 +32,28 @@ def starts_from_published(model: str, pretrained: bool | None, checkpoint: str |
     if checkpoint:
         return False
     return at_hand(model) if pretrained is None else pretrained
+
+
+def describe_initial_weights(
+    model: str, num_classes: int, pretrained: bool, checkpoint: str | None, report: LoadReport | None
+) -> str:
+    """A line that tells what training starts from.
+
+    Args:
+        model: timm name of the model or backbone.
+        num_classes: Classes of the task.
+        pretrained: Whether the model was built with its published weights.
+        checkpoint: File of weights that were loaded, if any.
+        report: What loading them reported.
+    """
+    if checkpoint:
+        return f"weights: {checkpoint}: {report}"
+    if not pretrained:
+        return "weights: none, training from scratch (--model.pretrained or --model.checkpoint loads some)"
+    cfg = find_model(model)
+    place = "bundled" if cfg.file else cfg.hf_hub_id or cfg.url or "published"
+    new = "" if cfg.num_classes == num_classes else f"; the classifier is new, for {num_classes} classes"
+    return f"weights: {model} ({place}){new}"
 
 
 class Task(L.LightningModule):
@@ -61,6 +85,7 @@ class Task(L.LightningModule):
     in_line: tuple[str, ...] = ("val_loss",)  # metrics that stand beside it in an epoch's line
     shown_channels: tuple[int, int, int] = (0, 1, 2)  # red, green and blue of pictures, of more than three
     net: Any
+    initial_weights = ""  # what training starts from, a line
 
     def __init__(
         self,
@@ -91,6 +116,8 @@ class Task(L.LightningModule):
                 f"unknown optimizer '{optimizer}'{f'; did you mean {close[0]}?' if close else ''}"
             )
         check_names("classes", classes or ())
+        if list(milestones) != sorted(milestones) or any(milestone <= 0 for milestone in milestones):
+            raise UserError(f"milestones={list(milestones)}: they are epochs above 0 in ascending order")
         self.class_names = classes
         self._states: Any = None
         self.images_seen = 0  # in training; of loaders that are not ours, the batches

@@ -16,7 +16,7 @@ from crossformer_vision import visualize
 from crossformer_vision.checkpoints import load_checkpoint
 from crossformer_vision.errors import UserError, check_range
 from crossformer_vision.models import drop_path, find_model, fixed_size
-from crossformer_vision.tasks.base import Task, starts_from_published
+from crossformer_vision.tasks.base import Task, describe_initial_weights, starts_from_published
 
 SHOWN = 24  # validation images in the picture of predictions
 
@@ -62,18 +62,19 @@ class Classification(Task):
     ) -> None:
         super().__init__(**optimization)
         self.save_hyperparameters()
+        published = starts_from_published(model, pretrained, checkpoint)
         find_model(model)
         self.net = timm.create_model(
             model,
-            pretrained=starts_from_published(model, pretrained, checkpoint),
+            pretrained=published,
             num_classes=num_classes,
             **drop_path(model, drop_path_rate),
             **{**fixed_size(model, image_size), **(model_args or {})},
         )
         if image_size and not self.net.pretrained_cfg.get("fixed_input_size"):
             self._check_size(image_size)
-        if checkpoint:
-            load_checkpoint(self.net, checkpoint)
+        report = load_checkpoint(self.net, checkpoint) if checkpoint else None
+        self.initial_weights = describe_initial_weights(model, num_classes, published, checkpoint, report)
         for name, value in (("label_smoothing", label_smoothing), ("mix_prob", mix_prob)):
             check_range(name, value, 0, 1)
         self.label_smoothing = label_smoothing

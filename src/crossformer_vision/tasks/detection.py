@@ -14,7 +14,7 @@ from crossformer_vision.data.detection import Batch
 from crossformer_vision.models import drop_path
 from crossformer_vision.models.detector_parts import mask_crops, paste_binary_masks
 from crossformer_vision.models.detectors import MaskRCNN, create_detector
-from crossformer_vision.tasks.base import Task, starts_from_published
+from crossformer_vision.tasks.base import Task, describe_initial_weights, starts_from_published
 from crossformer_vision.tasks.coco_metrics import CocoMetrics
 from crossformer_vision.tasks.run.files import write_csv
 
@@ -66,11 +66,12 @@ class Detection(Task):
     ) -> None:
         super().__init__(**optimization)
         self.save_hyperparameters()
+        published = starts_from_published(model, pretrained, checkpoint)
         self.net = create_detector(
             detector,
             model,
             num_classes,
-            pretrained=starts_from_published(model, pretrained, checkpoint),
+            pretrained=published,
             width=width,
             anchor_scale=anchor_scale,
             max_detections=max_detections,
@@ -80,8 +81,8 @@ class Detection(Task):
             _skip_resize=True,  # in training: the data does it
             **(detector_args or {}),
         )
-        if checkpoint:
-            load_checkpoint(self.net, checkpoint)
+        report = load_checkpoint(self.net, checkpoint) if checkpoint else None
+        self.initial_weights = describe_initial_weights(model, num_classes, published, checkpoint, report)
         self.kinds = ["box", "mask"] if isinstance(self.net, MaskRCNN) else ["box"]
         self.monitor = f"val_{self.kinds[-1]}_ap"
         self.in_line = (f"{self.monitor}50", *(f"val_{kind}_ap" for kind in self.kinds[:-1]))

@@ -24,7 +24,7 @@ from crossformer_vision.models.segmenters import (
     logs_of,
     segment,
 )
-from crossformer_vision.tasks.base import Task, starts_from_published
+from crossformer_vision.tasks.base import Task, describe_initial_weights, starts_from_published
 from crossformer_vision.tasks.run.files import write_csv
 
 SHOWN = 6  # validation images in the picture of predictions
@@ -84,17 +84,18 @@ class Segmentation(Task):
     ) -> None:
         super().__init__(**optimization)
         self.save_hyperparameters()
+        published = starts_from_published(model, pretrained, checkpoint)
         self.net = create_segmenter(
             segmenter,
             model,
             num_classes,
-            pretrained=starts_from_published(model, pretrained, checkpoint),
+            pretrained=published,
             width=width,
             dropout=dropout,
             backbone_args={**drop_path(model, drop_path_rate), **(model_args or {})},
         )
-        if checkpoint:
-            load_checkpoint(self.net, checkpoint)
+        report = load_checkpoint(self.net, checkpoint) if checkpoint else None
+        self.initial_weights = describe_initial_weights(model, num_classes, published, checkpoint, report)
         if isinstance(self.net, UPerNet) and not auxiliary_weight:  # or several processes would wait for it
             self.net.auxiliary_head.requires_grad_(False)
         self.auxiliary_weight, self.dice, self.avg_non_ignore = auxiliary_weight, dice, avg_non_ignore

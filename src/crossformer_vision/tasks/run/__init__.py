@@ -29,7 +29,7 @@ from lightning.pytorch.callbacks import (
 from torch import distributed
 
 from crossformer_vision.errors import UserError as UserError
-from crossformer_vision.errors import check_range
+from crossformer_vision.errors import check_range, counted
 from crossformer_vision.tasks.base import Task
 from crossformer_vision.tasks.run.files import new_folder, write_json
 from crossformer_vision.tasks.run.folder import AverageWeights, BestCheckpoint, Patience, RunFolder, Stopped
@@ -126,12 +126,15 @@ def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | Non
     writer: Any = next(c for c in trainer.callbacks if isinstance(c, RunFolder))  # type: ignore[attr-defined]
     if trainer.is_global_zero:
         name = " on ".join(parts(task).values())
+        split = f" in {data.found_splits['val']}" if "val" in data.found_splits else ""
         print(
-            f"training {name} ({params / 1e6:.1f} M parameters) on {train} images of "
-            f"{len(data.classes)} classes, validating on {val}\n"
+            f"training {name} ({params / 1e6:.1f} M parameters) on {counted(train, 'image')} of "
+            f"{counted(len(data.classes), 'class', 'classes')}, validating on {val}{split}\n"
             f"precision: {trainer.precision} on {trainer.strategy.root_device.type}",
             flush=True,
         )
+        if not resume and task.initial_weights:
+            print(task.initial_weights, flush=True)
     last = Path(resume) / "last.ckpt" if resume else None
     try:
         trainer.fit(task, data, ckpt_path=str(last) if last and last.exists() else None, weights_only=True)

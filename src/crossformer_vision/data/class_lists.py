@@ -1,0 +1,121 @@
+"""Class names of segmentation data, and the values that stand for them in class maps."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crossformer_vision.errors import UserError, check_names
+
+IGNORED = 255  # in class maps: no class, neither trained on nor counted
+UNKNOWN = 254  # in tables: a value that no class map may have
+KEYS = ("classes", "first_index", "ignore_index")
+EXAMPLE = '{"classes": ["sky", "road"], "ignore_index": 255}'
+
+
+@dataclass
+class ClassList:
+    """Classes of a data set.
+
+    Attributes:
+        names: Class names by index.
+        values: Index by value in the files, ``(256,)``; ``IGNORED`` or ``UNKNOWN`` for others.
+        says_what_is_ignored: Whether the list itself names the ignored value.
+    """
+
+    names: list[str]
+    values: NDArray[np.uint8]
+    says_what_is_ignored: bool = False
+
+
+def value_table(classes: int, first: int = 0, ignored: int = IGNORED) -> NDArray[np.uint8]:
+    """Index by value of class maps that number classes from ``first``; 255 and ``ignored`` are ignored."""
+    values = np.full(256, UNKNOWN, np.uint8)
+    values[first : first + classes] = np.arange(classes)
+    values[[IGNORED, ignored]] = IGNORED
+    return values
+
+
+def read_classes(root: Path) -> ClassList:
+    """Read the classes of a folder in ADE20K's layout.
+
+    ADE20K's own ``objectInfo150.txt`` numbers them from 1, and 0 is ignored. ``classes.json`` lists names by
+    index (``["sky", "road"]``), or names with their values (``{"sky": 0}``, ``{"0": "sky"}`` or
+    ``[{"id": 0, "name": "sky"}]``). A class whose value is ``ignore_index`` is no class.
+
+    Args:
+        root: Folder with one of these files.
+
+    Raises:
+        UserError: If there is no such file, or it cannot be read as one.
+    """
+    info, listed = root / "objectInfo150.txt", root / "classes.json"
+    if info.is_file() and not listed.is_file():
+        return _read_ade20k(info)
+    try:
+        content = json.loads(listed.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{listed}: no such file; it lists the classes: {EXAMPLE}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{listed}: not a list of classes like {EXAMPLE} ({error})") from None
+    content = content if isinstance(content, dict) and "classes" in content else {"classes": content}
+    if unknown := sorted(set(content) - set(KEYS)):
+        raise UserError(f"{listed}: unknown key '{unknown[0]}'. There are {', '.join(KEYS)}")
+    try:
+        first, ignored = int(content.get("first_index", 0)), int(content.get("ignore_index", IGNORED))
+        names = _names_by_value(content["classes"], first)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(f"{listed}: not a list of classes like {EXAMPLE} ({error})") from None
+    return _class_list(listed, names, ignored, "ignore_index" in content)
+
+
+def _class_list(listed: Path, names: dict[int, str], ignored: int, says_what_is_ignored: bool) -> ClassList:
+    check_names(listed, list(names.values()))
+    if not 0 <= ignored <= 255 or min(names, default=0) < 0 or max(names, default=0) > UNKNOWN - 1:
+        raise UserError(
+            f"{listed}: values of classes are from 0 to {UNKNOWN - 1}, ignore_index from 0 to 255; it has "
+            f"{min(names, default=0)} to {max(names, default=0)} and {ignored}"
+        )
+    names.pop(ignored, None)
+    if len(names) < 2:
+        raise UserError(f"{listed}: lists {len(names)} classes that are not ignored; two or more are needed")
+    values = np.full(256, UNKNOWN, np.uint8)
+    values[list(names)] = np.arange(len(names))
+    values[[IGNORED, ignored]] = IGNORED
+    return ClassList(list(names.values()), values, says_what_is_ignored)
+
+
+def _names_by_value(classes: Any, first: int) -> dict[int, str]:
+    """Names by value in the files, sorted by value."""
+    if isinstance(classes, dict):
+        if all(str(key).lstrip("-").isdecimal() for key in classes):
+            pairs = [(int(key), name) for key, name in classes.items()]
+        else:
+            pairs = [(_whole(value), name) for name, value in classes.items()]
+    elif classes and all(isinstance(entry, dict) for entry in classes):
+        pairs = [(_whole(entry["id"]), entry["name"]) for entry in classes]
+    elif isinstance(classes, list):
+        pairs = list(enumerate(classes, start=first))
+    else:
+        raise TypeError(f"classes is {classes!r}")
+    if len({value for value, _ in pairs}) < len(pairs):
+        raise ValueError("two classes have one value")
+    return {value: str(name) for value, name in sorted(pairs, key=lambda pair: pair[0])}
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != float(value):
+        raise ValueError(f"{value!r} is not a whole number")
+    return int(value)
+
+
+def _read_ade20k(info: Path) -> ClassList:
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+    rows = [line.split("\t") for line in lines if line.strip()]
+    if len(rows) != 150:
+        raise UserError(f"{info}: lists {len(rows)} classes; ADE20K's has 150, after a line of titles")
+    names = [row[-1].split(",")[0].strip() for row in rows]
+    return ClassList(names, value_table(150, first=1, ignored=0), True)

@@ -1,0 +1,90 @@
+"""Class folders inside a tar file, read where they lie on the disk."""
+
+import io
+import tarfile
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from crossformer_vision.data.images import EXTENSIONS, Names, is_hidden, upright
+from crossformer_vision.errors import UserError
+
+
+class TarImages:
+    """``<class>/.../<image>`` inside a tar file: the class is the first folder, as in a folder of images.
+
+    A tar file inside, as ImageNet has one for each class, stands for a folder of its name. Each image is read
+    through a file of its own, so workers do not share a position.
+
+    Args:
+        path: The tar file, not compressed.
+        classes: Names of the training classes; empty for the file's own, sorted.
+
+    Raises:
+        UserError: If the file cannot be read, has no images in class folders, or an unknown class.
+    """
+
+    def __init__(self, path: Path, classes: list[str]) -> None:
+        self.path = path
+        offsets, sizes, labels = array("q"), array("q"), array("i")
+        found: dict[str, int] = {}
+
+        def names() -> Iterator[str]:
+            for name, offset, size in members(path):
+                offsets.append(offset)
+                sizes.append(size)
+                labels.append(found.setdefault(name.partition("/")[0], len(found)))
+                yield name
+
+        try:
+            self.names = Names(names())
+        except (tarfile.TarError, OSError) as error:
+            raise UserError(f"{path}: cannot be read as a tar file of class folders ({error})") from None
+        if not found:
+            raise UserError(f"{path}: no images in class folders")
+        if classes and (unknown := sorted(set(found) - set(classes))):
+            raise UserError(f"{path}/{unknown[0]}: class '{unknown[0]}' is not among the training classes")
+        self.classes = list(classes or sorted(found))
+        index = [self.classes.index(name) for name in found]
+        self.labels = np.array(index, np.int32)[np.array(labels)]
+        self.offsets, self.sizes = np.array(offsets, np.int64), np.array(sizes, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """An image, upright, and its label."""
+        with open(self.path, "rb") as file:
+            file.seek(int(self.offsets[index]))
+            content = file.read(int(self.sizes[index]))
+        return upright(Image.open(io.BytesIO(content))), int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        """Path of an image, for messages."""
+        return f"{self.path}/{self.names[index]}"
+
+
+def members(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Images in class folders of a tar file: name, offset in the file and size in bytes.
+
+    Raises:
+        tarfile.TarError: If the file is damaged or compressed.
+    """
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            name = member.name.removeprefix("./")
+            if not member.isfile() or is_hidden(Path(name)):
+                continue
+            suffix = Path(name).suffix.lower()
+            if suffix in EXTENSIONS and "/" in name:
+                yield name, member.offset_data, member.size
+            elif suffix == ".tar":
+                with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
+                    for image in inner:
+                        if image.isfile() and Path(image.name).suffix.lower() in EXTENSIONS:
+                            inside = f"{Path(name).stem}/{image.name.removeprefix('./')}"
+                            if not is_hidden(Path(inside)):
+                                yield inside, member.offset_data + image.offset_data, image.size
