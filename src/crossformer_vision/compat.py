@@ -30,6 +30,12 @@ def onednn_has_float16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a tensor stands for a batch inside ``vmap`` or batched gradients. Tested with torch 2.15."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
 def in_forward_ad() -> bool:
     """Whether ``torch.autograd.forward_ad`` computes derivatives. Tested with torch 2.15."""
     return torch.autograd.forward_ad._current_level >= 0

@@ -262,3 +262,17 @@ def test_gradients_through_scales_and_flips():
     assert net.weight.grad.abs().sum() > 0
     with torch.no_grad():
         assert torch.allclose(segment(net, views, flip=True), found, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(100, 70), (64, 130), (97, 97), (40, 90)])
+@pytest.mark.parametrize("stride", [32, 48, 64])
+def test_class_maps_by_rows_of_windows(size, stride):
+    """Those of all windows together, at borders and where they overlap."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 9, padding=4), torch.nn.ReLU(), torch.nn.Conv2d(8, 5, 1))
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        expected = segmenters.sliding_window(net, images, 64, stride).argmax(1)
+        assert torch.equal(segmenters.class_map_in_windows(net, images, 64, stride), expected)
+        predicted = segmenters.predict_class_map(net, [images], size, window=64, stride=stride)
+        assert torch.equal(predicted, expected)

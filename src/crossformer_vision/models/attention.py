@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from crossformer_vision.compat import is_batched
 from crossformer_vision.models.grouping import Layout, is_padded, kept, kinds_of_groups, relative_rows
 from crossformer_vision.models.pieces import (
     in_pieces,
@@ -125,7 +126,7 @@ class TrainedInPieces(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
         qkv, bias, real = ctx.saved_tensors
         heads, L = ctx.num_heads, qkv.shape[1]
-        if transformed():
+        if is_batched(grad):
             grads = plain_gradients(lambda x, y: plain_attention(x, heads, y, real), (qkv, bias), grad)
             return grads[0], None, grads[1], None
         qkv_grad = torch.empty_like(qkv)

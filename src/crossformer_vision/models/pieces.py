@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crossformer_vision.compat import in_forward_ad
+from crossformer_vision.compat import in_forward_ad, is_batched
 
 
 def piece_slices(x: Tensor, positions: int) -> list[slice]:
@@ -104,14 +104,15 @@ class GeluLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
+        ctx.save_for_backward(x, weight)
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)  # once, not by autocast in each piece
         return in_pieces(1, lambda piece: F.linear(F.gelu(piece), weight, bias), x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        if transformed():
+        x, weight = ctx.saved_tensors
+        if is_batched(grad):
+            bias = weight.new_zeros(len(weight))  # its value does not matter
             return plain_gradients(lambda x, *params: F.linear(F.gelu(x), *params), (x, weight, bias), grad)
         exact = torch.promote_types(weight.dtype, torch.float32)
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None

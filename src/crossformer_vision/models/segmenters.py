@@ -282,6 +282,44 @@ def sliding_window(net: Net, images: Tensor, window: int, stride: int) -> Tensor
     return total.div_(count)
 
 
+def class_map_in_windows(net: Net, images: Tensor, window: int, stride: int) -> Tensor:
+    """Class map of images by overlapping windows, as ``sliding_window`` and ``class_map`` compute it.
+
+    Only a row of windows is held at a time, so memory does not grow with the height of the images.
+
+    Args:
+        net: Normalized images ``(B, 3, h, w)`` -> logits ``(B, classes, h, w)``.
+        images: ``(B, 3, H, W)``, larger than a window.
+        window: Side of the square windows in pixels.
+        stride: From a window to the next.
+
+    Returns:
+        Indices of the best classes, ``(B, H, W)``.
+    """
+    H, W = images.shape[2:]
+    rows = starts(H, window, stride)
+    found, band = [], None
+    count = images.new_zeros(1, 1, min(window, H), W)
+    for y, following in zip(rows, [*rows[1:], H], strict=True):
+        for x in starts(W, window, stride):
+            logits = net(images[..., y : y + window, x : x + window]).float()
+            if band is None:
+                band = logits.new_zeros(*logits.shape[:3], W)
+            band[..., x : x + window] += logits
+            count[..., x : x + window] += 1
+            del logits
+        assert band is not None
+        done, kept = following - y, band.shape[2] - (following - y)
+        best = band[:, :, :done]
+        found.append(class_map(best.div_(count[:, :, :done])))
+        for channel in range(band.shape[1]):  # one by one: a copy of all would double the memory
+            band[:, channel, :kept] = band[:, channel, done:].clone()
+        band[:, :, kept:] = 0
+        count[:, :, :kept] = count[:, :, done:].clone()
+        count[:, :, kept:] = 0
+    return torch.cat(found, dim=1)
+
+
 def starts(length: int, window: int, stride: int) -> list[int]:
     """Where windows begin along a side; the last one ends with it."""
     last = max(0, length - window)
@@ -326,11 +364,39 @@ def segment(
     return total if count == 1 else total.div_(count)
 
 
+def predict_class_map(
+    net: Net,
+    views: Sequence[Tensor],
+    size: tuple[int, int],
+    flip: bool = False,
+    window: int | None = None,
+    stride: int | None = None,
+) -> Tensor:
+    """Class map of images; arguments as of ``segment``, whose best classes it returns.
+
+    Returns:
+        Indices of the best classes, ``(B, *size)``.
+    """
+    images = views[0]
+    side = window_side(images, window)
+    alone = len(views) == 1 and not flip and (images.shape[2], images.shape[3]) == size
+    if alone and side and max(size) > side:
+        return class_map_in_windows(net, images, side, stride or 2 * side // 3)
+    if len(views) == 1 and not flip:  # the softmax keeps the order of the classes
+        return class_map(logits_of(net, images, size, window, stride))
+    return class_map(segment(net, views, size, flip, window, stride))
+
+
+def window_side(images: Tensor, window: int | None) -> int | None:
+    """Side of the windows: as given, or ``LARGE_WINDOW`` for images of more than ``WHOLE`` pixels."""
+    return window or (LARGE_WINDOW if images.shape[2] * images.shape[3] > WHOLE else None)
+
+
 def logits_of(
     net: Net, images: Tensor, size: tuple[int, int], window: int | None, stride: int | None
 ) -> Tensor:
     """Logits of one view, (B, classes, *size), in float32; arguments as of `segment`."""
-    side = window or (LARGE_WINDOW if images.shape[2] * images.shape[3] > WHOLE else None)
+    side = window_side(images, window)
     logits = sliding_window(net, images, side, stride or 2 * side // 3) if side else net(images)
     logits = logits.float()
     return logits if logits.shape[2:] == size else resize(logits, size)

@@ -19,7 +19,7 @@ from crossformer_vision.devices import emulation_note
 from crossformer_vision.errors import UserError, check_range
 from crossformer_vision.fonts import shortened as shortened
 from crossformer_vision.models.detector_parts import mask_crops, paste_binary_masks
-from crossformer_vision.models.segmenters import class_map, segment
+from crossformer_vision.models.segmenters import predict_class_map
 from crossformer_vision.predict.names import as_checkpoint
 from crossformer_vision.predict.results import Classified, Detected, Result, Segmented
 from crossformer_vision.predict.tiles import detect_in_tiles
@@ -248,7 +248,7 @@ class Predictor:
         if self.task == "segmentation":
             views = [self.transform(picture, scale)[None].to(self.device) for scale in self.test_scales]
             size = (picture.height, picture.width)
-            best = class_map(segment(self.net, views, size=size, **self.test))[0]
+            best = predict_class_map(self.net, views, size, **self.test)[0]
             indices = best.cpu().numpy().astype(np.uint8)
             return Segmented(name, picture, self.classes, indices, self.values)
         if self.tile and max(picture.size) > self.tile:

@@ -182,9 +182,23 @@ class Ready:
         if file.suffix.lower() in video.EXTENSIONS:
             return None
         try:
+            note_pages(file)
             return self.predictor.opened(file)
         except Exception as error:  # of this image; the rest is done
             return _named(error, file)
+
+
+def note_pages(file: Path) -> None:
+    """Warn about an image of several pages or frames, of which the first is predicted."""
+    if file.suffix.lower() not in (".tif", ".tiff", ".gif", ".webp"):
+        return
+    try:
+        with Image.open(file) as image:
+            pages = int(getattr(image, "n_frames", 1))
+    except Exception:  # reading the image will name it
+        return
+    if pages > 1:
+        log.warning("%s: has %d pages or frames; the first one is predicted", file, pages)
 
 
 def _named(error: Exception, file: Path) -> UserError:
@@ -284,7 +298,7 @@ def predict_video(predictor: Predictor, file: Path, name: Path, writer: Writer) 
                     append = closing.enter_context(video.written(path, video.rate(file)))
                 drawn = result.plot()
                 drawn.thumbnail((LARGEST, LARGEST), Image.Resampling.BICUBIC)
-                append(drawn)
+                append(drawn, seconds)
             writer.say(result, file, name.with_name(f"{name.name}#{number}"), {"seconds": round(seconds, 3)})
 
 
