@@ -124,7 +124,7 @@ def test_gradients_of_the_coarsest_levels_in_bfloat16(size):
 
 
 @pytest.mark.parametrize("low_quality", [True, False])
-@pytest.mark.parametrize("chunk", [1 << 23, 700])  # all anchors at once, and some of 90 at a time
+@pytest.mark.parametrize("chunk", [1 << 21, 700])  # all anchors at once, and some of 90 at a time
 def test_matching_in_chunks_is_torchvisions(chunk, low_quality, monkeypatch):
     monkeypatch.setattr(matching, "CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)

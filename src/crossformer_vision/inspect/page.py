@@ -27,6 +27,8 @@ from crossformer_vision.inspect import (
 from crossformer_vision.models.grouping import across_map, across_regions
 from crossformer_vision.predict import Predictor
 
+LONGEST = 8  # longer side of a photo as it is shown, in shorter sides of usual photos
+
 
 def seen(predictor: Predictor, picture: Image.Image, size: int | None) -> tuple[Tensor, NDArray[np.uint8]]:
     """A photo as a network is shown it here: (1, 3, H, W), normalised, and its pixels (H, W, 3).
@@ -38,7 +40,7 @@ def seen(predictor: Predictor, picture: Image.Image, size: int | None) -> tuple[
     side = size or (int(own[-1]) if own else 448)
     if side < 32:
         raise UserError(f"--size {side}: images have 32 pixels or more")
-    scale = side / min(picture.size)
+    scale = min(side / min(picture.size), LONGEST * side / max(picture.size))
     whole = (max(32, round(picture.width * scale)), max(32, round(picture.height * scale)))
     pixels = np.array(picture.resize(whole, Image.Resampling.BICUBIC))
     cfg = predictor.image if "mean" in predictor.image else {}

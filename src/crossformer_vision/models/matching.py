@@ -5,7 +5,7 @@ from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
-CHUNK = 1 << 23  # overlaps that exist at a time: 32 MB in float32
+CHUNK = 1 << 21  # overlaps that exist at a time: 8 MB in float32
 
 
 def match_anchors(matcher: Matcher, boxes: Tensor, anchors: Tensor, least_claim: float = 0.0) -> Tensor:

@@ -54,6 +54,11 @@ def explain(message: str, parser: Any, args: Sequence[str], configs: Sequence[st
     message = " ".join(message.split())
     types = {action.dest: getattr(action, "_typehint", None) or action.type for action in parser._actions}
     shown = [action.dest for action in parser._actions if action.help != SUPPRESS]
+    if 'Parser key "data": Unable to load config' in message:
+        return (
+            "--data is no file here: --data.root names the folder of your images. A data.yaml is YOLO's, whose "
+            "labels are converted to COCO first"
+        )
     if found := re.search(r"unrecognized arguments: (\S+)", message):
         word = found[1]
         name = word.removeprefix("--").split("=")[0]
@@ -61,11 +66,6 @@ def explain(message: str, parser: Any, args: Sequence[str], configs: Sequence[st
             if Path(word).exists():
                 return f"'{word}' is not understood; did you mean --data.root {word}?"
             return f"'{word}' is not understood; options are given as --data.root FOLDER"
-        if name == "data" or name.endswith(("data.yaml", ".yaml")):
-            return (
-                f"no option --{name}; --data.root names the folder of your images. A data.yaml is YOLO's, "
-                "whose labels are converted to COCO first"
-            )
         return f"no option --{name}{_suggest_option(name, shown, '--')}"
     if found := re.search(r"Group '(\S+)' does not accept option '(\S+)'", message):
         return _unknown(f"{found[1]}.{found[2]}", shown, configs)
