@@ -276,3 +276,17 @@ def test_class_maps_by_rows_of_windows(size, stride):
         assert torch.equal(segmenters.class_map_in_windows(net, images, 64, stride), expected)
         predicted = segmenters.predict_class_map(net, [images], size, window=64, stride=stride)
         assert torch.equal(predicted, expected)
+
+
+@pytest.mark.parametrize("size", [(96, 96), (150, 200), (40, 60), (30, 120), (96, 50)])
+def test_windows_larger_than_an_image_of_a_backbone_of_one_size(size):
+    net = create_segmenter(
+        "semantic_fpn", "maxvit_pico_rw_256", 3, width=16, backbone_args={"img_size": 96}
+    ).eval()
+    with torch.no_grad():
+        found = segmenters.segment(net, [torch.randn(1, 3, *size)], window=96)
+        assert found.shape == (1, 3, *size)
+        assert segmenters.predict_class_map(net, [torch.randn(1, 3, *size)], size, window=96).shape == (
+            1,
+            *size,
+        )

@@ -69,6 +69,7 @@ def quantize(path: Path, predictor: Predictor, inputs: list[Tensor], said: dict[
     model.set_rt_info(json.dumps(said), [KEY])
     openvino.save_model(model, path, compress_to_fp16=False)
     call = OpenVinoNetwork(path)
+    check_sizes(call, inputs[0], path)
     same = total = 0
     for images in inputs:
         with torch.no_grad():
@@ -81,3 +82,30 @@ def quantize(path: Path, predictor: Predictor, inputs: list[Tensor], said: dict[
         "images": len(inputs),
         "agreement": same / total,
     }
+
+
+def check_sizes(call: OpenVinoNetwork, images: Tensor, path: Path) -> None:
+    """Run a quantized network at further sizes and batches: some CPUs fail at all but one.
+
+    Args:
+        call: The network.
+        images: Images of a size that it was quantized with, ``(B, 3, H, W)``.
+        path: Its file, which is removed where it fails.
+
+    Raises:
+        UserError: If it cannot be run at a size, or its outputs there are no finite numbers.
+    """
+    height, width = images.shape[2:]
+    for batch, h, w in ((1, height, width), (2, height + 33, width + 66), (1, 2 * height, 2 * width)):
+        try:
+            finite = all(bool(torch.isfinite(out).all()) for out in call(torch.rand(batch, 3, h, w)))
+            reason = "its outputs are NaN"
+        except RuntimeError as error:
+            finite, reason = False, str(error).strip().splitlines()[-1]
+        if not finite:
+            for file in (path, path.with_suffix(".bin")):
+                file.unlink(missing_ok=True)
+            raise UserError(
+                f"{path}: the 8-bit network fails on this CPU at {batch}x3x{h}x{w} ({reason}). Export it "
+                "without --int8, or on a CPU with VNNI"
+            )

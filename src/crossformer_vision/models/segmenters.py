@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
+from crossformer_vision.models import find_model
 from crossformer_vision.models.backbones import (
     PUBLISHED_NECK,
     STRIDES,
@@ -237,7 +238,9 @@ def create_segmenter(
     if name not in SEGMENTERS:
         raise ValueError(f"unknown segmenter '{name}'; there are: {', '.join(SEGMENTERS)}")
     body = create_backbone(backbone, pretrained, **(backbone_args or {}))
-    return SEGMENTERS[name](body, num_classes, dropout=dropout, **({"width": width} if width else {}))
+    net: Any = SEGMENTERS[name](body, num_classes, dropout=dropout, **({"width": width} if width else {}))
+    net.has_fixed_size = bool(find_model(backbone).fixed_input_size)
+    return net
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -266,9 +269,11 @@ def sliding_window(net: Net, images: Tensor, window: int, stride: int) -> Tensor
     """
     if not 0 < stride <= window:
         raise ValueError(f"stride {stride} of windows of {window} pixels: it is 1 to {window}")
+    size = images.shape[2:]
+    images = pad_to_window(net, images, window)
     H, W = images.shape[2:]
     if max(H, W) <= window:
-        return net(images)
+        return net(images)[..., : size[0], : size[1]]
     total: Any = None
     count = images.new_zeros(1, 1, H, W)
     for y in starts(H, window, stride):
@@ -279,7 +284,13 @@ def sliding_window(net: Net, images: Tensor, window: int, stride: int) -> Tensor
                 total = logits.new_zeros(*logits.shape[:2], H, W)
             total[area] += logits
             count[area] += 1
-    return total.div_(count)
+    return total.div_(count)[..., : size[0], : size[1]]
+
+
+def pad_to_window(net: Net, images: Tensor, window: int) -> Tensor:
+    """Pad images that are smaller than a window, for networks of a fixed input size; others are returned."""
+    missing = (0, max(0, window - images.shape[3]), 0, max(0, window - images.shape[2]))
+    return F.pad(images, missing) if getattr(net, "has_fixed_size", False) and any(missing) else images
 
 
 def class_map_in_windows(net: Net, images: Tensor, window: int, stride: int) -> Tensor:
@@ -296,6 +307,8 @@ def class_map_in_windows(net: Net, images: Tensor, window: int, stride: int) -> 
     Returns:
         Indices of the best classes, ``(B, H, W)``.
     """
+    size = images.shape[2:]
+    images = pad_to_window(net, images, window)
     H, W = images.shape[2:]
     rows = starts(H, window, stride)
     found, band = [], None
@@ -317,7 +330,7 @@ def class_map_in_windows(net: Net, images: Tensor, window: int, stride: int) -> 
         band[:, :, kept:] = 0
         count[:, :, :kept] = count[:, :, done:].clone()
         count[:, :, kept:] = 0
-    return torch.cat(found, dim=1)
+    return torch.cat(found, dim=1)[:, : size[0], : size[1]]
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:

@@ -56,8 +56,8 @@ def explain(message: str, parser: Any, args: Sequence[str], configs: Sequence[st
     shown = [action.dest for action in parser._actions if action.help != SUPPRESS]
     if 'Parser key "data": Unable to load config' in message:
         return (
-            "--data is no file here: --data.root names the folder of your images. A data.yaml is YOLO's, whose "
-            "labels are converted to COCO first"
+            "--data is no file here: --data.root names the folder of your images. A data.yaml is YOLO's, "
+            "whose labels are converted to COCO first"
         )
     if found := re.search(r"unrecognized arguments: (\S+)", message):
         word = found[1]
