@@ -19,7 +19,7 @@ from crossformer_vision.checkpoints import LoadReport
 from crossformer_vision.compat import is_muon_matrix
 from crossformer_vision.data.loading import generators, mix_seed, restore_generators, seed_all
 from crossformer_vision.devices import computes_fast
-from crossformer_vision.errors import UserError, check_choice, check_names, check_range
+from crossformer_vision.errors import UserError, check_choice, check_names, check_range, counted
 from crossformer_vision.models import find_model
 from crossformer_vision.models.backbones import DenseModel
 from crossformer_vision.models.crossformer import LongShortAttention
@@ -52,7 +52,11 @@ def describe_initial_weights(
         return "weights: none, training from scratch (--model.pretrained or --model.checkpoint loads some)"
     cfg = find_model(model)
     place = "bundled" if cfg.file else cfg.hf_hub_id or cfg.url or "published"
-    new = "" if cfg.num_classes == num_classes else f"; the classifier is new, for {num_classes} classes"
+    new = (
+        ""
+        if cfg.num_classes == num_classes
+        else f"; the classifier is new, for {counted(num_classes, 'class', 'classes')}"
+    )
     return f"weights: {model} ({place}){new}"
 
 
