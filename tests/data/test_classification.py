@@ -76,7 +76,7 @@ def test_classes_that_cannot_be_learned(tmp_path):
         assert data(tmp_path / "one").num_classes
     tree(tmp_path / "empty")
     (tmp_path / "empty/train/cat").mkdir()
-    with pytest.raises(UserError, match=r"empty/train/cat: a class without images"):
+    with pytest.raises(UserError, match=r"empty/train/cat: a class folder without images. Add images"):
         assert data(tmp_path / "empty").num_classes
     tree(tmp_path / "links")
     (tmp_path / "links/train/ant/x.png").symlink_to("/nowhere/x.png")

@@ -140,7 +140,7 @@ def test_values_may_have_gaps_and_an_ignored_class_is_none(tmp_path):
         ({"classes": {"a": 0, "b": 300}}, "values of classes are from 0 to 253"),
         (
             {"classes": ["a", "b"], "ignore_index": 1},
-            "lists 1 classes that are not ignored; two or more are needed",
+            "lists 1 class without the ignored one; two or more are needed",
         ),
         ({"classes": "a, b"}, "not a list of classes like"),
     ],

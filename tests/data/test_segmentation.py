@@ -273,7 +273,7 @@ BROKEN = {
     "no folder": (lambda root: (root / "images/validation").rename(root / "x"), r"name the split with --data\.val_split"),
     "no classes": (lambda root: (root / "classes.json").unlink(), r"classes\.json: no such file; it lists the classes"),
     "classes no json": (lambda root: (root / "classes.json").write_text("a b"), r"classes\.json: not a list of classes"),
-    "one class": (lambda root: (root / "classes.json").write_text('["a"]'), r"classes\.json: 1 classes"),
+    "one class": (lambda root: (root / "classes.json").write_text('["a"]'), r"classes\.json: lists 1 class"),
     "other size": (redraw(lambda x: x[:-3]), r"1\.png: is 64x45, its image .*1\.png is 64x48"),
     "value": (value(3), r"annotations/validation/city/1\.png: has the value 3, which is none of the 3 classes"),
     "large value": (redraw(lambda x: x.astype(np.uint16) + 300), r"1\.png: has the value \d{3}, which is none of"),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crossformer_vision.errors import UserError, check_names
+from crossformer_vision.errors import UserError, check_names, counted
 
 IGNORED = 255  # in class maps: no class, neither trained on nor counted
 UNKNOWN = 254  # in tables: a value that no class map may have
@@ -81,7 +81,8 @@ def _class_list(listed: Path, names: dict[int, str], ignored: int, says_what_is_
         )
     names.pop(ignored, None)
     if len(names) < 2:
-        raise UserError(f"{listed}: lists {len(names)} classes that are not ignored; two or more are needed")
+        left = counted(len(names), "class", "classes")
+        raise UserError(f"{listed}: lists {left} without the ignored one; two or more are needed")
     values = np.full(256, UNKNOWN, np.uint8)
     values[list(names)] = np.arange(len(names))
     values[[IGNORED, ignored]] = IGNORED
