@@ -87,6 +87,8 @@ def test_averages_follow_the_weights_of_a_short_run():
     for n in range(1, 11):
         averaged = averaging._kwargs["avg_fn"](averaged, torch.ones(3), torch.tensor(n))
     assert averaged.min() > 0.99
+    counters = averaging._kwargs["avg_fn"](torch.tensor(3), torch.tensor(7), torch.tensor(5))
+    assert counters == 7 and counters.dtype == torch.int64
     late = averaging._kwargs["avg_fn"](torch.zeros(3), torch.ones(3), torch.tensor(10**7))
     torch.testing.assert_close(late, torch.full((3,), 1e-4), rtol=1e-2, atol=0)
 

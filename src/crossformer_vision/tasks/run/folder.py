@@ -108,6 +108,8 @@ class AverageWeights(WeightAveraging):
 
     def __init__(self, decay: float) -> None:
         def average(averaged: torch.Tensor, current: torch.Tensor, updates: torch.Tensor | int) -> Any:
+            if not averaged.is_floating_point():  # counters of batch normalization
+                return current
             weight = 1 - torch.clamp((1 + torch.as_tensor(updates)) / (10 + updates), max=decay)
             return torch.lerp(averaged, current, weight.to(averaged))
 
