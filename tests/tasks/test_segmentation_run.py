@@ -96,6 +96,7 @@ def test_iou_is_that_of_all_pixels(processes, tmp_path):
     maps(root, "validation", images=5)
     options = f"--data.root {root} --run.folder {folder} --trainer.max_epochs 1 --trainer.devices {processes}"
     options += f" --trainer.strategy {'ddp' if processes > 1 else 'auto'}"
+    options += " --trainer.precision 32"  # as the predictor computes
     threads = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([CROSSFORMER, "train", *TINY, *options.split()], check=True, env=threads)
     predictor = load_predictor(folder / "best.ckpt")
