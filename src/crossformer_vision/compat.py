@@ -41,11 +41,6 @@ def in_forward_ad() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
-def cpu_has_vnni() -> bool:
-    """Whether the CPU has instructions for 8-bit products (AVX-512 VNNI). Tested with torch 2.15."""
-    return torch.cpu._is_vnni_supported()
-
-
 def muon_coefficients(value: Any) -> list[tuple[float, float, float]]:
     """Coefficients of the Newton-Schulz iterations of timm's Muon. Tested with timm 1.0.31.
 
