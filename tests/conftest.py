@@ -11,6 +11,18 @@ import pytest
 import crossformer_vision  # noqa: F401  (registers the models)
 
 PARITY = Path(__file__).parent / "parity"
+LARGE_MODELS = (  # the same code as the smaller ones, for minutes: of slow tests
+    "crossformer_base",
+    "crossformer_large",
+    "crossformer_pp_base",
+    "crossformer_pp_large",
+    "crossformer_pp_huge",
+)
+
+
+def small_first(names: list[str]) -> list:
+    """Parameters of a test over models: those of large ones are slow."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in LARGE_MODELS else ()) for name in names]
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,10 @@ def test_answer_agrees_with_a_measurement(dtype):
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs AVX-512 to switch off")
-@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI"])
+@pytest.mark.parametrize(
+    "isa",
+    ["AVX2", *(pytest.param(isa, marks=pytest.mark.slow) for isa in ("AVX512_CORE", "AVX512_CORE_VNNI"))],
+)
 def test_instructions_that_onednn_may_not_use_do_not_count(isa):
     """A CPU of another kind, as far as this one can stand for it."""
     code = (

@@ -130,7 +130,7 @@ def same_objects(theirs, ours) -> None:
         assert (theirs.masks != ours.masks).mean() < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["mask_rcnn", pytest.param("retinanet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [pytest.param("mask_rcnn", marks=pytest.mark.slow), "retinanet"])
 def test_a_detector(kind, tmp_path):
     content = detector(kind, "test_resnet")
     file = tmp_path / "objects.onnx"

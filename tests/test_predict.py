@@ -322,7 +322,13 @@ def test_errors(runs, tmp_path, capsys):
         load_predictor(runs / "classifier/best.ckpt")("x.png")
 
 
-@pytest.mark.parametrize("model, head", PUBLISHED)
+@pytest.mark.parametrize(
+    "model, head",
+    [
+        pytest.param(model, head, marks=pytest.mark.slow if "large" in model or "base" in model else ())
+        for model, head in PUBLISHED
+    ],
+)
 def test_operations_counted_as_the_papers_do(model, head):
     """All their figures, but those of the ++ classifiers, which no count gives (4.9 for 4.4, 9.5 for 9.6)."""
     found = figures(model, head)

@@ -125,7 +125,7 @@ def test_any_timm_backbone_trains(name, backbone):
     assert all(result["boxes"].dtype == torch.float32 for result in low)
 
 
-@pytest.mark.parametrize("name", [pytest.param("retinanet", marks=pytest.mark.slow), "mask_rcnn"])
+@pytest.mark.parametrize("name", ["retinanet", pytest.param("mask_rcnn", marks=pytest.mark.slow)])
 def test_it_learns_an_image_by_heart(name):
     torch.manual_seed(0)
     detector = create_detector(name, "crossformer_nano", **SMALL).train()

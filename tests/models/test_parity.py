@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import PARITY
+from conftest import PARITY, small_first
 from parity.formula import formula_images, formula_state_dict
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,7 +34,7 @@ def published(classifier_keys):
     return build
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", small_first(NAMES))
 def test_classifier(name, published, classifier_configs):
     model = published(name)
     assert sum(p.numel() for p in model.parameters()) == classifier_configs[name]["params"]
@@ -83,19 +83,14 @@ def test_dense(case, published):
         torch.testing.assert_close(both[1:], values, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["crossformer_tiny"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_compiled_classifier(name, published):
     compiled = torch.compile(published(name))
     expected = np.load(PARITY / "classifier_logits.npz")[name]
     with torch.no_grad():
         logits = compiled(formula_images(2, 224, 224))
     assert np.abs(logits.numpy() - expected).max() < 1e-4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_every_compiled_classifier(name, published):
-    test_compiled_classifier(name, published)
 
 
 @pytest.mark.slow

@@ -10,12 +10,14 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import small_first
 from timm.layers import set_fused_attn, set_scriptable
 from timm.models import create_feature_extractor
 from timm.utils import AttentionExtract
 from torch._dynamo.testing import CompileCounter
 
 NAMES = timm.list_models("crossformer_*")
+MODELS = small_first(NAMES)
 SMALL = [
     "crossformer_nano",
     "crossformer_tiny",
@@ -27,7 +29,7 @@ def images(model, size=96, batch=1):
     return torch.randn(batch, model.pretrained_cfg["input_size"][0], size, size)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 def test_forward_and_backward(name):
     model = timm.create_model(name, num_classes=42).train()
     outputs = model(images(model, batch=2))
@@ -39,7 +41,7 @@ def test_forward_and_backward(name):
         assert parameter.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 def test_default_cfg_and_classifier(name):
     model = timm.create_model(name).eval()
     cfg, state = model.default_cfg, model.state_dict()
@@ -62,7 +64,7 @@ def test_default_cfg_and_classifier(name):
         assert state[conv + ".weight"].shape[1] == 3
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 def test_features_and_intermediates(name):
     model = timm.create_model(name, features_only=True).eval()
     assert model.feature_info.reduction() == [4, 8, 16, 32]
@@ -90,14 +92,14 @@ def test_features_and_intermediates(name):
         torch.testing.assert_close(classifier(x), maps[1].permute(0, 2, 3, 1))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 def test_out_indices(name):
     model = timm.create_model(name, features_only=True, out_indices=(1, 2)).eval()
     assert [f["reduction"] for f in model.feature_info.get_dicts()] == [8, 16]
     assert len(model(torch.randn(1, 3, 64, 64))) == 2
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 def test_torchscript(name):
     with set_scriptable(True):
         model = timm.create_model(name).eval()
@@ -108,6 +110,7 @@ def test_torchscript(name):
             torch.testing.assert_close(scripted(x), model(x), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("span", ["map", "region"])
 def test_scripted_and_traced_as_other_models_are(span):
     """Modes, features, `optimize_for_inference`, other batches than the traced one."""
@@ -175,7 +178,23 @@ def test_the_attention_can_be_seen(options):
         torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:3]))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "stride, reductions", [(8, [4, 8, 8, 8]), (16, [4, 8, 16, 16]), (32, [4, 8, 16, 32])]
+)
+def test_output_stride(stride, reductions):
+    model = timm.create_model(
+        "crossformer_nano.cifar10", pretrained=True, features_only=True, output_stride=stride
+    ).eval()
+    assert model.feature_info.reduction() == reductions
+    with torch.no_grad():
+        maps = model(torch.randn(1, 3, 75, 130))
+    assert [tuple(m.shape[2:]) for m in maps] == [(-(-75 // r), -(-130 // r)) for r in reductions]
+    for block in (4, 64):
+        with pytest.raises(ValueError, match="output_stride is one of 8, 16, 32, not"):
+            timm.create_model("crossformer_nano", output_stride=block)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_fx(name):
     model = timm.create_model(name, num_classes=5).eval()
     extractor = create_feature_extractor(model, return_nodes=["head.fc"])
@@ -250,7 +269,7 @@ def test_grad_checkpointing_changes_nothing(name):
         torch.testing.assert_close(p.grad, expected[n])
 
 
-@pytest.mark.parametrize("span", ["map", "region"])
+@pytest.mark.parametrize("span", [pytest.param("map", marks=pytest.mark.slow), "region"])
 def test_two_compiled_graphs_serve_all_sizes(span):
     """One for squares, which torch takes for a case of its own, and one for all others."""
     torch._dynamo.reset()

@@ -22,6 +22,7 @@ TINY = """
   --task segmentation --data.crop_size 48 --data.train_images 16 --data.val_images 5 --data.batch_size 4
   --data.num_workers 1 --model.width 16 --trainer.max_epochs 2
   --model.model_args {"depths":[1,1,1,1]} --trainer.accelerator cpu
+  --model.optimizer adamw --trainer.precision 32
 """.split()
 
 
@@ -144,14 +145,14 @@ def test_scores_of_classes():
     assert accuracy[:2].tolist() == pytest.approx([0.5, 0.75]) and accuracy[2:].isnan().all()
 
 
-def test_segmentation_models_pytorch_takes_the_backbone():
+@pytest.mark.parametrize("decoder", ["UPerNet", "FPN", "Unet", "PAN", "DeepLabV3", "DeepLabV3Plus"])
+def test_segmentation_models_pytorch_takes_the_backbone(decoder):
+    """Each decoder that docs/libraries.md lists; the last three need a stride of 8 or 16."""
     import segmentation_models_pytorch as smp
 
-    net = smp.UPerNet(
-        "tu-crossformer_nano.cifar10", encoder_weights=True, classes=5, decoder_channels=16
-    ).eval()
+    net = getattr(smp, decoder)("tu-crossformer_nano.cifar10", encoder_weights=True, classes=5).eval()
     with torch.no_grad():
-        assert net(torch.zeros(1, 3, 96, 64)).shape == (1, 5, 96, 64)
+        assert net(torch.zeros(1, 3, 128, 160)).shape == (1, 5, 128, 160)
 
 
 @pytest.mark.slow

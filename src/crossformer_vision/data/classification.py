@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform, str_to_interp_mode
-from timm.data.dataset_factory import create_dataset
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import v2
@@ -29,6 +28,7 @@ from crossformer_vision.data.loading import (
     Source,
     mix_seed,
 )
+from crossformer_vision.data.named_datasets import HuggingFaceImages, TimmImages
 from crossformer_vision.data.shards import ShardImages, shards_of
 from crossformer_vision.data.tar_images import TarImages
 from crossformer_vision.errors import NoSuchSplit, UserError, check_choice, check_range, counted
@@ -113,32 +113,6 @@ class FolderImages:
         return part
 
 
-class NamedImages:
-    """A torchvision or Hugging Face dataset, by timm's name for it."""
-
-    def __init__(self, dataset: str, root: str | None, split: str, download: bool) -> None:
-        root = root or str(Path("~/.cache/crossformer-vision").expanduser())
-        try:
-            self.dataset = create_dataset(dataset, root=root, split=split, download=download)
-        except Exception as error:
-            message = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"dataset '{dataset}', split '{split}': {message}") from error
-        self.label = f"{dataset} {split}"
-        reader = getattr(self.dataset, "reader", None)
-        classes = getattr(self.dataset, "classes", None) or list(getattr(reader, "class_to_idx", None) or ())
-        self.classes = [str(c) for c in classes or range(1 + max(self.read(i)[1] for i in range(len(self))))]
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        image, label = self.dataset[index]
-        return upright(image), int(label)
-
-    def name(self, index: int) -> str:
-        return f"{self.label}, image {index}"
-
-
 class DigitImages:
     """The multi-scale digits, one in an image."""
 
@@ -195,6 +169,8 @@ class ClassificationData(ResumableData):
             folders alone (see `val_share`); null for the multi-scale digits that come with the library.
         dataset: a dataset by name instead of a folder: `torch/cifar10`, `hfds/ylecun/mnist`, … as timm calls
             them.
+        image_column: Hugging Face datasets only: column with the images; null if there is only one.
+        label_column: Hugging Face datasets only: column with the classes; null for `label`, or the only one.
         val_share: share of the images that are held out for validation, of each class, where `root` has none
             for it, but class folders, or `train/` alone, and 1 for all; which ones is written to the run's
             `val_list.txt`.
@@ -252,6 +228,8 @@ class ClassificationData(ResumableData):
         val_list: str | None = None,
         classes: list[str] | None = None,
         seed: int = 0,
+        image_column: str | None = None,
+        label_column: str | None = None,
     ) -> None:
         super().__init__(root, train_split, val_split, batch_size, num_workers, skip_corrupt, seed, classes)
         check_choice("crop", crop, ("resized", "padded", "none"))
@@ -263,6 +241,7 @@ class ClassificationData(ResumableData):
         self.held_out: list[str] = []  # of one folder, for validation
         self.model_cfg = find_model(model)
         self.dataset, self.download = dataset, download
+        self.image_column, self.label_column = image_column, label_column
         self.image_size, self.crop_pct, self.interpolation = image_size, crop_pct, interpolation
         self.crop, self.hflip, self.auto_augment = crop, hflip, auto_augment
         self.color_jitter, self.erasing, self.augmentation = color_jitter, erasing, augmentation
@@ -367,7 +346,9 @@ class ClassificationData(ResumableData):
             )
         if self.dataset:
             split = {"train": "train", "val": "validation"}.get(self.splits[stage], self.splits[stage])
-            return NamedImages(self.dataset, self.root, split, self.download)
+            if self.dataset.startswith("hfds/"):
+                return HuggingFaceImages(self.dataset, self.root, split, self.image_column, self.label_column)
+            return TimmImages(self.dataset, self.root, split, self.download)
         if not self.root:
             return DigitImages(stage, self.lengths[stage], self._size(), self.seed)
         if shards := self._shards(stage):

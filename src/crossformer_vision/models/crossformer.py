@@ -478,6 +478,8 @@ class CrossFormer(StagedClassifier):
         patch_sizes: kernels of the first CEL, stride 4.
         merge_sizes: kernels of the later CELs, stride 2.
         embed_split: widths of a CEL's kernels, `"halving"` or `"equal"`.
+        output_stride: 8, 16 or 32. Stages beyond it keep the resolution (stride 1), for decoders such as
+            DeepLabV3. The weights are the same.
         amplitude_cooling: blocks from one ACL of CrossFormer++ to the next, 3 as published; 0 for none.
         attention: a name in `ATTENTIONS`.
         position_bias: a name in `POSITION_BIASES`.
@@ -507,6 +509,7 @@ class CrossFormer(StagedClassifier):
         patch_sizes: Sequence[int] = (4, 8, 16, 32),
         merge_sizes: Sequence[Sequence[int]] = ((2, 4), (2, 4), (2, 4)),
         embed_split: Literal["halving", "equal"] = "halving",
+        output_stride: Literal[8, 16, 32] = 32,
         amplitude_cooling: int = 0,
         attention: str = "long_short",
         position_bias: str = "dynamic",
@@ -520,6 +523,7 @@ class CrossFormer(StagedClassifier):
             ("lda_span", lda_span, ("map", "region")),
             ("weight_init", weight_init, ("", "xavier_mlp")),
             ("embed_split", embed_split, ("halving", "equal")),
+            ("output_stride", output_stride, (8, 16, 32)),
             ("attention", attention, ATTENTIONS),
             ("position_bias", position_bias, POSITION_BIASES),
             ("group_size", group_size, GROUP_MODES if isinstance(group_size, str) else (group_size,)),
@@ -532,6 +536,7 @@ class CrossFormer(StagedClassifier):
         group_sizes = per_block(group_size, depths, "group_size")
         intervals = per_block(interval, depths, "interval")
         dims = [embed_dim * 2**i for i in range(len(depths))]
+        reductions = [min(4 * 2**i, output_stride) for i in range(len(depths))]
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
         self.num_classes = num_classes
@@ -544,7 +549,8 @@ class CrossFormer(StagedClassifier):
                 if position_bias in EMBEDDED_POSITIONS:
                     embed = EMBEDDED_POSITIONS[position_bias](embed, dim)
             else:
-                embed = CrossScaleEmbedding(dims[i - 1], dim, merge_sizes[i - 1], 2, True, embed_split)
+                stride = reductions[i] // reductions[i - 1]
+                embed = CrossScaleEmbedding(dims[i - 1], dim, merge_sizes[i - 1], stride, True, embed_split)
             places = [
                 Place(i, k, dim, num_heads[i], size, steps, lda_span, position_bias)
                 for k, (size, steps) in enumerate(zip(group_sizes[i], intervals[i], strict=True))
@@ -552,7 +558,8 @@ class CrossFormer(StagedClassifier):
             attentions = [ATTENTIONS[attention](place) for place in places]
             self.stages.append(CrossFormerStage(embed, dim, attentions, mlp_ratio, drop_paths[i], cooling))
         self.feature_info = [
-            dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}") for i, dim in enumerate(dims)
+            dict(num_chs=dim, reduction=reduction, module=f"stages.{i}")
+            for i, (dim, reduction) in enumerate(zip(dims, reductions, strict=True))
         ]
         self.num_features = self.head_hidden_size = dims[-1]
         self.norm: nn.Module = nn.LayerNorm(self.num_features)

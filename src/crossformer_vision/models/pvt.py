@@ -284,6 +284,7 @@ def _cfg(variant: str) -> dict[str, Any]:
     return model_cfg(
         url=f"https://github.com/whai362/PVT/releases/download/v2/{variant}.pth",
         crop_pct=0.9,
+        pool_size=None,  # `forward_features` returns tokens
         first_conv="stages.0.embed.proj",
         classifier="head",
         paper_ids="arXiv:2102.12122",

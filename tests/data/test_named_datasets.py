@@ -1,0 +1,95 @@
+"""Classification datasets by name: Hugging Face's, from local files."""
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from crossformer_vision import UserError
+from crossformer_vision.data.classification import ClassificationData
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Function that writes a dataset of parquet files and returns its name; the columns are keywords."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 36, 3), dtype=np.uint8)
+
+    def write_splits(**columns) -> str:
+        for split in ("train", "test"):
+            data = {}
+            kinds = {}
+            for name, values in columns.items():
+                if values == "image":
+                    values, kinds[name] = [Image.fromarray(pixels)] * 8, datasets.Image()
+                elif isinstance(values, datasets.ClassLabel):
+                    kinds[name] = values
+                    values = [n % values.num_classes for n in range(8)]
+                else:
+                    kinds[name] = datasets.Value("string" if isinstance(values[0], str) else "int64")
+                data[name] = values
+            table = datasets.Dataset.from_dict(data, features=datasets.Features(kinds))
+            table.to_parquet(tmp_path / f"pets/{split}-00000-of-00001.parquet")
+        return f"hfds/{tmp_path}/pets"
+
+    return write_splits
+
+
+def load(dataset, tmp_path, **options):
+    return ClassificationData(
+        dataset=dataset,
+        root=str(tmp_path / "cache"),
+        val_split="test",
+        batch_size=4,
+        num_workers=0,
+        image_size=32,
+        **options,
+    )
+
+
+CLASSES = datasets.ClassLabel(names=["cat", "dog"])
+
+
+@pytest.mark.parametrize(
+    "columns, options, classes",
+    [
+        (dict(image="image", label=CLASSES), {}, ["cat", "dog"]),
+        (dict(img="image", animal=CLASSES), {}, ["cat", "dog"]),
+        (dict(img="image", fine=CLASSES, coarse=CLASSES), {"label_column": "coarse"}, ["cat", "dog"]),
+        (dict(left="image", right="image", label=[0, 2] * 4), {"image_column": "right"}, ["0", "1", "2"]),
+        (dict(image="image", name=["emu", "bee"] * 4), {"label_column": "name"}, ["bee", "emu"]),
+    ],
+    ids=["usual", "other names", "label column", "image column and integers", "strings"],
+)
+def test_columns(columns, options, classes, write, tmp_path):
+    module = load(write(**columns), tmp_path, **options)
+    assert module.num_classes == len(classes) and module.classes == classes
+    images, labels = next(iter(module.val_dataloader()))
+    assert images.shape == (4, 3, 32, 32)
+    first = columns[options.get("label_column", "label" if "label" in columns else "animal")]
+    expected = [0, 1, 0, 1] if first is CLASSES else [classes.index(str(v)) for v in first[:4]]
+    assert labels.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "columns, options, message",
+    [
+        (
+            dict(img="image", fine=CLASSES, coarse=CLASSES),
+            {},
+            "Choose with --data.label_column: fine, coarse",
+        ),
+        (dict(label=CLASSES, a="image", b="image"), {}, "Choose with --data.image_column: a, b"),
+        (dict(image="image", label=CLASSES), {"label_column": "class"}, "has the columns image, label"),
+        (dict(image="image", label=[-1, 0] * 4), {}, "holds neither class indices nor names"),
+    ],
+    ids=["two labels", "two images", "unknown column", "negative labels"],
+)
+def test_unclear_columns_are_refused(columns, options, message, write, tmp_path):
+    with pytest.raises(UserError, match=message):
+        _ = load(write(**columns), tmp_path, **options).num_classes
+
+
+def test_a_missing_dataset_is_one_line(write, tmp_path):
+    with pytest.raises(UserError, match="dataset 'hfds/.*nowhere', split 'train': "):
+        _ = load(f"hfds/{tmp_path}/nowhere", tmp_path).num_classes
