@@ -16,6 +16,7 @@ pytest.importorskip("selenium")
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -24,9 +25,16 @@ needs_a_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="Debian: 
 
 
 @pytest.fixture(scope="module")
-def url():
+def console(tmp_path_factory):
+    """File with what the server prints to the standard error."""
+    return tmp_path_factory.mktemp("server") / "stderr"
+
+
+@pytest.fixture(scope="module")
+def url(console):
     command = [sys.executable, "-m", "crossformer_vision", "demo", "--device", "cpu"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/")
+    with console.open("w") as errors:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd="/")
     yield re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())[0]
     server.terminate()
     server.wait(30)
@@ -68,7 +76,7 @@ def upload(browser, path):
 
 
 @needs_a_browser
-def test_upload_click_and_errors(url, browser, tmp_path):
+def test_upload_click_and_errors(url, console, browser, tmp_path):
     if folder := os.environ.get("CROSSFORMER_SCREENSHOTS"):
         from pathlib import Path
 
@@ -89,7 +97,11 @@ def test_upload_click_and_errors(url, browser, tmp_path):
     photo.click()
     middle = wait(browser, lambda: shown(browser, "attention"))
     ActionChains(browser).move_to_element_with_offset(photo, -60, -40).click().perform()
-    wait(browser, lambda: shown(browser, "attention") not in (None, middle))
+    corner = wait(browser, lambda: (new := shown(browser, "attention")) not in (None, middle) and new)
+    # Another stage shows the same point without a click.
+    slider = browser.find_element(By.CSS_SELECTOR, "#stage input[type=range]")
+    slider.send_keys(Keys.ARROW_LEFT)
+    wait(browser, lambda: shown(browser, "attention") not in (None, corner))
     if folder:
         time.sleep(1)
         browser.save_screenshot(str(folder / "demo.png"))
@@ -108,6 +120,10 @@ def test_upload_click_and_errors(url, browser, tmp_path):
     assert "cannot read this image" in toast.text and "Traceback" not in toast.text
     if folder:
         browser.save_screenshot(str(folder / "demo-error.png"))
+    # An image of one pixel is no error.
+    Image.new("RGB", (1, 1)).save(tmp_path / "pixel.png")
+    upload(browser, tmp_path / "pixel.png")
+    wait(browser, lambda: "%" in words.get_attribute("value"))
     upload(browser, tmp_path / "mine.jpg")
     wait(browser, lambda: shown(browser, "result"))
 
@@ -118,6 +134,7 @@ def test_upload_click_and_errors(url, browser, tmp_path):
         browser.save_screenshot(str(folder / "demo-narrow.png"))
     wide = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
     assert wide <= 0
+    assert not console.read_text().strip()  # no warnings, no tracebacks
     severe = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert not [e for e in severe if "127.0.0.1" not in e["message"] and "http" in e["message"]]
 

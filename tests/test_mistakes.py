@@ -9,6 +9,7 @@ from PIL import Image
 from crossformer_vision import UserError, load_predictor
 from crossformer_vision.cli import main
 from crossformer_vision.data.layout import infer_task
+from crossformer_vision.errors import check_output
 
 SMALL = "--data.train_images 4 --data.val_images 2 --data.batch_size 2 --data.num_workers 0 --data.image_size 32".split()
 
@@ -80,6 +81,10 @@ def here(tmp_path, monkeypatch):
             "predict photo.jpg photo.jpg",
             "photo.jpg: is an image. First comes a run, a checkpoint or the name of",
         ),
+        (
+            "inspect crossformer_nano.cifar10 photo.jpg --out ./photo.jpg",
+            "--out ./photo.jpg: is an input of this command. Choose another path",
+        ),
         ("predict crossformer_nano.cifar10 photo.jpg --tile 64", "--tile 64: tiles are for detectors, and"),
     ],
 )
@@ -118,6 +123,15 @@ def test_obvious_names_of_options_are_taken(here, capsys):
             main(["predict", "crossformer_nano.cifar10", "photo.jpg", option, "0.3", "--save", "nothing"])
             == 0
         )
+
+
+def test_an_output_is_no_input_under_another_name(here):
+    (here / "link.jpg").symlink_to("photo.jpg")
+    (here / "twin.jpg").hardlink_to(here / "photo.jpg")
+    for output in ("link.jpg", "twin.jpg", "my_images/../photo.jpg"):
+        with pytest.raises(UserError, match=f"--out {output}: is an input of this command"):
+            check_output("--out", output, None, "crossformer_nano.cifar10", "photo.jpg")
+    check_output("--out", "new.jpg", "photo.jpg", "my_images")
 
 
 @pytest.mark.parametrize("source", ["", "  "])

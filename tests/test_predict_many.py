@@ -1,9 +1,11 @@
 """Predicting much: patterns, batches, videos, tiles, JSON for programs, memory that does not grow."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from crossformer_vision.cli import main
 from crossformer_vision.predict.tiles import detect_in_tiles
 from crossformer_vision.predict.video import frames
 
+CROSSFORMER = str(Path(sys.executable).with_name("crossformer"))
 CPU = torch.device("cpu")
 
 
@@ -266,3 +269,26 @@ print("grew by", peak({str(tmp_path / "200")!r}) - few)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout.rsplit("grew by", 1)[1]) < 80
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+@pytest.mark.parametrize(
+    "environment, options",
+    [
+        ({"PYTHONIOENCODING": "ascii"}, ["--json"]),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, []),
+    ],
+    ids=["ASCII, JSON", "C locale, text"],
+)
+def test_file_names_of_any_bytes(environment, options, tmp_path):
+    """Names that are not UTF-8, or that the terminal cannot show, end no prediction."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGB", (64, 64)).save(folder / os.fsdecode(b"caf\xe9.png"))
+    Image.new("RGB", (64, 64)).save(folder / "日本.png")
+    command = [CROSSFORMER, "predict", "crossformer_nano.cifar10", "photos", *options]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True)
+    assert done.returncode == 0 and not done.stderr.strip(), done.stderr.decode()
+    assert rb"caf\udce9.png" in done.stdout
+    names = [entry["image"] for entry in json.loads((tmp_path / "predictions/predictions.json").read_text())]
+    assert sorted(map(os.fsencode, names)) == [b"photos/caf\xe9.png", "photos/日本.png".encode()]

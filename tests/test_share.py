@@ -52,6 +52,10 @@ def test_opens_in_timm_and_transformers(run, photo, tmp_path, capsys, monkeypatc
     assert [one["label"] for one in found] == [name for name, _ in expected]
     assert [one["score"] for one in found] == pytest.approx([p for _, p in expected], abs=1e-5)
 
+    (folder / "new.txt").touch()
+    usual = (folder / "new.txt").stat().st_mode
+    (folder / "new.txt").unlink()
+    assert {file.stat().st_mode for file in folder.iterdir()} == {usual}  # as the umask has it
     card = (folder / "README.md").read_text()
     accuracy = json.loads((run / "results.json").read_text())["val_accuracy"]
     assert f"{accuracy:.2%}" in card and "![curves](curves.png)" in card and card.startswith("---\ntags:")

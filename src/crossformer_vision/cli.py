@@ -1,10 +1,12 @@
 """The command: parses, imports late, calls one function."""
 
+import io
 import os
 import shlex
 import sys
 import traceback
 from argparse import ArgumentError
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"crossformer: error: no verb '{args[0]}'{meant}", file=sys.stderr)
         return 2
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):  # file names may hold what the terminal's encoding lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         verbs[args[0]](args[1:])
     except BrokenPipeError:  # nobody reads what is printed
@@ -143,6 +148,8 @@ def train(args: list[str]) -> None:
     from crossformer_vision.options.arguments import take
 
     resume = take(args, "--resume")
+    from datetime import timedelta
+
     from crossformer_vision import visualize
     from crossformer_vision.tasks import run
     from crossformer_vision.tasks.run.folder import command, restarted
@@ -174,7 +181,7 @@ def train(args: list[str]) -> None:
         folder, call = cli.run.folder, command()
         metric = cli.model.monitor
         score = f"{visualize.called(metric)} {results[metric]:.2%}" if metric in results else "not validated,"
-        print(f"\n{score} after {results['minutes']} minutes")
+        print(f"\n{score} after {timedelta(seconds=round(60 * results['minutes']))}")
         print(f"  checkpoint  {results['checkpoint']}")
         print(f"  pictures    {', '.join(sorted(p.name for p in Path(folder).glob('*.png')))} in {folder}")
         print(f"  numbers     results.json, metrics.csv; tensorboard --logdir {folder}")
@@ -312,13 +319,14 @@ def inspect(args: list[str]) -> None:
     given = parser.parse_args(args)
     from crossformer_vision import load_predictor
     from crossformer_vision.data.images import read
-    from crossformer_vision.errors import UserError
+    from crossformer_vision.errors import UserError, check_output
     from crossformer_vision.inspect import page
 
     try:
         x, y = (float(share) for share in given.point.split(","))
     except ValueError:
         raise UserError(f"--point {given.point}: two shares of the photo, such as 0.5,0.25") from None
+    check_output("--out", given.out, given.photo, given.what, given.beside)
     photo = read(given.photo, given.photo)
     beside = (given.beside, load_predictor(given.beside, given.device)) if given.beside else None
     block, head = (None if number is None else number - 1 for number in (given.block, given.head))
@@ -411,7 +419,8 @@ def export(args: list[str]) -> None:
         from crossformer_vision.errors import UserError
 
         raise UserError(f"'{out.name}': a file of the format {given.format} ends in {suffix}")
-    print(export.describe(export.export(given.what, out, given.features, given.int8), out))
+    report = partial(print, file=sys.stderr, flush=True)
+    print(export.describe(export.export(given.what, out, given.features, given.int8, report), out))
 
 
 def share(args: list[str]) -> None:

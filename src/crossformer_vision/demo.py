@@ -111,12 +111,15 @@ def page(predictors: dict[str, Predictor], folder: Path) -> Any:
         drawn.thumbnail((WIDEST, WIDEST))
         return drawn, str(result).removeprefix(f"{result.name}: ")
 
-    def attended(sent: dict[str, Any] | None, name: str, stage: int, at: gr.SelectData) -> Any:
-        if sent is None:
+    def clicked(at: gr.SelectData) -> list[int]:
+        return list(at.index)
+
+    def attended(sent: dict[str, Any] | None, name: str, stage: int, pixel: list[int] | None) -> Any:
+        if sent is None or pixel is None:
             return None
         try:
             photo = read_photo(sent)
-            point = ((at.index[0] + 0.5) / photo.width, (at.index[1] + 0.5) / photo.height)
+            point = ((pixel[0] + 0.5) / photo.width, (pixel[1] + 0.5) / photo.height)
             return attention_page(predictors[name], photo, point, int(stage) - 1, 224)
         except UserError as error:
             shown_error(error)
@@ -141,12 +144,18 @@ def page(predictors: dict[str, Predictor], folder: Path) -> Any:
         gr.Markdown(
             "## What a point attends to\nClick on the photo above: in short distance attention, and in long."
         )
-        stage = gr.Slider(1, 4, 3, step=1, label="stage")
+        stage = gr.Slider(1, 4, 3, step=1, label="stage", elem_id="stage")
         attention = gr.Image(**picture, elem_id="attention")
         one_at_a_time: Any = dict(concurrency_id="network", concurrency_limit=1, preprocess=False)
         inputs = [photo, name, score]
         for event in (photo.change, name.change, score.release):
             event(predicted, inputs, [result, text], **one_at_a_time)
-        photo.change(lambda: None, None, attention)
-        photo.select(attended, [photo, name, stage], attention, **one_at_a_time)
+        pixel = gr.JSON(visible="hidden")  # x, y of the last click; a State is lost without preprocessing
+        photo.change(lambda: (None, None), None, [attention, pixel])
+        selected = photo.select(clicked, None, pixel, preprocess=False)
+        for event in (selected.then, name.change):
+            event(attended, [photo, name, stage, pixel], attention, **one_at_a_time)
+        stage.change(
+            attended, [photo, name, stage, pixel], attention, trigger_mode="always_last", **one_at_a_time
+        )
     return app

@@ -3,6 +3,8 @@
 import difflib
 import math
 from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 
@@ -38,6 +40,26 @@ def check_names(source: Any, names: Sequence[str]) -> None:
     if len(set(names)) < len(names) or not all(str(name).strip() for name in names):
         shown = ", ".join(map(repr, names[:5]))
         raise UserError(f"{source}: a class without a name, or two of one name: {shown}")
+
+
+def check_output(option: str, output: str | PathLike[str], *inputs: str | PathLike[str] | None) -> None:
+    """Refuse an output path that is also an input, so that no input is overwritten.
+
+    Args:
+        option: Option that names the output, for the message.
+        output: File to be written.
+        inputs: Files that are read. ``None`` and names that are no files are skipped.
+
+    Raises:
+        UserError: If the output is one of the inputs, under any spelling or link.
+    """
+    path = Path(output)
+    for source in inputs:
+        if source is None or not Path(source).exists():
+            continue
+        same = path.exists() and path.samefile(source)
+        if same or path.resolve() == Path(source).resolve():
+            raise UserError(f"{option} {output}: is an input of this command. Choose another path")
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:

@@ -147,7 +147,7 @@ def fetch_published(name: str, url: str = DRIVE) -> Path:
     try:
         _download(f"{url}?{query}", path, name)
     except UserError as error:
-        raise UserError(f"{error}; or {published.by_hand(path)}") from error
+        raise UserError(f"{error}; or {published.by_hand(path)}") from None
     return path
 
 
@@ -303,10 +303,10 @@ def _fetch(url: str, path: Path, name: str) -> None:
         if error.code != 416 or whole != str(offset):
             if error.code == 416:  # the part is longer than the file
                 part.unlink()
-            raise UserError(f"{url}: HTTP {error.code} {error.reason}; try again") from error
+            raise UserError(f"{url}: HTTP {error.code} {error.reason}; try again") from None
         total = offset  # all of it came before, but was not checked
     except (OSError, HTTPException) as error:
-        raise UserError(f"{url}: {error}; try again, the download goes on where it stopped") from error
+        raise UserError(f"{url}: {error}; try again, the download goes on where it stopped") from None
     size = part.stat().st_size
     if total is not None and size < total:
         raise UserError(

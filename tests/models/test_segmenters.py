@@ -26,7 +26,7 @@ def compare(span: str, name: str, value: torch.Tensor, every: int = 7) -> None:
 
 
 @pytest.mark.parametrize("span", RECORDS)
-@pytest.mark.parametrize("name", ["semantic_fpn", "upernet"])
+@pytest.mark.parametrize("name", ["semantic_fpn", pytest.param("upernet", marks=pytest.mark.slow)])
 def test_segmenter_is_the_published_one(name, span, tmp_path):
     file = tmp_path / "published.pth"
     torch.save({"state_dict": formula_state_dict(KEYS[f"{name}_small"]), "meta": {}}, file)

@@ -284,7 +284,9 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "crossformer_nano" else pytest.mark.slow) for n in NAMES]
+)
 def test_validations_under_fsdp(name):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

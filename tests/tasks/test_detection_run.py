@@ -25,7 +25,7 @@ from crossformer_vision.tasks.detection import Detection
 CROSSFORMER = str(Path(sys.executable).with_name("crossformer"))
 TINY = """
   --task detection --data.image_size 64 --data.train_images 32 --data.val_images 7 --data.batch_size 4
-  --data.num_workers 1 --model.width 16 --model.min_size 64 --model.max_size 96 --trainer.max_epochs 2
+  --data.num_workers 0 --model.width 16 --model.min_size 64 --model.max_size 96 --trainer.max_epochs 2
   --model.model_args {"depths":[1,1,1,1]} --trainer.accelerator cpu
   --model.optimizer adamw --trainer.precision 32
 """.split()

@@ -41,7 +41,15 @@ def alone(tmp_path_factory):
     return folder, options
 
 
-@pytest.mark.parametrize("where, number", [("step: 1", 2), ("step: 4", 15), ("epoch: 0", 2), ("epoch: 2", 2)])
+@pytest.mark.parametrize(
+    "where, number",
+    [
+        ("step: 1", 2),
+        pytest.param("step: 4", 15, marks=pytest.mark.slow),
+        pytest.param("epoch: 0", 2, marks=pytest.mark.slow),
+        ("epoch: 2", 2),
+    ],
+)
 def test_interrupted_and_resumed_is_as_left_alone(where, number, alone, tmp_path, capsys):
     """In the first epoch, in a later one, in the first validation and in the last."""
     (left, options), folder = alone, tmp_path / "run"

@@ -26,11 +26,12 @@ from crossformer_vision.tasks.run.folder import BestCheckpoint
 
 CROSSFORMER = str(Path(sys.executable).with_name("crossformer"))
 TINY = """
-  --data.train_images 64 --data.val_images 20 --data.image_size 32 --data.batch_size 16 --data.num_workers 1
+  --data.train_images 64 --data.val_images 20 --data.image_size 32 --data.batch_size 16 --data.num_workers 0
   --model.model_args {"depths":[1,1,1,1]} --trainer.max_epochs 3 --trainer.accelerator cpu
   --model.optimizer adamw --trainer.precision 32
 """.split()
 EVERYTHING = """
+  --data.num_workers 1
   --run.ema 0.9 --model.drop_path_rate 0.1 --model.mixup 0.2 --model.cutmix 1.0 --model.mix_prob 0.7 --data.crop padded
   --trainer.accumulate_grad_batches 2 --model.grad_checkpointing true --data.auto_augment rand-m9-mstd0.5-inc1
 """.split()

@@ -21,7 +21,7 @@ from crossformer_vision.tasks.run.folder import RUN_FILES, AverageWeights
 ADAMW = ["--model.optimizer", "adamw"]
 
 
-@pytest.mark.parametrize("epochs", [2, 3])
+@pytest.mark.parametrize("epochs", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_with_patience_is_resumed_from_an_epochs_end(epochs, tmp_path, capsys):
     run = str(tmp_path / "run")
     one = [*TINY, *ADAMW, "--run.patience", "2", "--trainer.max_epochs", "1"]
@@ -100,7 +100,9 @@ def test_averages_that_would_not_be_kept_are_refused(tmp_path, capsys):
     assert "its weights would not reach best.ckpt. Use --run.ema" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "poly", "step"])
+@pytest.mark.parametrize(
+    "schedule", ["cosine", *(pytest.param(name, marks=pytest.mark.slow) for name in ("poly", "step"))]
+)
 def test_a_learning_rate_that_is_found_is_used(schedule, tmp_path):
     class Found(LearningRateFinder):
         largest = 0.0

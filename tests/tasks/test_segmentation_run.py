@@ -20,7 +20,7 @@ from crossformer_vision.tasks.segmentation import class_scores, cross_entropy, d
 CROSSFORMER = str(Path(sys.executable).with_name("crossformer"))
 TINY = """
   --task segmentation --data.crop_size 48 --data.train_images 16 --data.val_images 5 --data.batch_size 4
-  --data.num_workers 1 --model.width 16 --trainer.max_epochs 2
+  --data.num_workers 0 --model.width 16 --trainer.max_epochs 2
   --model.model_args {"depths":[1,1,1,1]} --trainer.accelerator cpu
   --model.optimizer adamw --trainer.precision 32
 """.split()
@@ -89,7 +89,7 @@ def test_a_run_of_so_many_steps(tmp_path, capsys, monkeypatch):
     assert float(last["val_miou"]) > 0 and (tmp_path / "best.ckpt").exists()
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_iou_is_that_of_all_pixels(processes, tmp_path):
     """Against a plain count over the files; of five images, the first of two processes has three."""
     root, folder = tmp_path / "maps", tmp_path / "run"

@@ -328,8 +328,8 @@ class ClassificationData(ResumableData):
     @staticmethod
     def _listed(path: Path, names: set[str]) -> list[str]:
         try:
-            listed = path.read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
+            listed = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+        except OSError as error:
             raise UserError(f"{path}: cannot read this list of images ({error})") from None
         listed = [line for line in listed if line]
         found = [line for line in listed if line in names]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crossformer_vision.errors import UserError
+from crossformer_vision.errors import UserError, check_output, counted
 from crossformer_vision.export import graphs
 from crossformer_vision.export.int8 import quantize, recorded
 from crossformer_vision.models.detector_parts import paste_masks
@@ -30,7 +30,11 @@ Call = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 def export(
-    what: Any, out: str | os.PathLike[str], features: bool = False, int8: str | None = None
+    what: Any,
+    out: str | os.PathLike[str],
+    features: bool = False,
+    int8: str | None = None,
+    report: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Write a trained network as one graph, and hold it against the network itself.
 
@@ -49,6 +53,7 @@ def export(
         features: the backbone's maps alone, `stride_4` to `stride_32`, (B, C, h, w).
         int8: a folder of images like those to come, of which a few hundred are enough: the file of a
             classifier or segmenter, OpenVINO's, computes in 8 bits with the ranges that they show.
+        report: Called with a line before each step, most of which take seconds to minutes.
 
     Returns:
         What the file says, with `differences`: size -> how far it is from the network. Of tensors the largest
@@ -76,6 +81,8 @@ def export(
             raise UserError(f"'{path.name}': files in 8 bits are OpenVINO's and end in .xml")
         if not importlib.util.find_spec("nncf"):  # heavy: imported where it is used
             raise UserError("nncf is not installed: pip install 'crossformer-vision[export]'")
+    if isinstance(what, (str, os.PathLike)):
+        check_output("--out", path, what)
     predictor = what if isinstance(what, Predictor) else load_predictor(what, "cpu")
     if not predictor.options:
         raise UserError(f"{what}: is an exported file already")
@@ -94,13 +101,17 @@ def export(
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
             new = Path(folder) / path.name
             try:
+                any_size = "any size" if sizes is SIZES else f"{own[0]}x{own[1]} alone"
+                report(f"tracing a graph for {any_size} (up to three minutes)")
                 graph, outputs = graphs.traced(net, own, fixed=sizes is not SIZES)
+                report(f"writing {path.name}")
                 WRITERS[path.suffix](graph, outputs, new, said)
                 call = READERS[path.suffix](new)
                 compare = different_objects if said["task"] == "detection" else difference
                 differences, counts = {}, {}
                 for height, width in sizes:
                     name = f"{height}x{width}"
+                    report(f"comparing its outputs with the PyTorch model's at {name}")
                     differences[name], counts[name] = compare(net, call, (height, width))
             except Exception as error:  # of tracing, of many kinds; the next size may do
                 failed = failed or (str(error) or type(error).__name__).strip().splitlines()[0]
@@ -108,6 +119,7 @@ def export(
             if worst(differences, counts) <= TOLERANCE:
                 found = {"differences": differences, "objects": sum(counts.values()), "failed": failed}
                 if inputs is not None:
+                    report(f"quantizing to 8 bits with {counted(len(inputs), 'input')} (some minutes)")
                     found["int8"] = quantize(new, predictor, inputs, said)
                 path.unlink(missing_ok=True)  # OpenVINO's .xml does not stand beside another's .bin
                 for file in sorted(Path(folder).iterdir()):  # .bin before .xml

@@ -70,7 +70,7 @@ def find_images(paths: Iterable[str]) -> Iterator[tuple[Path, Path]]:
 def say(text: str) -> None:
     """Print a line; where nobody listens any more, as after `| head`, the work goes on."""
     try:
-        print(text.encode("utf-8", "replace").decode("utf-8"), flush=True)
+        print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -231,7 +231,9 @@ class Writer:
         self.pool, self.pictures, self.as_json, self.ids = pool, pictures, as_json, ids
         self.folder = OutFolder(out) if out else None
         self.lines = self.folder.claim("predictions.jsonl") if self.folder else None
-        self.stream = self.lines.open("w", encoding="utf-8") if self.lines else None
+        self.stream = (
+            self.lines.open("w", encoding="utf-8", errors="backslashreplace") if self.lines else None
+        )
         self.drawing: deque[Future[None]] = deque()
         self.done = 0
 
@@ -270,7 +272,7 @@ class Writer:
         self.stream.close()
         if self.done:
             target = self.folder.claim("predictions.json")
-            with target.open("w", encoding="utf-8") as whole:
+            with target.open("w", encoding="utf-8", errors="backslashreplace") as whole:
                 write_results(self.lines, whole, predictor.classes, predictor.category_ids)
             if not self.as_json:
                 pictures = f"{self.done} picture{'s' * (self.done != 1)} and " if self.pictures else ""

@@ -91,15 +91,20 @@ def read_csv(path: str | Path) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, errors: str = "backslashreplace") -> None:
     """Write it whole or not at all.
+
+    Args:
+        path: File to write.
+        text: Content, written as UTF-8.
+        errors: How Python encodes what is not Unicode, as in file names of another encoding.
 
     Raises:
         UserError: it cannot be written; what was there before is untouched.
     """
     part = path.with_name(path.name + ".part")
     try:
-        part.write_text(text, encoding="utf-8", newline="")
+        part.write_text(text, encoding="utf-8", errors=errors, newline="")
         part.replace(path)
     except OSError as error:
         with suppress(OSError):

@@ -292,7 +292,8 @@ class RunFolder(Callback):
             name_dead_processes(self.how_to_go_on())
         data: Any = getattr(trainer, "datamodule", None)
         if held_out := getattr(data, "held_out", None):
-            write_text(self.folder / VAL_LIST, "".join(f"{name}\n" for name in held_out))
+            names = "".join(f"{name}\n" for name in held_out)
+            write_text(self.folder / VAL_LIST, names, errors="surrogateescape")  # read back as they were
         metrics = self.folder / "metrics.csv"
         if self.resumed and metrics.exists():
             self.rows = read_csv(metrics)
