@@ -266,6 +266,19 @@ def test_int8(task, tmp_path, capsys):
     assert "infers as it is" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_int8_serves_sizes_that_it_was_not_quantized_with(tmp_path):
+    """A network with depthwise convolutions (ACL) and groups of several sizes."""
+    pytest.importorskip("nncf")
+    content = classifier("crossformer_nano", **SMALL | {"amplitude_cooling": 1})
+    export(content, tmp_path / "small.xml", int8=some_pictures(tmp_path / "photos"))
+    net, own = load_predictor(tmp_path / "small.xml").net, load_predictor(content).net
+    for shape in ((1, 3, 64, 64), (2, 3, 97, 130), (1, 3, 128, 128), (3, 3, 225, 301)):
+        images = torch.rand(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(net(images), own(images), atol=0.3, rtol=0.3)
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("nncf"), reason="nncf is not installed")
 def test_int8_refuses(tmp_path, capsys):
     (tmp_path / "empty").mkdir()

@@ -27,17 +27,18 @@ def match_anchors(matcher: Matcher, boxes: Tensor, anchors: Tensor, least_claim:
     """
     if not len(boxes):
         return torch.full((len(anchors),), matcher.BELOW_LOW_THRESHOLD, device=anchors.device)
-    chunks = anchors.split(max(1, CHUNK // len(boxes)))
-    best, claimed = torch.zeros_like(boxes[:, 0]), []
-    overlaps: list[Tensor] = []
-    objects: list[Tensor] = []
+    size = max(1, CHUNK // len(boxes))
+    chunks = [slice(start, start + size) for start in range(0, len(anchors), size)]
+    # Results are allocated once: small tensors that outlive a chunk fragment the memory of the large ones.
+    dtype = torch.promote_types(boxes.dtype, torch.float32)  # of overlaps
+    best = boxes.new_zeros(len(boxes), dtype=dtype)
+    overlap = boxes.new_empty(len(anchors), dtype=dtype)
+    matches = torch.empty(len(anchors), dtype=torch.int64, device=anchors.device)
+    claimed = torch.empty(len(anchors), dtype=torch.bool, device=anchors.device)
     for chunk in chunks:
-        iou = box_iou(boxes, chunk)
-        overlap, index = iou.max(dim=0)
-        overlaps.append(overlap)
-        objects.append(index)
-        best = torch.maximum(best, iou.amax(dim=1))
-    overlap, matches = torch.cat(overlaps), torch.cat(objects)
+        iou = box_iou(boxes, anchors[chunk])
+        overlap[chunk], matches[chunk] = iou.max(dim=0)
+        best.copy_(torch.maximum(best, iou.amax(dim=1)))
     low, high = matcher.low_threshold, matcher.high_threshold
     found = torch.where(overlap < high, matcher.BETWEEN_THRESHOLDS, matches)
     found = torch.where(overlap < low, matcher.BELOW_LOW_THRESHOLD, found)
@@ -45,5 +46,6 @@ def match_anchors(matcher: Matcher, boxes: Tensor, anchors: Tensor, least_claim:
         return found
     claim = best.where(best >= least_claim, 2.0)[:, None]  # an overlap of 2 is never reached
     for chunk in chunks:
-        claimed.append(((iou if len(chunks) == 1 else box_iou(boxes, chunk)) == claim).any(dim=0))
-    return torch.where(torch.cat(claimed), matches, found)
+        iou = iou if len(chunks) == 1 else box_iou(boxes, anchors[chunk])
+        claimed[chunk] = (iou == claim).any(dim=0)
+    return torch.where(claimed, matches, found)
