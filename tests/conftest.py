@@ -11,7 +11,7 @@ import pytest
 import crossformer_vision  # noqa: F401  (registers the models)
 
 PARITY = Path(__file__).parent / "parity"
-LARGE_MODELS = (  # the same code as the smaller ones, for minutes: of slow tests
+LARGE_MODELS = (  # slow tests only: they share the code of the smaller models
     "crossformer_base",
     "crossformer_large",
     "crossformer_pp_base",
@@ -20,8 +20,8 @@ LARGE_MODELS = (  # the same code as the smaller ones, for minutes: of slow test
 )
 
 
-def small_first(names: list[str]) -> list:
-    """Parameters of a test over models: those of large ones are slow."""
+def mark_large_models(names: list[str]) -> list:
+    """Parameters of a test over models. Large models are marked as slow."""
     return [pytest.param(name, marks=pytest.mark.slow if name in LARGE_MODELS else ()) for name in names]
 
 

@@ -93,3 +93,14 @@ def test_unclear_columns_are_refused(columns, options, message, write, tmp_path)
 def test_a_missing_dataset_is_one_line(write, tmp_path):
     with pytest.raises(UserError, match="dataset 'hfds/.*nowhere', split 'train': "):
         _ = load(f"hfds/{tmp_path}/nowhere", tmp_path).num_classes
+
+
+def test_a_split_with_fewer_names_has_the_indices_of_the_training_split(write, tmp_path):
+    name = write(image="image", name=["emu", "bee"] * 4)
+    file = str(tmp_path / "pets/test-00000-of-00001.parquet")
+    whole = datasets.Dataset.from_parquet(file, cache_dir=str(tmp_path / "cache"))
+    whole.select([0, 2, 4, 6]).to_parquet(file)  # emus
+    module = load(name, tmp_path, label_column="name")
+    assert module.num_classes == 2
+    _, labels = next(iter(module.val_dataloader()))
+    assert labels.tolist() == [1, 1, 1, 1]

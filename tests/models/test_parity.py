@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import PARITY, small_first
+from conftest import PARITY, mark_large_models
 from parity.formula import formula_images, formula_state_dict
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,7 +34,7 @@ def published(classifier_keys):
     return build
 
 
-@pytest.mark.parametrize("name", small_first(NAMES))
+@pytest.mark.parametrize("name", mark_large_models(NAMES))
 def test_classifier(name, published, classifier_configs):
     model = published(name)
     assert sum(p.numel() for p in model.parameters()) == classifier_configs[name]["params"]

@@ -10,14 +10,14 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import small_first
+from conftest import mark_large_models
 from timm.layers import set_fused_attn, set_scriptable
 from timm.models import create_feature_extractor
 from timm.utils import AttentionExtract
 from torch._dynamo.testing import CompileCounter
 
 NAMES = timm.list_models("crossformer_*")
-MODELS = small_first(NAMES)
+MODELS = mark_large_models(NAMES)
 SMALL = [
     "crossformer_nano",
     "crossformer_tiny",

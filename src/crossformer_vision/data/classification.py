@@ -347,7 +347,8 @@ class ClassificationData(ResumableData):
         if self.dataset:
             split = {"train": "train", "val": "validation"}.get(self.splits[stage], self.splits[stage])
             if self.dataset.startswith("hfds/"):
-                return HuggingFaceImages(self.dataset, self.root, split, self.image_column, self.label_column)
+                columns = self.image_column, self.label_column
+                return HuggingFaceImages(self.dataset, self.root, split, *columns, self.classes)
             return TimmImages(self.dataset, self.root, split, self.download)
         if not self.root:
             return DigitImages(stage, self.lengths[stage], self._size(), self.seed)

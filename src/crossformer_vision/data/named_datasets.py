@@ -1,5 +1,6 @@
 """Classification datasets that another library loads by name: torchvision's and Hugging Face's."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,11 @@ class HuggingFaceImages:
         split: Name of the split, such as ``train`` or ``test``.
         image_column: Column with the images. ``None`` if there is only one.
         label_column: Column with the classes. ``None`` for ``label``, or the only ``ClassLabel`` column.
+        classes: Class names of the training split, to which the integers or strings of this split refer.
+            Empty for the training split itself.
 
     Raises:
-        UserError: If the dataset cannot be loaded, or a column is missing or ambiguous.
+        UserError: If the dataset cannot be loaded, a column is missing or ambiguous, or a class is unknown.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class HuggingFaceImages:
         split: str,
         image_column: str | None = None,
         label_column: str | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
         try:
             import datasets
@@ -98,13 +102,17 @@ class HuggingFaceImages:
         self.label_column = _choose_column(dataset, "label", label_column, labels, list(features))
         self.label = f"{dataset} {split}"
         self.dataset = data.select_columns([self.image_column, self.label_column])
-        self.classes = self._class_names(features[self.label_column])
+        self.classes = self._class_names(features[self.label_column], list(classes))
         self._indices = {name: index for index, name in enumerate(self.classes)}
 
-    def _class_names(self, kind: Any) -> list[str]:
+    def _class_names(self, kind: Any, known: list[str]) -> list[str]:
         if names := getattr(kind, "names", None):
             return [str(name) for name in names]
         values = self.dataset.unique(self.label_column)
+        if known:
+            if unknown := [value for value in values if str(value) not in known]:
+                raise UserError(f"{self.label}: class {unknown[0]!r} does not occur in the training split")
+            return known
         if all(isinstance(value, int) and value >= 0 for value in values):
             return [str(value) for value in range(1 + max(values))]
         if all(isinstance(value, str) for value in values):
