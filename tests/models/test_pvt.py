@@ -75,6 +75,7 @@ def test_any_size(size):
 
 def test_what_timm_asks_of_a_model():
     model = timm.create_model("pvt_tiny", num_classes=42).eval()
+    assert model.pretrained_cfg.get("pool_size") is None  # `forward_features` returns tokens
     images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         logits, features = model(images), model.forward_features(images)
