@@ -21,7 +21,7 @@ LARGE_MODELS = (  # slow tests only: they share the code of the smaller models
 
 
 def mark_large_models(names: list[str]) -> list:
-    """Parameters of a test over models. Large models are marked as slow."""
+    """Test parameters for models by name. Large models are marked as slow."""
     return [pytest.param(name, marks=pytest.mark.slow if name in LARGE_MODELS else ()) for name in names]
 
 

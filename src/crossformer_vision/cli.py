@@ -6,6 +6,7 @@ import shlex
 import sys
 import traceback
 from argparse import ArgumentError
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"crossformer: error: no verb '{args[0]}'{meant}", file=sys.stderr)
         return 2
     keep_freed_memory()
-    for stream in (sys.stdout, sys.stderr):  # file names may hold what the terminal's encoding lacks
+    for stream in (sys.stdout, sys.stderr):  # file names may not fit the terminal's encoding
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -148,8 +149,6 @@ def train(args: list[str]) -> None:
     from crossformer_vision.options.arguments import take
 
     resume = take(args, "--resume")
-    from datetime import timedelta
-
     from crossformer_vision import visualize
     from crossformer_vision.tasks import run
     from crossformer_vision.tasks.run.folder import command, restarted

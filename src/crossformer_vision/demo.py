@@ -150,7 +150,7 @@ def page(predictors: dict[str, Predictor], folder: Path) -> Any:
         inputs = [photo, name, score]
         for event in (photo.change, name.change, score.release):
             event(predicted, inputs, [result, text], **one_at_a_time)
-        pixel = gr.JSON(visible="hidden")  # x, y of the last click; a State is lost without preprocessing
+        pixel = gr.JSON(visible="hidden")  # x, y of the last click; preprocess=False does not pass a gr.State
         photo.change(lambda: (None, None), None, [attention, pixel])
         selected = photo.select(clicked, None, pixel, preprocess=False)
         for event in (selected.then, name.change):

@@ -48,7 +48,7 @@ def check_output(option: str, output: str | PathLike[str], *inputs: str | PathLi
     Args:
         option: Option that names the output, for the message.
         output: File to be written.
-        inputs: Files that are read. ``None`` and names that are no files are skipped.
+        inputs: Files that are read. ``None`` and paths that do not exist are skipped.
 
     Raises:
         UserError: If the output is one of the inputs, under any spelling or link.

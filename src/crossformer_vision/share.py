@@ -93,7 +93,9 @@ def _write(predictor: Predictor, file: Path | None, folder: Path, opened: str, t
     )
     for plot in plots:
         shutil.copy(plot, folder)
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors' own are private
+    shutil.copymode(
+        folder / "config.json", folder / "model.safetensors"
+    )  # safetensors writes files with mode 0600
     card = model_card(predictor, title, opened, results, [plot.name for plot in plots])
     (folder / "README.md").write_text(card, encoding="utf-8")
 

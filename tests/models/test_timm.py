@@ -189,9 +189,9 @@ def test_output_stride(stride, reductions):
     with torch.no_grad():
         maps = model(torch.randn(1, 3, 75, 130))
     assert [tuple(m.shape[2:]) for m in maps] == [(-(-75 // r), -(-130 // r)) for r in reductions]
-    for block in (4, 64):
+    for invalid in (4, 64):
         with pytest.raises(ValueError, match="output_stride is one of 8, 16, 32, not"):
-            timm.create_model("crossformer_nano", output_stride=block)
+            timm.create_model("crossformer_nano", output_stride=invalid)
 
 
 @pytest.mark.parametrize("name", MODELS)

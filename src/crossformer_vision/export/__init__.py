@@ -53,7 +53,7 @@ def export(
         features: the backbone's maps alone, `stride_4` to `stride_32`, (B, C, h, w).
         int8: a folder of images like those to come, of which a few hundred are enough: the file of a
             classifier or segmenter, OpenVINO's, computes in 8 bits with the ranges that they show.
-        report: Called with a line before each step, most of which take seconds to minutes.
+        report: Called with a progress message before each step. Does nothing by default.
 
     Returns:
         What the file says, with `differences`: size -> how far it is from the network. Of tensors the largest
@@ -101,8 +101,8 @@ def export(
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
             new = Path(folder) / path.name
             try:
-                any_size = "any size" if sizes is SIZES else f"{own[0]}x{own[1]} alone"
-                report(f"tracing a graph for {any_size} (up to three minutes)")
+                served = "any size" if sizes is SIZES else f"{own[0]}x{own[1]} only"
+                report(f"tracing the model for {served} (up to three minutes)")
                 graph, outputs = graphs.traced(net, own, fixed=sizes is not SIZES)
                 report(f"writing {path.name}")
                 WRITERS[path.suffix](graph, outputs, new, said)
@@ -111,7 +111,7 @@ def export(
                 differences, counts = {}, {}
                 for height, width in sizes:
                     name = f"{height}x{width}"
-                    report(f"comparing its outputs with the PyTorch model's at {name}")
+                    report(f"comparing outputs with the PyTorch model at {name}")
                     differences[name], counts[name] = compare(net, call, (height, width))
             except Exception as error:  # of tracing, of many kinds; the next size may do
                 failed = failed or (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -92,27 +92,25 @@ def quantize(path: Path, predictor: Predictor, inputs: list[Tensor], said: dict[
 
 
 def check_sizes(call: OpenVinoNetwork, images: Tensor, path: Path) -> None:
-    """Run a quantized network at further sizes and batches: some CPUs fail at all but one.
+    """Run a quantized network at several sizes and batch sizes. OpenVINO may fail at all but the first.
 
     Args:
-        call: The network.
-        images: Images of a size that it was quantized with, ``(B, 3, H, W)``.
-        path: Its file, which is removed where it fails.
+        call: The quantized network.
+        images: Images that it was quantized with, ``(B, 3, H, W)``.
+        path: File of the network, for the message.
 
     Raises:
-        UserError: If it cannot be run at a size, or its outputs there are no finite numbers.
+        UserError: If inference fails at a size, or an output is not finite.
     """
     height, width = images.shape[2:]
     for batch, h, w in ((1, height, width), (2, height + 33, width + 66), (1, 2 * height, 2 * width)):
         try:
             finite = all(bool(torch.isfinite(out).all()) for out in call(torch.rand(batch, 3, h, w)))
-            reason = "its outputs are NaN"
+            reason = "an output is not finite"
         except RuntimeError as error:
             finite, reason = False, str(error).strip().splitlines()[-1]
         if not finite:
-            for file in (path, path.with_suffix(".bin")):
-                file.unlink(missing_ok=True)
             raise UserError(
                 f"{path.name}: the 8-bit network fails on this CPU at {batch}x3x{h}x{w} ({reason}). "
-                "Export it without --int8, or on a CPU with VNNI"
+                "Export it without --int8"
             )

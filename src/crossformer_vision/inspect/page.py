@@ -27,7 +27,7 @@ from crossformer_vision.inspect import (
 from crossformer_vision.models.grouping import across_map, across_regions
 from crossformer_vision.predict import Predictor
 
-LONGEST = 8  # longer side of a photo as it is shown, in shorter sides of usual photos
+LONGEST = 8  # maximum longer side of a photo, in multiples of the target size of its shorter side
 
 
 def seen(predictor: Predictor, picture: Image.Image, size: int | None) -> tuple[Tensor, NDArray[np.uint8]]:

@@ -29,7 +29,7 @@ def match_anchors(matcher: Matcher, boxes: Tensor, anchors: Tensor, least_claim:
         return torch.full((len(anchors),), matcher.BELOW_LOW_THRESHOLD, device=anchors.device)
     size = max(1, CHUNK // len(boxes))
     chunks = [slice(start, start + size) for start in range(0, len(anchors), size)]
-    # Results are allocated once: small tensors that outlive a chunk fragment the memory of the large ones.
+    # Allocate results once: small tensors that outlive a chunk fragment the allocator's memory.
     dtype = torch.promote_types(boxes.dtype, torch.float32)  # of overlaps
     best = boxes.new_zeros(len(boxes), dtype=dtype)
     overlap = boxes.new_empty(len(anchors), dtype=dtype)

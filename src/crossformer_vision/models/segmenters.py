@@ -288,7 +288,7 @@ def sliding_window(net: Net, images: Tensor, window: int, stride: int) -> Tensor
 
 
 def pad_to_window(net: Net, images: Tensor, window: int) -> Tensor:
-    """Pad images that are smaller than a window, for networks of a fixed input size; others are returned."""
+    """Pad images to at least the window size, right and bottom, if the backbone has a fixed input size."""
     missing = (0, max(0, window - images.shape[3]), 0, max(0, window - images.shape[2]))
     return F.pad(images, missing) if getattr(net, "has_fixed_size", False) and any(missing) else images
 

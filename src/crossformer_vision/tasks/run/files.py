@@ -97,7 +97,7 @@ def write_text(path: Path, text: str, errors: str = "backslashreplace") -> None:
     Args:
         path: File to write.
         text: Content, written as UTF-8.
-        errors: How Python encodes what is not Unicode, as in file names of another encoding.
+        errors: Python's error handler for characters that UTF-8 cannot encode, as in undecodable file names.
 
     Raises:
         UserError: it cannot be written; what was there before is untouched.

@@ -293,7 +293,7 @@ class RunFolder(Callback):
         data: Any = getattr(trainer, "datamodule", None)
         if held_out := getattr(data, "held_out", None):
             names = "".join(f"{name}\n" for name in held_out)
-            write_text(self.folder / VAL_LIST, names, errors="surrogateescape")  # read back as they were
+            write_text(self.folder / VAL_LIST, names, errors="surrogateescape")  # `_listed` reads it so
         metrics = self.folder / "metrics.csv"
         if self.resumed and metrics.exists():
             self.rows = read_csv(metrics)
