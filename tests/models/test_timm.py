@@ -277,7 +277,7 @@ def test_two_compiled_graphs_serve_all_sizes(span):
     stages = dict(depths=(2, 1), num_heads=(2, 4), group_size=(7, 7), interval=(8, 4))
     model = timm.create_model("crossformer_tiny", num_classes=5, lda_span=span, **stages).eval()
     compiled = torch.compile(model, dynamic=True, fullgraph=True, backend=counter)
-    for side in (256, 333):
+    for side in (256, 320, 333, 384):
         for size in ((side, side), (side, 640), (513, side)):
             x = torch.randn(1, 3, *size)
             with torch.no_grad():
