@@ -95,6 +95,14 @@ def test_bad_input(options, said, capsys, tmp_path):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["crossformer_nano --size 32 --rounds 3", "--data"])
+def test_the_output_is_checked_before_anything_is_timed(command, capsys, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    assert main(["benchmark", *command.split(), "--out", str(tmp_path / "taken")]) == 1
+    said = capsys.readouterr()
+    assert "taken: " in said.err and "32x32" not in said.out and "decode" not in said.out
+
+
 def test_what_is_frozen_is_not_trained(tmp_path, capsys):
     row = "benchmark crossformer_nano --size 32 --batch 2 --step training --engine frozen".split()
     assert main([*row, "--out", str(tmp_path)]) == 1

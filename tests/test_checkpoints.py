@@ -342,6 +342,7 @@ class Drive(http.server.BaseHTTPRequestHandler):
     body = b""
     mode = "whole"
     ranges: list[str] = []
+    sent = 0  # bytes
 
     def do_GET(self):
         url = urllib.parse.urlparse(self.path)
@@ -361,6 +362,12 @@ class Drive(http.server.BaseHTTPRequestHandler):
             asked = self.headers.get("Range")
             start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
             self.ranges.append(asked or "")
+            if start >= len(self.body):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(self.body)}")
+                self.end_headers()
+                return
+            type(self).sent += len(self.body) - start
             self.reply(206 if asked else 200, self.body[start:], "application/octet-stream")
 
     def reply(self, status, body, kind):
@@ -438,6 +445,26 @@ def test_pages_and_rubbish_are_not_kept(drive):
         fetch_published("crossformer_tiny", url)
     (left,) = cached_path("crossformer_tiny").parent.iterdir()  # of the processes that would wait
     assert left.suffix == ".lock" and not left.read_bytes()
+
+
+def test_weights_of_another_model_are_not_kept(drive, tmp_path):
+    """Neither a file nor a part of one that came from a server with another model's weights."""
+    handler, url = drive
+    torch.save({"model": {"fc.weight": torch.zeros(10, 4)}}, tmp_path / "other.pth")
+    handler.body = (tmp_path / "other.pth").read_bytes()
+    with pytest.raises(UserError, match="not the weights of crossformer_tiny, and removed"):
+        fetch_published("crossformer_tiny", url)
+    assert not cached_path("crossformer_tiny").exists()
+    assert not list(cached_path("crossformer_tiny").parent.glob("*.part"))
+
+
+def test_a_complete_part_is_used_and_not_fetched_again(drive):
+    """A process that was killed between the last byte and the renaming."""
+    handler, url = drive
+    cached_path("crossformer_tiny").parent.mkdir(parents=True)
+    cached_path("crossformer_tiny").with_name("crossformer-t.pth.part").write_bytes(handler.body)
+    assert fetch_published("crossformer_tiny", url).read_bytes() == handler.body
+    assert handler.sent == 0
 
 
 def test_no_connection_and_what_only_a_person_can_fetch(drive):

@@ -140,6 +140,13 @@ def test_the_page(checkpoint, photo, tmp_path):
     assert min(drawn.shape) > 1000 and drawn.std() > 20
 
 
+def test_a_strip_is_not_enlarged_to_a_shorter_side_of_224():
+    """12000x8 pixels would be 336000x224."""
+    predictor = load_predictor("crossformer_nano.cifar10", "cpu")
+    images, pixels = page_of.seen(predictor, Image.new("RGB", (12000, 8)), 224)
+    assert pixels.shape == (32, page_of.LONGEST * 224, 3) and images.shape[2:] == pixels.shape[:2]
+
+
 def test_what_cannot_be_shown(photo, tmp_path, capsys):
     def said(*args):
         assert main(["inspect", *args, "--out", str(tmp_path / "x.png")]) == 1

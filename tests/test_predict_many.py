@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,10 @@ from test_inspect import detector
 from torch import nn
 from torchvision.ops import box_iou
 
-from crossformer_vision import load_predictor
+from crossformer_vision import UserError, load_predictor
 from crossformer_vision.cli import main
 from crossformer_vision.predict.tiles import detect_in_tiles
-from crossformer_vision.predict.video import frames
+from crossformer_vision.predict.video import frames, written
 
 CROSSFORMER = str(Path(sys.executable).with_name("crossformer"))
 CPU = torch.device("cpu")
@@ -99,6 +101,63 @@ def test_a_video(make, tmp_path, capsys):
         main(["predict", str(tmp_path / "best.ckpt"), str(tmp_path / "broken.mp4"), "--out", str(out)]) == 1
     )
     assert "broken.mp4: cannot read this video" in capsys.readouterr().err
+
+
+def write_video(path, pictures, times=None):
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("h264", rate=10)
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt, stream.gop_size = "yuv420p", 5
+        for n, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = round(times[n] * 1000), Fraction(1, 1000)
+                stream.codec_context.time_base = Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def test_a_damaged_packet_does_not_end_a_video(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "clip.mp4"
+    write_video(path, [rng.integers(0, 255, (48, 64, 3), dtype=np.uint8) for _ in range(30)])
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 2500] = rng.bytes(2500)
+    path.write_bytes(content)
+    read = [time for time, _ in frames(path)]
+    assert 15 <= len(read) < 30 and read[-1] == pytest.approx(2.9)  # the end is among them
+    assert re.search(r"clip\.mp4: \d+ damaged packets? left out", caplog.text)
+    path.write_bytes(content[:2000])
+    with pytest.raises(UserError, match=r"clip\.mp4: (cannot read|none of its frames)"):
+        list(frames(path))
+
+
+def test_written_videos_keep_times_and_geometry(tmp_path):
+    """Variable frame rate; pictures of other heights, as of legends of other lengths, are cut or padded."""
+    av = pytest.importorskip("av")
+    times = [0, 0.1, 0.5, 0.5, 2.3]
+    with written(tmp_path / "clip.mp4", fps=10) as append:
+        for time, height in zip(times, (80, 120, 60, 80, 80), strict=True):
+            pixels = np.zeros((height, 64, 3), np.uint8)
+            pixels[40:50] = 255
+            append(Image.fromarray(pixels), time)
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        decoded = list(container.decode(video=0))
+    np.testing.assert_allclose([float(frame.time) for frame in decoded], times, atol=0.001)
+    for frame in decoded:
+        rows = frame.to_ndarray(format="gray").mean(1)
+        assert (frame.width, frame.height) == (64, 80)
+        assert 40 <= np.flatnonzero(rows > 128)[0] <= 41 and (rows > 128)[40:50].sum() >= 9
+
+
+@pytest.mark.parametrize("name", ["pages.tif", "moving.gif"])
+def test_pages_left_out_are_reported(name, checkpoint, tmp_path, caplog):
+    pages = [Image.fromarray(np.full((50, 60, 3), 60 * n, np.uint8)) for n in range(3)]
+    pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+    assert main(["predict", str(checkpoint), str(tmp_path / name), "--save", "nothing"]) == 0
+    assert f"{name}: has 3 pages or frames; the first one is predicted" in caplog.text
 
 
 @pytest.mark.parametrize("degrees", [90, 270])
@@ -257,7 +316,7 @@ def test_memory_does_not_grow_with_the_images(checkpoint, tmp_path):
                 target.hardlink_to(tmp_path / f"{count}/0.png")
     code = f"""
 import resource
-from crossformer_vision import load_predictor
+from crossformer_vision import UserError, load_predictor
 from crossformer_vision.predict.files import predict_files
 from pathlib import Path
 predictor = load_predictor({str(checkpoint)!r}, "cpu")
@@ -292,3 +351,28 @@ def test_file_names_of_any_bytes(environment, options, tmp_path):
     assert rb"caf\udce9.png" in done.stdout
     names = [entry["image"] for entry in json.loads((tmp_path / "predictions/predictions.json").read_text())]
     assert sorted(map(os.fsencode, names)) == [b"photos/caf\xe9.png", "photos/日本.png".encode()]
+
+
+def test_weights_that_are_nan_are_refused(tmp_path, capsys):
+    content = classifier("crossformer_nano")
+    content["state_dict"] = {name: value.clone() for name, value in content["state_dict"].items()}
+    next(iter(content["state_dict"].values())).view(-1)[0] = float("nan")
+    torch.save(content, tmp_path / "best.ckpt")
+    Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
+    arguments = [
+        "predict",
+        str(tmp_path / "best.ckpt"),
+        str(tmp_path / "x.png"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(arguments) == 1
+    assert "best.ckpt: has weights that are no finite numbers" in capsys.readouterr().err
+    assert not (tmp_path / "out/predictions.json").exists()
+
+
+def test_outputs_that_overflow_are_refused(checkpoint, tmp_path):
+    predictor = load_predictor(checkpoint, "cpu")
+    predictor.net.register_forward_hook(lambda net, inputs, output: output * float("inf"))
+    with pytest.raises(UserError, match="the network's output is NaN in torch.float32"):
+        predictor(Image.new("RGB", (40, 40)))

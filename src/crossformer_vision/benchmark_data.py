@@ -159,8 +159,9 @@ def run(cli: Any, out: Path, seconds: float = 5.0, counts: Sequence[int] | None 
         counts: of workers.
     """
     from crossformer_vision.tasks.run import about
-    from crossformer_vision.tasks.run.files import write_json, write_text
+    from crossformer_vision.tasks.run.files import make_folder, write_json, write_text
 
+    make_folder(out)
     data = cli.datamodule
     counts = counts or worker_counts(data.num_workers)
     parts = parts_of_a_sample(data)
@@ -181,7 +182,6 @@ def run(cli: Any, out: Path, seconds: float = 5.0, counts: Sequence[int] | None 
     said = [f"an image in one process: {of_a_sample}", *verdict(read, trained, parts)]
     table = [head, ["---"] * 3, *rows]
     lines = ["| " + " | ".join(row) + " |" for row in table]
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "data.json", found)
     write_text(out / "data.md", "\n".join([*lines, "", *said]) + "\n")
     plot(read, trained, out / "data.png")
