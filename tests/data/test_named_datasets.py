@@ -81,9 +81,11 @@ def test_columns(columns, options, classes, write, tmp_path):
         ),
         (dict(label=CLASSES, a="image", b="image"), {}, "Choose with --data.image_column: a, b"),
         (dict(image="image", label=CLASSES), {"label_column": "class"}, "has the columns image, label"),
+        (dict(image="image", label=CLASSES), {"image_column": "label"}, "column 'label' holds no images"),
+        (dict(image=[0, 1] * 4, label=CLASSES), {}, "column 'image' holds no images"),
         (dict(image="image", label=[-1, 0] * 4), {}, "holds neither class indices nor names"),
     ],
-    ids=["two labels", "two images", "unknown column", "negative labels"],
+    ids=["two labels", "two images", "unknown column", "no images", "images of no type", "negative labels"],
 )
 def test_unclear_columns_are_refused(columns, options, message, write, tmp_path):
     with pytest.raises(UserError, match=message):
@@ -104,3 +106,9 @@ def test_a_split_with_fewer_names_has_the_indices_of_the_training_split(write, t
     assert module.num_classes == 2
     _, labels = next(iter(module.val_dataloader()))
     assert labels.tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("dataset", [None, "torch/cifar10"])
+def test_columns_of_other_datasets_are_refused(dataset):
+    with pytest.raises(UserError, match="--data.label_column fine: only for a Hugging Face dataset"):
+        ClassificationData(dataset=dataset, label_column="fine")

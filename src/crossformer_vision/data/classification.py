@@ -237,6 +237,11 @@ class ClassificationData(ResumableData):
             check_choice("interpolation", interpolation, INTERPOLATIONS)
         for name, value in (("hflip", hflip), ("erasing", erasing), ("val_share", val_share)):
             check_range(name, value, 0, 1)
+        for name, column in (("image_column", image_column), ("label_column", label_column)):
+            if column is not None and not (dataset or "").startswith("hfds/"):
+                raise UserError(
+                    f"--data.{name} {column}: only for a Hugging Face dataset (--data.dataset hfds/NAME)"
+                )
         self.val_share, self.val_list = val_share, val_list
         self.held_out: list[str] = []  # of one folder, for validation
         self.model_cfg = find_model(model)

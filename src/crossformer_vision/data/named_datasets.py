@@ -152,12 +152,14 @@ def _choose_column(
         UserError: If the column does not exist, or no column or several columns qualify.
     """
     option = f"--data.{kind}_column"
+    if chosen is None and kind in columns:
+        chosen = kind
     if chosen is not None:
         if chosen not in columns:
             raise UserError(f"{option} {chosen}: {dataset} has the columns {', '.join(columns)}")
+        if kind == "image" and chosen not in candidates:
+            raise UserError(f"{dataset}: column '{chosen}' holds no images. Choose another one with {option}")
         return chosen
-    if kind in columns:
-        return kind
     if len(candidates) == 1:
         return candidates[0]
     listed = ", ".join(candidates or columns)
