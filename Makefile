@@ -33,7 +33,7 @@ test-all: test
 	$(BIN)/pytest -n 2 -m slow
 
 fuzz: setup
-	$(BIN)/python tests/fuzz.py
+	$(BIN)/python tests/data/fuzz.py
 
 docs: setup
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'

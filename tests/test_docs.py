@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_checkpoints import state_dict_of_2021
+from published_files import state_dict_of_2021
 
-from crossformer_vision import published
-from crossformer_vision.benchmark import parsed
 from crossformer_vision.cli import main
-from crossformer_vision.compare import read_grid
+from crossformer_vision.tools.benchmark import parsed
+from crossformer_vision.tools.compare import read_grid
+from crossformer_vision.weights import published
 
 ROOT = Path(__file__).parents[1]
 PAGES = [

@@ -9,9 +9,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 import crossformer_vision  # noqa: F401  # registers the models
-from crossformer_vision import visualize
-from crossformer_vision.inspect import group_of, patches
 from crossformer_vision.models.grouping import across_map, across_regions, neighbours
+from crossformer_vision.plotting import visualize
+from crossformer_vision.tools.inspection import group_of, patches
 
 HERE = Path(__file__).parent
 COLOURS = ("#e69f00", "#56b4e9", "#cc79a7", "#f0e442")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import crossformer_vision  # noqa: F401  (registers the models)
 from crossformer_vision.data.segmentation import SegmentationData
-from crossformer_vision.tasks import run
 from crossformer_vision.tasks.segmentation import Segmentation
+from crossformer_vision.training import run
 
 
 class AnySize(nn.Module):

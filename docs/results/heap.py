@@ -15,8 +15,8 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from crossformer_vision.benchmark import DTYPES, ENGINES, Row, Step, image_size
 from crossformer_vision.cli import keep_freed_memory
+from crossformer_vision.tools.benchmark import DTYPES, ENGINES, Row, Step, image_size
 
 
 def serve(row: Row, keep: bool, pipe: Connection) -> None:

@@ -68,7 +68,7 @@ def coco(at):
 
         COCO(str(at / "big.json"))
     else:
-        from crossformer_vision.data.coco import CocoImages
+        from crossformer_vision.data.readers.coco import CocoImages
 
         CocoImages(at / "big.json", at, masks=sys.argv[2:] == ["masks"], train=True)
     print(f"{time.perf_counter() - start:.1f} s, {peak() - before} MB more at the peak")
@@ -139,7 +139,7 @@ def validation(at):
 
 def windows(at):
     """Memory of a class map of 2000x3000, 150 classes, over that of one map of all classes, in floats."""
-    from crossformer_vision.models import segmenters
+    from crossformer_vision.models.dense import segmenters
 
     before = peak()
     with torch.inference_mode():
@@ -177,7 +177,7 @@ def predict(at):
     from PIL import Image
 
     from crossformer_vision import load_predictor
-    from crossformer_vision.predict.files import predict_files
+    from crossformer_vision.inference.files import predict_files
 
     pixels = np.random.default_rng(0).integers(0, 255, (600, 800, 3), dtype=np.uint8)
     for count in (50, 400):
@@ -291,7 +291,7 @@ def shards(at):
     import tarfile
 
     from crossformer_vision.data.classification import FolderImages
-    from crossformer_vision.data.shards import ShardImages
+    from crossformer_vision.data.readers.shards import ShardImages
 
     photo(at / "one.jpg", 64, 48)
     content = (at / "one.jpg").read_bytes()

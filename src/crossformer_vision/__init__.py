@@ -30,40 +30,40 @@ __all__ = [
 _HOMES = {
     "Classification": "crossformer_vision.tasks.classification",
     "ClassificationData": "crossformer_vision.data.classification",
-    "Classified": "crossformer_vision.predict.results",
-    "Detected": "crossformer_vision.predict.results",
+    "Classified": "crossformer_vision.inference.results",
+    "Detected": "crossformer_vision.inference.results",
     "Detection": "crossformer_vision.tasks.detection",
     "DetectionData": "crossformer_vision.data.detection",
-    "Predictor": "crossformer_vision.predict",
+    "Predictor": "crossformer_vision.inference.predictor",
     "Segmentation": "crossformer_vision.tasks.segmentation",
     "SegmentationData": "crossformer_vision.data.segmentation",
-    "Segmented": "crossformer_vision.predict.results",
+    "Segmented": "crossformer_vision.inference.results",
     "CrossFormer": "crossformer_vision.models.crossformer",
-    "LoadReport": "crossformer_vision.checkpoints",
+    "LoadReport": "crossformer_vision.weights.checkpoints",
     "UserError": "crossformer_vision.errors",
-    "create_detector": "crossformer_vision.models.detectors",
-    "create_segmenter": "crossformer_vision.models.segmenters",
+    "create_detector": "crossformer_vision.models.dense.detectors",
+    "create_segmenter": "crossformer_vision.models.dense.segmenters",
     "freeze_position_bias": "crossformer_vision.models.grouping",
-    "load_checkpoint": "crossformer_vision.checkpoints",
-    "load_predictor": "crossformer_vision.predict",
+    "load_checkpoint": "crossformer_vision.weights.checkpoints",
+    "load_predictor": "crossformer_vision.inference.predictor",
 }
 
 
 if TYPE_CHECKING:
-    from crossformer_vision.checkpoints import LoadReport, load_checkpoint
     from crossformer_vision.data.classification import ClassificationData
     from crossformer_vision.data.detection import DetectionData
     from crossformer_vision.data.segmentation import SegmentationData
     from crossformer_vision.errors import UserError
+    from crossformer_vision.inference.predictor import Predictor, load_predictor
+    from crossformer_vision.inference.results import Classified, Detected, Segmented
     from crossformer_vision.models.crossformer import CrossFormer
-    from crossformer_vision.models.detectors import create_detector
+    from crossformer_vision.models.dense.detectors import create_detector
+    from crossformer_vision.models.dense.segmenters import create_segmenter
     from crossformer_vision.models.grouping import freeze_position_bias
-    from crossformer_vision.models.segmenters import create_segmenter
-    from crossformer_vision.predict import Predictor, load_predictor
-    from crossformer_vision.predict.results import Classified, Detected, Segmented
     from crossformer_vision.tasks.classification import Classification
     from crossformer_vision.tasks.detection import Detection
     from crossformer_vision.tasks.segmentation import Segmentation
+    from crossformer_vision.weights.checkpoints import LoadReport, load_checkpoint
 else:
 
     def __getattr__(name: str) -> Any:
@@ -79,4 +79,4 @@ def __dir__() -> list[str]:
 # Importing registers the models and the way to their weights. The installed command alone puts that off until
 # a verb needs it, so that its help does not wait seconds for torch.
 if PurePath(next(iter(sys.argv), "")).name not in ("crossformer", "crossformer.exe"):
-    importlib.import_module("crossformer_vision.published")
+    importlib.import_module("crossformer_vision.weights.published")

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from crossformer_vision import UserError
-from crossformer_vision.data.coco import CocoImages
-from crossformer_vision.data.coco_masks import decode_mask
 from crossformer_vision.data.detection import DetectionData, ToTensors
+from crossformer_vision.data.readers.coco import CocoImages
+from crossformer_vision.data.readers.coco_masks import decode_mask
 
 SQUARE = [10, 10, 30, 10, 30, 40, 10, 40]
 
@@ -279,7 +279,7 @@ def test_masks_without_a_pixel_are_left_out_and_counted(train, tmp_path, caplog)
 def test_thin_polygons_have_the_pixels_that_cocos_tools_draw():
     from pycocotools import mask
 
-    from crossformer_vision.data.coco_masks import polygons_have_pixels
+    from crossformer_vision.data.readers.coco_masks import polygons_have_pixels
 
     rng = np.random.default_rng(0)
     for _ in range(300):
@@ -425,7 +425,7 @@ def test_rotated_boxes_become_the_boxes_around_them(angle, box, tmp_path, caplog
 
 def test_naming_an_id_that_stands_twice_takes_linear_time():
     """Counted in comparisons, not by a clock."""
-    from crossformer_vision.data.coco_json import first_duplicate
+    from crossformer_vision.data.readers.coco_json import first_duplicate
 
     compared = 0
 

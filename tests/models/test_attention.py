@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from crossformer_vision.models.attention import group_attention, join_heads, masked, split_heads
-from crossformer_vision.models.large_kernels import LargeKernelConv2d
+from crossformer_vision.models.cpu.large_kernels import LargeKernelConv2d
 
 
 def definition(qkv, num_heads, bias, real):

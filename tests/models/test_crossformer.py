@@ -11,14 +11,7 @@ import crossformer_vision
 from crossformer_vision.models import attention as attention_module
 from crossformer_vision.models import crossformer, find_model, grouping
 from crossformer_vision.models.crossformer import CrossScaleEmbedding, LongShortAttention, cel_widths
-from crossformer_vision.models.grouping import (
-    Layout,
-    across_map,
-    across_regions,
-    group,
-    neighbours,
-    ungroup,
-)
+from crossformer_vision.models.grouping import Layout, across_map, across_regions, group, neighbours, ungroup
 
 
 def test_cel_widths_halve_and_repeat_the_last():

@@ -12,7 +12,7 @@ import timm
 import torch
 
 import crossformer_vision
-from crossformer_vision.models.backbones import SimplePyramid, create_backbone
+from crossformer_vision.models.dense.backbones import SimplePyramid, create_backbone
 from crossformer_vision.tasks.classification import Classification
 
 TASKS = ("classification", "retinanet", "mask_rcnn", "semantic_fpn", "upernet")

@@ -17,26 +17,16 @@ from faster_coco_eval.core import mask as rle
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from small_runs import DETECTION, read_metrics
 
-from crossformer_vision.checkpoints import read_checkpoint
 from crossformer_vision.cli import main
 from crossformer_vision.tasks.detection import Detection
+from crossformer_vision.weights.checkpoints import read_checkpoint
 
 CROSSFORMER = str(Path(sys.executable).with_name("crossformer"))
-TINY = """
-  --task detection --data.image_size 64 --data.train_images 32 --data.val_images 7 --data.batch_size 4
-  --data.num_workers 0 --model.width 16 --model.min_size 64 --model.max_size 96 --trainer.max_epochs 2
-  --model.model_args {"depths":[1,1,1,1]} --trainer.accelerator cpu
-  --model.optimizer adamw --trainer.precision 32
-""".split()
 
 
-def rows(folder):
-    with open(folder / "metrics.csv") as file:
-        return list(csv.DictReader(file))
-
-
-def weights(path):
+def read_weights(path):
     return read_checkpoint(path)["state_dict"]
 
 
@@ -55,7 +45,7 @@ def test_a_run_leaves_its_folder(detector, kinds, tmp_path, capsys):
         str(folder),
     ]
     options += "--run.ema 0.9 --data.scale_jitter [0.5,1.5] --model.grad_checkpointing true".split()
-    assert main(["train", *TINY, *options]) == 0
+    assert main(["train", *DETECTION, *options]) == 0
     printed = capsys.readouterr().out
     assert f"training {detector} on crossformer_nano" in printed and f"{kinds[-1]} AP" in printed
     for name in ("curves.png", "predictions.png", "precision_recall.png"):
@@ -73,7 +63,7 @@ def test_a_run_leaves_its_folder(detector, kinds, tmp_path, capsys):
 
     # what it left starts another run, whose classes are others, and is not taken for one of the same
     other = [
-        *TINY,
+        *DETECTION,
         "--model.detector",
         detector,
         "--run.folder",
@@ -83,7 +73,9 @@ def test_a_run_leaves_its_folder(detector, kinds, tmp_path, capsys):
     ]
     assert main(["train", *other, "--model.checkpoint", str(folder / "best.ckpt")]) == 0
     assert (
-        main(["validate", *TINY, "--model.detector", detector, "--checkpoint", str(folder / "best.ckpt")])
+        main(
+            ["validate", *DETECTION, "--model.detector", detector, "--checkpoint", str(folder / "best.ckpt")]
+        )
         == 1
     )
     assert "the digits are other classes than the run's" in capsys.readouterr().err
@@ -94,7 +86,7 @@ def test_killed_and_resumed_is_as_left_alone(tmp_path):
     """SIGKILL in the middle of an epoch; the resumed run ends with the same weights, bit for bit."""
     threads = {**os.environ, "OMP_NUM_THREADS": "1"}
     options = [
-        *TINY,
+        *DETECTION,
         "--model.detector",
         "mask_rcnn",
         "--run.save_every",
@@ -117,7 +109,7 @@ def test_killed_and_resumed_is_as_left_alone(tmp_path):
     assert read_checkpoint(killed / "last.ckpt")["global_step"] < 16
     subprocess.run([CROSSFORMER, "train", "--resume", str(killed)], check=True, env=threads)
     for name in ("last.ckpt", "best.ckpt"):
-        a, b = weights(alone / name), weights(killed / name)
+        a, b = read_weights(alone / name), read_weights(killed / name)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
 
 
@@ -134,13 +126,13 @@ def test_two_processes_train_as_one(tmp_path):
         options += f" --trainer.accumulate_grad_batches {2 // devices} --data.batch_size 1"
         options += f" --data.train_images 16 --run.folder {tmp_path / folder}"
         options += " --model.optimizer sgd --model.lr 0.01"  # Adam magnifies the rounding of tiny gradients
-        subprocess.run([CROSSFORMER, "train", *TINY, *options.split()], check=True, env=threads)
-    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        subprocess.run([CROSSFORMER, "train", *DETECTION, *options.split()], check=True, env=threads)
+    for one, two in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True):
         assert one.keys() == two.keys()
         for name in one:
             if name != "images_per_second":
                 assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-3, abs=1e-4), name
-    a, b = weights(tmp_path / "one/last.ckpt"), weights(tmp_path / "two/last.ckpt")
+    a, b = read_weights(tmp_path / "one/last.ckpt"), read_weights(tmp_path / "two/last.ckpt")
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=1e-3)
 
@@ -238,7 +230,7 @@ def test_metrics_agree_with_pycocotools(tmp_path):
 def test_what_is_wrong_is_said_in_one_line(options, code, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save({"weight": torch.ones(3)}, "wrong.pth")
-    words = TINY[2:] if "--task" in options else TINY
+    words = DETECTION[2:] if "--task" in options else DETECTION
     if "--model.model" in options:
         words = [w for w in words if "model_args" not in w and "depths" not in w]
     assert main(["train", *words, *options.split(), "--run.folder", "run"]) == code

@@ -120,7 +120,8 @@ def test_models_without_matrices_are_refused(capsys):
 
 
 def test_variants_in_bfloat16_are_refused_where_it_is_emulated(monkeypatch):
-    from crossformer_vision import UserError, devices
+    from crossformer_vision import UserError
+    from crossformer_vision.training import devices
 
     task = Classification("crossformer_nano", optimizer="nadamuon")
     monkeypatch.setattr(devices, "onednn_has_bfloat16", lambda: True)

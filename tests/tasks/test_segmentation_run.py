@@ -12,23 +12,13 @@ import pytest
 import torch
 from data.test_segmentation import maps
 from PIL import Image
+from small_runs import SEGMENTATION, read_metrics
 
 from crossformer_vision import load_predictor
 from crossformer_vision.cli import main
 from crossformer_vision.tasks.segmentation import class_scores, cross_entropy, dice_loss
 
 CROSSFORMER = str(Path(sys.executable).with_name("crossformer"))
-TINY = """
-  --task segmentation --data.crop_size 48 --data.train_images 16 --data.val_images 5 --data.batch_size 4
-  --data.num_workers 0 --model.width 16 --trainer.max_epochs 2
-  --model.model_args {"depths":[1,1,1,1]} --trainer.accelerator cpu
-  --model.optimizer adamw --trainer.precision 32
-""".split()
-
-
-def rows(folder):
-    with open(folder / "metrics.csv") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("segmenter", ["semantic_fpn", pytest.param("upernet", marks=pytest.mark.slow)])
@@ -39,7 +29,7 @@ def test_a_run_leaves_its_folder(segmenter, tmp_path, capsys):
     maps(root, "validation", images=5)
     options = ["--model.segmenter", segmenter, "--data.root", str(root), "--run.folder", str(folder)]
     options += "--run.ema 0.9 --model.dice 0.5 --model.grad_checkpointing true".split()
-    assert main(["train", *TINY, *options]) == 0
+    assert main(["train", *SEGMENTATION, *options]) == 0
     printed = capsys.readouterr().out
     assert f"training {segmenter} on crossformer_nano" in printed and "mIoU" in printed
     for name in ("curves.png", "predictions.png", "class_iou.png"):
@@ -47,7 +37,7 @@ def test_a_run_leaves_its_folder(segmenter, tmp_path, capsys):
             assert len(picture.convert("L").resize((50, 50)).getcolors()) > 5  # not blank
     results = json.loads((folder / "results.json").read_text())
     assert results["segmenter"] == segmenter and 0 <= results["val_miou"] <= 1
-    assert ("train_auxiliary_loss" in rows(folder)[0]) == (segmenter == "upernet")
+    assert ("train_auxiliary_loss" in read_metrics(folder)[0]) == (segmenter == "upernet")
     with open(folder / "classes.csv") as file:
         table = list(csv.DictReader(file))
     assert [row["class"] for row in table] == ["a", "b", "c"]
@@ -60,13 +50,13 @@ def test_a_run_leaves_its_folder(segmenter, tmp_path, capsys):
     assert f"loss {results['val_loss']:.4f}" not in capsys.readouterr().out
     assert (tmp_path / "tested/predictions.png").exists()
 
-    other = [*TINY, "--model.segmenter", segmenter, "--run.folder", str(tmp_path / "other")]
+    other = [*SEGMENTATION, "--model.segmenter", segmenter, "--run.folder", str(tmp_path / "other")]
     start = ["--model.checkpoint", str(folder / "best.ckpt")]
     assert main(["train", *other, "--trainer.max_epochs", "1", *start]) == 0
-    assert main(["validate", *TINY, "--model.segmenter", segmenter, "--checkpoint", start[1]]) == 1
+    assert main(["validate", *SEGMENTATION, "--model.segmenter", segmenter, "--checkpoint", start[1]]) == 1
     assert "is not of the run's ['a', 'b', 'c']" in capsys.readouterr().err
     if segmenter == "upernet":
-        alone = [*TINY, "--model.segmenter", segmenter, "--data.batch_size", "1"]
+        alone = [*SEGMENTATION, "--model.segmenter", segmenter, "--data.batch_size", "1"]
         assert main(["train", *alone, "--run.folder", str(tmp_path / "alone")]) == 1
         assert "upernet normalises over a batch: take --data.batch_size 2 or more" in capsys.readouterr().err
 
@@ -80,10 +70,10 @@ def test_a_run_of_so_many_steps(tmp_path, capsys, monkeypatch):
         str(tmp_path), "other"
     )
     monkeypatch.chdir(tmp_path)
-    assert main(["train", *TINY, *by_epochs.split()]) == 0  # the epoch's length is known by then
-    assert main(["train", *TINY, *options.split()]) == 0
+    assert main(["train", *SEGMENTATION, *by_epochs.split()]) == 0  # the epoch's length is known by then
+    assert main(["train", *SEGMENTATION, *options.split()]) == 0
     assert "step 6/6" in capsys.readouterr().out
-    first, last = rows(tmp_path)  # four steps an epoch
+    first, last = read_metrics(tmp_path)  # four steps an epoch
     assert [int(row["step"]) for row in (first, last)] == [4, 6]
     assert float(first["lr"]) == pytest.approx(0.01 * (1 - 4 / 6) ** 0.5)
     assert float(last["val_miou"]) > 0 and (tmp_path / "best.ckpt").exists()
@@ -99,7 +89,7 @@ def test_iou_is_that_of_all_pixels(processes, tmp_path):
     options += f" --trainer.strategy {'ddp' if processes > 1 else 'auto'}"
     options += " --trainer.precision 32"  # as the predictor computes
     threads = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([CROSSFORMER, "train", *TINY, *options.split()], check=True, env=threads)
+    subprocess.run([CROSSFORMER, "train", *SEGMENTATION, *options.split()], check=True, env=threads)
     predictor = load_predictor(folder / "best.ckpt")
     truth, found = [], []
     for file in sorted((root / "images/validation").rglob("*.png")):

@@ -17,7 +17,6 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from crossformer_vision.data import digits
 from crossformer_vision.data.augmentation import Steps, composed
 from crossformer_vision.data.images import EXTENSIONS, Names, is_hidden, names_below, upright
 from crossformer_vision.data.loading import (
@@ -28,9 +27,10 @@ from crossformer_vision.data.loading import (
     Source,
     mix_seed,
 )
-from crossformer_vision.data.named_datasets import HuggingFaceImages, TimmImages
-from crossformer_vision.data.shards import ShardImages, shards_of
-from crossformer_vision.data.tar_images import TarImages
+from crossformer_vision.data.readers import digits
+from crossformer_vision.data.readers.named_datasets import HuggingFaceImages, TimmImages
+from crossformer_vision.data.readers.shards import ShardImages, shards_of
+from crossformer_vision.data.readers.tar import TarImages
 from crossformer_vision.errors import NoSuchSplit, UserError, check_choice, check_range, counted
 from crossformer_vision.models import find_model
 

@@ -13,11 +13,11 @@ from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
-from crossformer_vision.data import digits
 from crossformer_vision.data.augmentation import PhotometricDistortion, Steps, composed
-from crossformer_vision.data.coco import CocoImages
 from crossformer_vision.data.loading import ReadImages, ResumableData, SeededLoader
 from crossformer_vision.data.outlines import clip_shape, drawn, outlines_of
+from crossformer_vision.data.readers import digits
+from crossformer_vision.data.readers.coco import CocoImages
 from crossformer_vision.errors import NoSuchSplit, UserError
 
 log = logging.getLogger("crossformer_vision")

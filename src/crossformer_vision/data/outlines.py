@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
-from crossformer_vision.data.coco_masks import decode_mask
+from crossformer_vision.data.readers.coco_masks import decode_mask
 
 
 class Outlines(tv_tensors.KeyPoints):

@@ -16,11 +16,11 @@ from torchvision.datasets import Cityscapes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
-from crossformer_vision.data import digits
 from crossformer_vision.data.augmentation import PhotometricDistortion, Steps, composed
 from crossformer_vision.data.class_lists import IGNORED, UNKNOWN, ClassList, read_classes, value_table
 from crossformer_vision.data.images import EXTENSIONS, files_below, reason, upright
 from crossformer_vision.data.loading import ReadImages, ResumableData, SeededLoader
+from crossformer_vision.data.readers import digits
 from crossformer_vision.errors import NoSuchSplit, UserError
 from crossformer_vision.models import find_model
 

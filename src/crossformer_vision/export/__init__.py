@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from crossformer_vision.errors import UserError, check_output, counted
 from crossformer_vision.export import graphs
 from crossformer_vision.export.int8 import quantize, recorded
-from crossformer_vision.models.detector_parts import paste_masks
-from crossformer_vision.predict import Predictor, load_predictor
-from crossformer_vision.predict.exported import KEY, OnnxNetwork, OpenVinoNetwork
+from crossformer_vision.inference.exported import KEY, OnnxNetwork, OpenVinoNetwork
+from crossformer_vision.inference.predictor import Predictor, load_predictor
+from crossformer_vision.models.dense.openmmlab import paste_masks
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 SIZES = ((64, 64), (97, 130), (225, 300), (64, 259), (231, 200))  # at which a graph is held against eager

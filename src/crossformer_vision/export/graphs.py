@@ -8,20 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from crossformer_vision.checkpoints import load_checkpoint
 from crossformer_vision.errors import UserError
 from crossformer_vision.export.detectors import MaskRCNNGraph, RetinaNetGraph
 from crossformer_vision.models import fixed_size
-from crossformer_vision.models.backbones import (
+from crossformer_vision.models.crossformer import LongShortAttention
+from crossformer_vision.models.dense.backbones import (
     STRIDES,
     DenseModel,
     SimplePyramid,
     create_backbone,
     feature_maps,
 )
-from crossformer_vision.models.crossformer import LongShortAttention
-from crossformer_vision.models.detectors import MaskRCNN, RetinaNet
+from crossformer_vision.models.dense.detectors import MaskRCNN, RetinaNet
 from crossformer_vision.models.grouping import Layout, pad_to_multiple, padded_size
+from crossformer_vision.weights.checkpoints import load_checkpoint
 
 SMALLEST = 32  # height and width that the networks take
 

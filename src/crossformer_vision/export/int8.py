@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from crossformer_vision.errors import UserError
-from crossformer_vision.predict import Predictor
-from crossformer_vision.predict.exported import KEY, OpenVinoNetwork
-from crossformer_vision.predict.files import find_images
+from crossformer_vision.inference.exported import KEY, OpenVinoNetwork
+from crossformer_vision.inference.files import find_images
+from crossformer_vision.inference.predictor import Predictor
 
 IMAGES = 300  # of which ranges are taken
 

@@ -25,14 +25,7 @@ from crossformer_vision.models.crossformer import (
     LongShortAttention,
     Place,
 )
-from crossformer_vision.models.grouping import (
-    Layout,
-    group,
-    kept,
-    padded_size,
-    relative_offsets,
-    ungroup,
-)
+from crossformer_vision.models.grouping import Layout, group, kept, padded_size, relative_offsets, ungroup
 
 # ------------------------------------------------------------------------------------------------------------
 # Positions

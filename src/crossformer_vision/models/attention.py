@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from crossformer_vision.compat import is_batched
-from crossformer_vision.models.grouping import Layout, is_padded, kept, kinds_of_groups, relative_rows
-from crossformer_vision.models.pieces import (
+from crossformer_vision.models.cpu.chunking import (
     in_pieces,
     piece_slices,
     plain_gradients,
     trains_on_cpu,
     transformed,
 )
+from crossformer_vision.models.grouping import Layout, is_padded, kept, kinds_of_groups, relative_rows
 
 # ------------------------------------------------------------------------------------------------------------
 # Biases

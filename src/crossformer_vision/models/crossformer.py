@@ -52,6 +52,8 @@ from crossformer_vision.models.attention import (
     split_heads,
     takes_blocks,
 )
+from crossformer_vision.models.cpu.chunking import gelu_linear, in_pieces
+from crossformer_vision.models.cpu.large_kernels import LargeKernelConv2d
 from crossformer_vision.models.grouping import (
     Layout,
     across_map,
@@ -67,8 +69,6 @@ from crossformer_vision.models.grouping import (
     shorter,
     ungroup,
 )
-from crossformer_vision.models.large_kernels import LargeKernelConv2d
-from crossformer_vision.models.pieces import gelu_linear, in_pieces
 from crossformer_vision.models.timm_interface import StagedClassifier, check_size
 
 __all__ = ["CrossFormer"]

@@ -54,7 +54,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None 
 
 # Lists the published files; `published` knows where each one is.
 PUBLISHED_PAGE = "https://github.com/cheerss/CrossFormer"
-BUNDLED = Path(__file__).parents[1] / "weights"  # those that come with the library
+BUNDLED = Path(__file__).parents[1] / "weights" / "bundled"  # those that come with the library
 
 
 def model_cfg(**kwargs: Any) -> dict[str, Any]:
@@ -98,8 +98,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-# Networks know no files: `crossformer_vision.published` sets this to what reads a file, or if none is given
-# the published one of a model.
+# Set by `crossformer_vision.weights.published`: reads a checkpoint file, or the published file of a model.
 read_weights: Callable[[str, str | None], dict[str, Tensor]] | None = None
 
 

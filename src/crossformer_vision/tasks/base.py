@@ -15,16 +15,16 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
-from crossformer_vision.checkpoints import LoadReport
 from crossformer_vision.compat import is_muon_matrix
 from crossformer_vision.data.loading import generators, mix_seed, restore_generators, seed_all
-from crossformer_vision.devices import computes_fast
 from crossformer_vision.errors import UserError, check_choice, check_names, check_range, counted
 from crossformer_vision.models import find_model
-from crossformer_vision.models.backbones import DenseModel
 from crossformer_vision.models.crossformer import LongShortAttention
-from crossformer_vision.published import at_hand
+from crossformer_vision.models.dense.backbones import DenseModel
 from crossformer_vision.tasks.muon import BatchedMuon
+from crossformer_vision.training.devices import computes_fast
+from crossformer_vision.weights.checkpoints import LoadReport
+from crossformer_vision.weights.published import at_hand
 
 
 def starts_from_published(model: str, pretrained: bool | None, checkpoint: str | None) -> bool:

@@ -12,11 +12,11 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from crossformer_vision import visualize
-from crossformer_vision.checkpoints import load_checkpoint
 from crossformer_vision.errors import UserError, check_range
 from crossformer_vision.models import drop_path, find_model, fixed_size
+from crossformer_vision.plotting import visualize
 from crossformer_vision.tasks.base import Task, describe_initial_weights, starts_from_published
+from crossformer_vision.weights.checkpoints import load_checkpoint
 
 SHOWN = 24  # validation images in the picture of predictions
 

@@ -10,7 +10,7 @@ from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crossformer_vision.models.detector_parts import paste_binary_masks
+from crossformer_vision.models.dense.openmmlab import paste_binary_masks
 
 # Name -> IoU (None for the mean of 0.5 to 0.95), index of COCO's range of areas: all, small, medium, large.
 PRECISIONS = {

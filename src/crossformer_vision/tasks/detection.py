@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from crossformer_vision import visualize
-from crossformer_vision.checkpoints import load_checkpoint
 from crossformer_vision.data.detection import Batch
+from crossformer_vision.files import write_csv
 from crossformer_vision.models import drop_path
-from crossformer_vision.models.detector_parts import mask_crops, paste_binary_masks
-from crossformer_vision.models.detectors import MaskRCNN, create_detector
+from crossformer_vision.models.dense.detectors import MaskRCNN, create_detector
+from crossformer_vision.models.dense.openmmlab import mask_crops, paste_binary_masks
+from crossformer_vision.plotting import visualize
 from crossformer_vision.tasks.base import Task, describe_initial_weights, starts_from_published
 from crossformer_vision.tasks.coco_metrics import CocoMetrics
-from crossformer_vision.tasks.run.files import write_csv
+from crossformer_vision.weights.checkpoints import load_checkpoint
 
 SHOWN = 8  # validation images in the picture of predictions
 PICTURE = 1280  # largest side of such an image, in pixels

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from crossformer_vision import visualize
-from crossformer_vision.checkpoints import load_checkpoint
 from crossformer_vision.data.segmentation import IGNORED
 from crossformer_vision.errors import UserError
+from crossformer_vision.files import write_csv
 from crossformer_vision.models import drop_path, find_model
-from crossformer_vision.models.segmenters import (
+from crossformer_vision.models.dense.segmenters import (
     UPerNet,
     class_map,
     create_segmenter,
@@ -24,8 +23,9 @@ from crossformer_vision.models.segmenters import (
     logs_of,
     segment,
 )
+from crossformer_vision.plotting import visualize
 from crossformer_vision.tasks.base import Task, describe_initial_weights, starts_from_published
-from crossformer_vision.tasks.run.files import write_csv
+from crossformer_vision.weights.checkpoints import load_checkpoint
 
 SHOWN = 6  # validation images in the picture of predictions
 LEAST_LOG = math.log(1e-8)  # of a probability

@@ -1,0 +1,1 @@
+"""Prediction: predictors, results, tiling, video and output files."""

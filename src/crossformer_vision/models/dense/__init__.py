@@ -1,0 +1,1 @@
+"""Detectors and segmenters on feature pyramids from any timm model."""

@@ -1,0 +1,1 @@
+"""Curves, overlays, confusion matrices and fonts."""

@@ -1,0 +1,1 @@
+"""Tools that analyze models and runs."""

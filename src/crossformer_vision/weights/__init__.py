@@ -1,0 +1,1 @@
+"""Weights on disk: safe reading, loading into networks, published files and their download."""

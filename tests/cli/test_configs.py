@@ -1,0 +1,68 @@
+"""Every recipe says what it is, parses, and names a model that can be built as it says."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+
+from crossformer_vision.cli import main
+from crossformer_vision.models.variants import FOURTEENS, published_groups
+from crossformer_vision.tools.compare import read_grid
+from crossformer_vision.tools.info import PUBLISHED
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+GRIDS = [name for name in FILES if name.startswith(("ablations/", "rivals/"))]
+RECIPES = [name for name in FILES if name not in GRIDS]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(name, classifier_configs, capsys):
+    text = (CONFIGS / name).read_text()
+    head = [line for line in text.splitlines() if line.startswith("#")]
+    for word in ("What", "Expect", "Cost", "Command"):
+        assert any(line.startswith(f"# {word}: ") for line in head), word
+    assert name in " ".join(head) or name == "quickstart/classification.yaml"
+    assert main(["train", "--config", name, "--print_config"]) == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    for section, values in yaml.safe_load(text).items():  # all that it says is understood as it says it
+        if isinstance(values, dict):
+            assert {k: resolved[section][k] for k in values} == values
+    model = resolved["model"]["model"]
+    assert timm.is_model(model)
+    head = resolved["model"].get("detector") or resolved["model"].get("segmenter")
+    if model in classifier_configs and head:  # its groups are those that `info` counts and `download` names
+        groups = FOURTEENS if name.endswith("_3x.yaml") else published_groups(model, head)
+        if name.startswith("default/"):
+            return
+        assert {
+            k: tuple(v) if k != "lda_span" else v for k, v in resolved["model"]["model_args"].items()
+        } == groups
+        assert resolved["model"]["decay_on"] == ("all_but_norms" if head == "upernet" else "all")
+    if model in classifier_configs and not name.startswith("default/"):
+        assert resolved["model"]["drop_path_rate"] == classifier_configs[model]["drop_path_rate"]
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_grid(name, capsys):
+    """Each row is understood, and its model can be built."""
+    head = [line for line in (CONFIGS / name).read_text().splitlines() if line.startswith("#")]
+    assert any(name in line and line.startswith("# Command: ") for line in head)
+    grid = read_grid(name)
+    for row in grid.rows.values():
+        assert main(["train", *grid.arguments(row, 0), "--print_config"]) == 0
+        model = yaml.safe_load(capsys.readouterr().out)["model"]
+        with torch.device("meta"):
+            timm.create_model(model["model"], **(model["model_args"] or {}))
+
+
+def test_every_published_model_has_a_recipe():
+    for model, head in PUBLISHED:
+        folder = "detection" if head in ("retinanet", "mask_rcnn") else "segmentation"
+        assert (f"{folder}/{head}_{model}.yaml" if head else f"classification/{model}.yaml") in RECIPES
+
+
+def test_every_published_variant_has_a_recipe(classifier_configs):
+    assert {f"classification/{name}.yaml" for name in classifier_configs} <= set(RECIPES)

@@ -1,0 +1,293 @@
+"""Several processes and machines, schedulers, full disks: one answer, one line, and the way on."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_runs import CLASSIFICATION, SEGMENTATION
+
+from crossformer_vision.cli import main
+
+CROSSFORMER = [sys.executable, "-m", "crossformer_vision"]
+CALM = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_JOB_NAME": "train",
+    "SLURM_NTASKS": "1",
+    "SLURM_NTASKS_PER_NODE": "1",
+    "SLURM_NNODES": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_NODELIST": "127.0.0.1",
+    "SLURM_STEP_NODELIST": "127.0.0.1",
+}
+TWO = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+
+
+def run(*args, cwd, **env):
+    """The command in a process of its own -> (exit code, what it said)."""
+    done = subprocess.run(
+        [*CROSSFORMER, *map(str, args)],
+        cwd=cwd,
+        env={**os.environ, **CALM, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def started(command, cwd, **env):
+    """A process that runs beside the test; what it says is kept."""
+    env = {**os.environ, **CALM, **env}
+    return subprocess.Popen(
+        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def torchrun(node, port, cwd, *args, restarts=0):
+    """A node of two, of one process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    command += ["--max-restarts", str(restarts), "-m", "crossformer_vision", "train", *CLASSIFICATION]
+    command += ["--trainer.accelerator", "cpu", "--trainer.num_nodes", "2", "--trainer.devices", "1", *args]
+    return started(command, cwd)
+
+
+def two_machines(tmp_path, *args):
+    """Nodes in folders of their own -> (folders, exit codes, what they said)."""
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    port = free_port()
+    nodes = [torchrun(n, port, folders[n], "--trainer.max_epochs", "1", *args) for n in (0, 1)]
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    return folders, [node.returncode for node in nodes], said
+
+
+@pytest.mark.slow
+def test_two_machines_that_share_no_folder(tmp_path):
+    """The first one's best weights reach the other."""
+    folders, codes, said = two_machines(tmp_path, "--run.folder", "run")
+    assert codes == [0, 0], said
+    results = json.loads((folders[0] / "run/results.json").read_text())
+    assert results["processes"] == results["nodes"] == 2 and results["global_batch"] == 2 * 16
+    assert not (folders[1] / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_machines_go_on_in_a_shared_folder_alone(tmp_path):
+    """The second would need what only the first has, and both are told before they train."""
+    folders, codes, said = two_machines(tmp_path, "--run.folder", "run")
+    assert codes == [0, 0], said
+    (folders[0] / "run/results.json").unlink()  # as if it had been stopped
+    _, codes, said = two_machines(tmp_path, "--run.folder", "run", "--resume", "auto")
+    assert 0 not in codes and any("not every machine sees what it holds" in text for text in said), said
+
+
+@pytest.mark.slow
+def test_fewer_validation_images_than_processes(tmp_path):
+    code, said = run(
+        "train",
+        *CLASSIFICATION,
+        *TWO,
+        "--data.val_images",
+        1,
+        "--trainer.max_epochs",
+        1,
+        "--run.folder",
+        "run",
+        cwd=tmp_path,
+    )
+    assert code == 0, said
+    assert json.loads((tmp_path / "run/results.json").read_text())["val_accuracy"] in (0.0, 1.0)
+
+
+@pytest.mark.slow
+def test_upernet_without_its_auxiliary_loss(tmp_path, capsys):
+    upernet = [*SEGMENTATION, "--model.segmenter", "upernet", "--trainer.max_epochs", "1"]
+    without = ["--model.auxiliary_weight", "0", "--run.folder", "two"]
+    code, said = run("train", *upernet, *TWO, *without, cwd=tmp_path)
+    assert code == 0, said
+    code, said = run("train", *upernet, *TWO, "--data.batch_size", 1, cwd=tmp_path)
+    assert code != 0 and "upernet normalises over a batch: take --data.batch_size 2 or more" in said
+
+
+def test_strategies_that_lose_what_they_trained_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *CLASSIFICATION, "--trainer.strategy", "ddp_spawn", "--trainer.devices", "2"]) == 1
+    assert "take ddp, which starts processes of its own" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_slurm_job_that_is_put_back_into_the_queue(tmp_path):
+    """SLURM's warning saves and asks for a requeue; the same command then goes on, with no word of a folder."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/asked\n')
+    (tools / "scontrol").chmod(0o755)
+    env = {**SLURM, "PATH": f"{tools}:{os.environ['PATH']}"}
+    args = [
+        "train",
+        *CLASSIFICATION,
+        "--data.train_images",
+        "800",
+        "--trainer.max_epochs",
+        "1",
+        "--run.save_every",
+        "2",
+    ]
+    job = started([*CROSSFORMER, *args], tmp_path, **env)
+    folder = tmp_path / "runs/classification-crossformer_nano"
+    while not (folder / "last.ckpt").exists() and job.poll() is None:
+        time.sleep(0.02)
+    job.send_signal(signal.SIGUSR1)
+    said, _ = job.communicate(timeout=120)
+    assert job.returncode == 128 + signal.SIGUSR1 and "SLURM has it in its queue again" in said, said
+    assert (tmp_path / "asked").read_text() == "requeue 4711\n" and not list(tmp_path.glob("hpc_ckpt*"))
+    (tmp_path / "runs/classification-crossformer_nano-2").mkdir()  # another job's
+    code, said = run(*args, cwd=tmp_path, **env, SLURM_RESTART_COUNT="1")
+    assert code == 0 and "goes on after step" in said, said
+    assert (folder / "results.json").exists() and len(list(tmp_path.glob("runs/*/results.json"))) == 1
+
+
+@pytest.mark.slow
+def test_validation_in_slurm_is_of_the_weights_it_names(tmp_path, monkeypatch, capsys):
+    """Not of a checkpoint that a job before has left in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    one = ["train", *CLASSIFICATION, "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
+    for seed in ("0", "5"):
+        assert main([*one, "--seed_everything", seed, "--run.folder", seed]) == 0
+    shutil.move("5/last.ckpt", "hpc_ckpt_1.ckpt")
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    capsys.readouterr()
+    assert main(["validate", "0"]) == 0
+    loss = json.loads(Path("0/results.json").read_text())["val_loss"]
+    assert f"val_loss {loss:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "number, more",
+    [
+        (signal.SIGTERM, []),
+        pytest.param(signal.SIGINT, [], marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, TWO, marks=pytest.mark.slow),
+        pytest.param(
+            signal.SIGTERM, [*TWO, "--trainer.accumulate_grad_batches", "2"], marks=pytest.mark.slow
+        ),
+    ],
+    ids=["SIGTERM", "Ctrl-C", "SIGTERM to two processes", "SIGTERM to two that accumulate"],
+)
+def test_a_signal_to_all_processes_of_a_job(number, more, tmp_path):
+    """As a terminal and a scheduler send it: to the loaders' workers, too."""
+    command = [
+        *CROSSFORMER,
+        "train",
+        *CLASSIFICATION,
+        *more,
+        "--data.train_images",
+        "3200",
+        "--run.folder",
+        "run",
+    ]
+    job = subprocess.Popen(
+        [*command, "--run.save_every", "1"],
+        cwd=tmp_path,
+        env={**os.environ, **CALM},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    while not (tmp_path / "run/last.ckpt").exists() and job.poll() is None:
+        time.sleep(0.02)
+    os.killpg(job.pid, number)
+    said, _ = job.communicate(timeout=120)
+    assert job.returncode == 128 + number, said
+    assert "go on with" in said and "--resume run" in said and "error" not in said, said
+    assert not (tmp_path / "run/results.json").exists()
+
+
+def test_resume_auto(tmp_path, monkeypatch, capsys):
+    """Starts, goes on with the same configuration, is done when it is done, refuses another."""
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "train",
+        *CLASSIFICATION,
+        "--trainer.max_epochs",
+        "2",
+        "--resume",
+        "auto",
+        "--run.save_every",
+        "1",
+    ]
+    job = subprocess.Popen([*CROSSFORMER, *command], env={**os.environ, **CALM}, stdout=subprocess.DEVNULL)
+    folder = Path("runs/classification-crossformer_nano")
+    while not (folder / "last.ckpt").exists() and job.poll() is None:
+        time.sleep(0.02)
+    job.kill()
+    job.wait()
+    assert not (folder / "results.json").exists()
+    assert main(command) == 0
+    assert "goes on after step" in capsys.readouterr().out and (folder / "results.json").exists()
+    assert main(command) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert main([*command, "--model.lr", "0.5"]) == 1
+    said = capsys.readouterr().err
+    assert "holds a run of another configuration: model.lr is" in said and "0.5 here" in said
+    assert [p.name for p in Path("runs").iterdir()] == ["classification-crossformer_nano"]
+
+
+@pytest.mark.slow
+def test_a_command_that_torchrun_starts_again_goes_on(tmp_path):
+    """A process that dies is started anew by `--max-restarts`; the run ends as if it had not."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", "-m", "crossformer_vision", "train", *CLASSIFICATION, *TWO]
+    command += ["--trainer.max_epochs", "1", "--run.save_every", "2", "--data.train_images", "1600"]
+    job = started(command, tmp_path)
+    folder = tmp_path / "runs/classification-crossformer_nano"
+    while not (folder / "last.ckpt").exists() and job.poll() is None:
+        time.sleep(0.02)
+    children = subprocess.run(
+        ["pgrep", "-P", str(job.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    said, _ = job.communicate(timeout=300)
+    assert job.returncode == 0 and "goes on after step" in said, said
+    assert len(list(tmp_path.glob("runs/*"))) == 1 and (folder / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_a_small_file_that_cannot_be_written(tmp_path):
+    """A disk that is full when a run goes on: the file is named, and is as it was."""
+    code, said = run(
+        "train", *CLASSIFICATION, "--trainer.max_epochs", "1", "--run.folder", "run", cwd=tmp_path
+    )
+    assert code == 0, said
+    before = (tmp_path / "run/config.yaml").read_bytes()
+    limited = (
+        f"ulimit -f 1; exec {sys.executable} -m crossformer_vision train --resume run --trainer.max_epochs 2"
+    )
+    done = subprocess.run(
+        ["bash", "-c", limited], cwd=tmp_path, env={**os.environ, **CALM}, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "run/config.yaml: cannot be written (File too large); what was there is untouched" in done.stderr
+    assert (tmp_path / "run/config.yaml").read_bytes() == before
+    assert main(["train", "--resume", str(tmp_path / "run"), "--trainer.max_epochs", "2"]) == 0
