@@ -1,17 +1,17 @@
-"""Shared by all tests: one thread in each of two test processes and in those that they start, the oracle's records."""
+"""Shared test configuration: single-threaded test processes and the reference outputs for parity tests."""
 
 import json
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch is imported
 
 import pytest
 
 import crossformer_vision  # noqa: F401  (registers the models)
 
 PARITY = Path(__file__).parent / "parity"
-LARGE_MODELS = (  # slow tests only: they share the code of the smaller models
+LARGE_MODELS = (  # tested only in slow tests because the smaller models share their code
     "crossformer_base",
     "crossformer_large",
     "crossformer_pp_base",
@@ -21,7 +21,7 @@ LARGE_MODELS = (  # slow tests only: they share the code of the smaller models
 
 
 def mark_large_models(names: list[str]) -> list:
-    """Test parameters for models by name. Large models are marked as slow."""
+    """Build test parameters from model names. Large models are marked as slow."""
     return [pytest.param(name, marks=pytest.mark.slow if name in LARGE_MODELS else ()) for name in names]
 
 

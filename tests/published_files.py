@@ -1,4 +1,4 @@
-"""Published classifier files of 2021, written as the authors' code wrote them."""
+"""Write classifier files in the published 2021 format of the authors' code."""
 
 import json
 import sys
@@ -14,14 +14,14 @@ FILE_2021 = json.loads((PARITY / "classifier_file_2021.json").read_text())
 
 
 class CfgNode(dict):
-    """Pickled under the name of the class in yacs."""
+    """Stand-in that is pickled under the name of the yacs class."""
 
 
 CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
 
 
 def state_dict_of_2021(name: str) -> dict[str, torch.Tensor]:
-    """All entries of the published file: weights by formula, and index buffers."""
+    """Return all entries of the published file: formula-based weights and index buffers."""
     state = {}
     for key, (shape, dtype) in FILE_2021[name].items():
         if key.endswith(("attn.biases", "attn.relative_position_index")):

@@ -1,4 +1,4 @@
-"""Small models with random weights, as checkpoints of a run, and an image."""
+"""Checkpoints of small models with random weights, and a test image."""
 
 import numpy as np
 import timm
@@ -12,12 +12,12 @@ CLASSES = ["cat", "dog", "猫"]
 
 
 def classifier_checkpoint(model: str, **keywords) -> dict:
-    """What a run's checkpoint holds of a classifier."""
+    """Return the checkpoint content of a small classifier."""
     torch.manual_seed(0)
     net = timm.create_model(model, num_classes=3, **keywords)
-    hyper = {"model": model, "num_classes": 3, "model_args": keywords}
+    hyper = {"backbone": model, "num_classes": 3, "model_args": keywords}
     content = {"task": "classification", "classes": CLASSES, "image": resolve_model_data_config(net)}
-    return {**content, "hyper_parameters": hyper, "lda_span": None, "state_dict": net.state_dict()}
+    return {**content, "hyper_parameters": hyper, "state_dict": net.state_dict()}
 
 
 def segmenter_checkpoint(model: str, kind: str = "semantic_fpn", **keywords) -> dict:
@@ -25,18 +25,18 @@ def segmenter_checkpoint(model: str, kind: str = "semantic_fpn", **keywords) -> 
     net = create_segmenter(kind, model, 3, width=16, backbone_args=keywords)
     hyper = {
         "segmenter": kind,
-        "model": model,
+        "backbone": model,
         "num_classes": 3,
         "width": 16,
         "model_args": keywords,
     }
     image = {"short_side": 64, "long_side": None, "size_divisor": 1, "mean": (0.5,) * 3, "std": (0.2,) * 3}
     content = {"task": "segmentation", "classes": CLASSES, "image": image, "hyper_parameters": hyper}
-    return {**content, "lda_span": None, "state_dict": net.state_dict()}
+    return {**content, "state_dict": net.state_dict()}
 
 
 def detector_checkpoint(kind: str, model: str, **keywords) -> dict:
-    """A detector whose objects have scores far enough apart that rounding does not reorder them."""
+    """Return a detector checkpoint whose scores differ enough that rounding does not reorder detections."""
     torch.manual_seed(0)
     options = {"num_classes": 3, "width": 16, "min_size": 96, "max_size": 160}
     net = create_detector(kind, model, backbone_args=keywords, **options)
@@ -48,16 +48,16 @@ def detector_checkpoint(kind: str, model: str, **keywords) -> dict:
         torch.nn.init.constant_(net.head.classification_head.cls_logits.bias, -1.0)
     else:
         torch.nn.init.normal_(net.roi_heads.box_predictor.bbox_pred.weight, std=0.05)
-    hyper = {"detector": kind, "model": model, "model_args": keywords, **options}
+    hyper = {"detector": kind, "backbone": model, "model_args": keywords, **options}
     content = {"task": "detection", "classes": CLASSES, "category_ids": [3, 5, 8], "hyper_parameters": hyper}
-    return {**content, "lda_span": None, "state_dict": net.state_dict()}
+    return {**content, "state_dict": net.state_dict()}
 
 
 def retinanet_checkpoint():
     net = create_detector("retinanet", "crossformer_nano", 3, width=32, min_size=64, max_size=96)
-    options = {"detector": "retinanet", "model": "crossformer_nano", "num_classes": 3, "width": 32}
+    options = {"detector": "retinanet", "backbone": "crossformer_nano", "num_classes": 3, "width": 32}
     options |= {"min_size": 64, "max_size": 96, "model_args": None}
-    said = {"task": "detection", "classes": ["a", "b", "c"], "lda_span": "region"}
+    said = {"task": "detection", "classes": ["a", "b", "c"]}
     return {**said, "hyper_parameters": options, "state_dict": net.state_dict()}
 
 

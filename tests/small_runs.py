@@ -1,8 +1,8 @@
-"""Options of miniature training runs, and readers of what they write."""
+"""Options for small training runs, and readers for their outputs."""
 
 import csv
 
-from crossformer_vision.weights.checkpoints import read_checkpoint
+from crossformer_vision.weights.reading import read_checkpoint
 
 CLASSIFICATION = """
   --data.train_images 64 --data.val_images 20 --data.image_size 32 --data.batch_size 16 --data.num_workers 0
@@ -24,11 +24,11 @@ SEGMENTATION = """
 
 
 def read_metrics(run_dir):
-    """Rows of ``metrics.csv``."""
+    """Return the rows of ``metrics.csv``."""
     with open(run_dir / "metrics.csv") as file:
         return list(csv.DictReader(file))
 
 
 def read_weights(path):
-    """State dict of a checkpoint."""
+    """Return the state dict of a checkpoint."""
     return read_checkpoint(path)["state_dict"]

@@ -1,4 +1,4 @@
-"""The docs: each Python snippet runs as pasted, page by page; each command line is understood, by zsh too."""
+"""Tests for the docs: Python snippets run unmodified and command lines parse, also in zsh."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ from PIL import Image
 from published_files import state_dict_of_2021
 
 from crossformer_vision.cli import main
-from crossformer_vision.tools.benchmark import parsed
+from crossformer_vision.tools.benchmark import parse_spec
 from crossformer_vision.tools.compare import read_grid
 from crossformer_vision.weights import published
 
@@ -38,7 +38,7 @@ def commands(page):
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """What a reader has at hand: photos, a run of each task, a published file."""
+    """Directory with the files used in the docs: photos, a run of each task and a published checkpoint."""
     folder = tmp_path_factory.mktemp("docs")
     tasks = {
         "classification": [],
@@ -48,7 +48,7 @@ def desk(tmp_path_factory):
     small = "--trainer.max_epochs 1 --data.train_images 8 --data.val_images 2 --data.batch_size 4 --data.num_workers 0"
     for task, options in tasks.items():
         run = folder / f"runs/{task}-crossformer_nano"
-        assert main(["train", *options, *small.split(), "--run.folder", str(run)]) == 0
+        assert main(["train", *options, *small.split(), "--run.dir", str(run)]) == 0
     shutil.copytree(folder / "runs/classification-crossformer_nano", folder / "runs/x")
     noise = np.random.default_rng(0).integers(0, 255, (120, 160, 3), dtype=np.uint8)
     (folder / "folder").mkdir()
@@ -63,16 +63,16 @@ def desk(tmp_path_factory):
     return folder
 
 
-# The Chinese pages have the same code, see below.
+# The Chinese pages have the same code, as tested below.
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(p, marks=pytest.mark.slow) if p == "docs/export.md" else p  # two minutes
+        pytest.param(p, marks=pytest.mark.slow) if p == "docs/export.md" else p  # takes two minutes
         for p in PAGES
         if blocks(p, "python") and ".zh" not in p
     ],
 )
-def test_snippets_run_as_pasted(page, desk, monkeypatch):
+def test_snippets_run_unmodified(page, desk, monkeypatch):
     monkeypatch.chdir(desk)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(desk / "hub"))
     task = {"docs/detection.md": "detection", "docs/segmentation.md": "segmentation"}.get(
@@ -81,7 +81,7 @@ def test_snippets_run_as_pasted(page, desk, monkeypatch):
     for earlier in ("runs/x", "my_classifier"):
         shutil.rmtree(desk / earlier, ignore_errors=True)
     shutil.copytree(desk / f"runs/{task}-crossformer_nano", desk / "runs/x")
-    for line in commands(page):  # the page's Python opens the folder that its command writes
+    for line in commands(page):  # the Python snippets read the output of this command
         args = shlex.split(line, comments=True)[1:]
         if args[0] == "share" and not args[-1].startswith("hf:"):
             assert main(args) == 0
@@ -89,13 +89,13 @@ def test_snippets_run_as_pasted(page, desk, monkeypatch):
     levels = [logger.level for logger in loggers]
     names: dict = {}
     for block in blocks(page, "python"):
-        if "torch.export" not in block:  # minutes; test_timm.py exports with dynamic sizes
+        if "torch.export" not in block:  # takes minutes; test_timm.py covers dynamic sizes
             exec(compile(block, page, "exec"), names)
-    for logger, level in zip(loggers, levels, strict=True):  # one page tells how to silence them
+    for logger, level in zip(loggers, levels, strict=True):  # one page changes the log levels
         logger.setLevel(level)
 
 
-def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+def test_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for cell in json.loads((ROOT / "docs/start.ipynb").read_text(encoding="utf-8"))["cells"]:
@@ -104,21 +104,21 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page) and ".zh" not in page])
-def test_commands_are_understood(page, desk, monkeypatch, capsys):
+def test_commands_are_valid(page, desk, monkeypatch, capsys):
     monkeypatch.chdir(desk)
     for line in commands(page):
         assert not re.search(r"(?<!['\"\w])\[", line.split(" #")[0]), (
             f"zsh takes a bracket for a pattern: {line}"
         )
         args = shlex.split(line, comments=True)[1:]
-        if args[0] == "compare":  # it would take long
+        if args[0] == "compare":  # too slow to run
             read_grid(args[1])
             continue
-        if args[0] == "benchmark":  # likewise; the names are understood
+        if args[0] == "benchmark":  # too slow to run; only the names are parsed
             for what in itertools.takewhile(lambda arg: not arg.startswith("-"), args[1:]):
-                parsed(what)
+                parse_spec(what)
             continue
-        if args[0] == "demo":  # it would serve: test_demo.py
+        if args[0] == "demo":  # starts a server; covered by test_demo.py
             continue
         if args[0] == "share":
             if args[-1].startswith("hf:"):
@@ -126,13 +126,13 @@ def test_commands_are_understood(page, desk, monkeypatch, capsys):
             shutil.rmtree(args[-1], ignore_errors=True)
         if args[0] == "export" or any(
             arg.endswith((".onnx", ".xml")) for arg in args
-        ):  # minutes: test_export.py
+        ):  # takes minutes; covered by test_export.py
             continue
         if args[0] == "train" and "--resume" not in args and "--help" not in args:
             args.append("--print_config")
         elif args[0] == "train" and "--resume" in args:
-            args += ["--trainer.max_epochs", "1"]  # it is finished
-        if args[0] != "download":  # test_checkpoints.py downloads, from a local server
+            args += ["--trainer.max_epochs", "1"]  # the run is already finished
+        if args[0] != "download":  # test_checkpoints.py covers downloads with a local server
             assert main(args) == 0, line
     capsys.readouterr()
 
@@ -146,7 +146,7 @@ def test_commands_are_understood(page, desk, monkeypatch, capsys):
         if p.startswith("docs") and ".zh" not in p and p != "docs/development.md"
     ],
 )
-def test_both_languages_give_the_same_code(english, chinese):
+def test_english_and_chinese_pages_have_the_same_code(english, chinese):
     def code(page):
         lines = [
             line for kind in ("bash", "python") for block in blocks(page, kind) for line in block.splitlines()
@@ -156,7 +156,7 @@ def test_both_languages_give_the_same_code(english, chinese):
     assert code(english) == code(chinese)
 
 
-def test_nano_has_the_parameters_that_the_table_says():
+def test_parameter_counts_match_readme_table():
     for page in ("README.md", "README.zh-CN.md"):
         rows = re.findall(
             r"\| `(crossformer_\w+)` \| ([\d.]+) M \|", (ROOT / page).read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 import crossformer_vision  # noqa: F401  # registers the models
-from crossformer_vision.models.grouping import across_map, across_regions, neighbours
+from crossformer_vision.models.grouping import lda_map_layout, lda_region_layout, sda_layout
 from crossformer_vision.plotting import visualize
 from crossformer_vision.tools.inspection import group_of, patches
 
@@ -79,7 +79,7 @@ def beside_swin() -> None:
     """Two blocks of CrossFormer and two of Swin: a point's groups, and what has reached it after both."""
     side, at = 28, (13, 12)  # stage 2 of crossformer_small at 224: G = 7, I = 4
     pixels = photo(448, 448)
-    near, far = neighbours(side, side, 7), across_map(side, side, 4)
+    near, far = sda_layout(side, side, 7), lda_map_layout(side, side, 4)
     long = group_of(side, side, far, *at)
     shifted = window(side, at, 3)
 
@@ -108,9 +108,9 @@ def three_readings() -> None:
     for axis, (title, layout) in zip(
         axes[0],
         (
-            ("SDA, G = 7", neighbours(H, W, 7)),
-            ('lda_span="map", I = 4: 7 x 10 members', across_map(H, W, 4)),
-            ('lda_span="region", G = 7, I = 4: 7 x 7', across_regions(H, W, 7, 4)),
+            ("SDA, G = 7", sda_layout(H, W, 7)),
+            ('lda_span="map", I = 4: 7 x 10 members', lda_map_layout(H, W, 4)),
+            ('lda_span="region", G = 7, I = 4: 7 x 7', lda_region_layout(H, W, 7, 4)),
         ),
         strict=True,
     ):

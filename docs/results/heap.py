@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from crossformer_vision.cli import keep_freed_memory
-from crossformer_vision.tools.benchmark import DTYPES, ENGINES, Row, Step, image_size
+from crossformer_vision.tools.benchmark import DTYPES, ENGINES, Row, Step, parse_size
 
 
 def serve(row: Row, keep: bool, pipe: Connection) -> None:
@@ -37,7 +37,7 @@ def serve(row: Row, keep: bool, pipe: Connection) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", nargs="+")
-    parser.add_argument("--size", type=image_size, default=(224, 224))
+    parser.add_argument("--size", type=parse_size, default=(224, 224))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--step", choices=("inference", "training"), default="inference")
     parser.add_argument("--engine", choices=ENGINES, default="eager")

@@ -32,7 +32,7 @@ def started(folder: Path) -> subprocess.Popen:
     for word in words:  # a value in braces is one
         inside = given and given[-1].count("{") > given[-1].count("}")
         given = [*given[:-1], f"{given[-1]} {word}"] if inside else [*given, word]
-    command = [sys.executable, "-m", "crossformer_vision", "train", *given, "--run.folder", str(folder)]
+    command = [sys.executable, "-m", "crossformer_vision", "train", *given, "--run.dir", str(folder)]
     calm = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     with open(f"{folder}.log", "a", encoding="utf-8") as log:
         return subprocess.Popen(command, env=calm, stdout=log, stderr=log, start_new_session=True)

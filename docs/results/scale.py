@@ -36,7 +36,7 @@ def interleaved(rows, rounds=5):
 def folder(at):
     from torchvision.datasets import ImageFolder
 
-    from crossformer_vision.data.classification import FolderImages
+    from crossformer_vision.data.readers.folders import FolderImages
 
     for c in range(200):
         (at / f"n{c:08d}").mkdir()
@@ -78,7 +78,7 @@ def ap(at):
     """5,000 images with 100 boxes."""
     from faster_coco_eval import COCO, COCOeval_faster
 
-    from crossformer_vision.tasks.coco_metrics import CocoMetrics, _annotations, _silent
+    from crossformer_vision.tasks.coco_metrics import CocoMetrics, _ignore, _to_annotations
 
     rng = np.random.default_rng(0)
 
@@ -98,8 +98,8 @@ def ap(at):
     ready = CocoMetrics(["box"])
     ready.update(found, true)
     keys = ("image_id", "category_id", "bbox", "score")
-    results = [{k: a[k] for k in keys} for a in _annotations(ready.found, "box")]
-    truth = _annotations(ready.true, "box")
+    results = [{k: a[k] for k in keys} for a in _to_annotations(ready.detections, "box")]
+    truth = _to_annotations(ready.ground_truth, "box")
 
     def alone():
         reference = COCO()
@@ -110,7 +110,7 @@ def ap(at):
         }
         reference.createIndex()
         found = reference.loadRes([dict(a) for a in results])
-        evaluation = COCOeval_faster(reference, found, "bbox", print_function=_silent)
+        evaluation = COCOeval_faster(reference, found, "bbox", print_function=_ignore)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -126,7 +126,7 @@ def validation(at):
     logits, labels = torch.randn(1, 150, 512, 512), torch.randint(0, 150, (1, 512, 512))
     task.net = torch.nn.Identity()
     task.net.forward = lambda images: logits.clone()
-    task.shown, type(task).batches_evaluated = [None] * 9, 1
+    task.shown, type(task).evaluation_batches = [None] * 9, 1
     views = [torch.zeros(1, 3, 512, 512)]
     with torch.no_grad():
         interleaved(
@@ -139,14 +139,14 @@ def validation(at):
 
 def windows(at):
     """Memory of a class map of 2000x3000, 150 classes, over that of one map of all classes, in floats."""
-    from crossformer_vision.models.dense import segmenters
+    from crossformer_vision.models.dense import windows
 
     before = peak()
     with torch.inference_mode():
         net = lambda images: images.new_zeros(1, 150, *images.shape[2:])  # noqa: E731
-        segmenters.WHOLE = 1 << 40
+        windows.MAX_WHOLE_PIXELS = 1 << 40
         window = None if sys.argv[2:] == ["whole"] else 512
-        segmenters.class_map(segmenters.segment(net, [torch.zeros(1, 3, 2000, 3000)], window=window))
+        windows.class_map(windows.segment(net, [torch.zeros(1, 3, 2000, 3000)], window=window))
     print(f"{(peak() - before) / (150 * 2000 * 3000 * 4 / 2**20):.2f}")
 
 
@@ -290,7 +290,7 @@ def shards(at):
     import io
     import tarfile
 
-    from crossformer_vision.data.classification import FolderImages
+    from crossformer_vision.data.readers.folders import FolderImages
     from crossformer_vision.data.readers.shards import ShardImages
 
     photo(at / "one.jpg", 64, 48)

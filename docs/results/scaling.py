@@ -26,11 +26,11 @@ figure = Figure(figsize=(12, 7.5), layout="constrained")
 
 sizes = rows("size")
 for what, name in NAMES.items():
-    own = [row for row in sizes if row["what"] == what]
+    own = [row for row in sizes if row["model"] == what]
     sides = [row["size"][0] for row in own]
     by_size.plot(sides, [row["ms_median"] for row in own], "o-", label=name)
     by_macs.plot(sides, [row["macs"] / 1e9 for row in own], "o-", label=name)
-first = next(row for row in sizes if row["what"] == "features:crossformer_small")
+first = next(row for row in sizes if row["model"] == "features:crossformer_small")
 for axis, start in ((by_size, first["ms_median"]), (by_macs, first["macs"] / 1e9)):
     axis.plot(sides, [start * (s / sides[0]) ** 2 for s in sides], "k:", label="S² of the first point")
     axis.set(xscale="log", yscale="log", xlabel="side of the image, S (pixels)", xticks=sides)
@@ -47,7 +47,7 @@ by_batch.set_xticks([row["batch"] for row in batches], [row["batch"] for row in 
 by_batch.minorticks_off()
 
 depths = rows("depth")
-blocks = [int(row["what"].split("(2,2,")[1].split(",")[0]) for row in depths]
+blocks = [int(row["model"].split("(2,2,")[1].split(",")[0]) for row in depths]
 by_depth.plot(blocks, [row["ms_median"] / row["batch"] for row in depths], "o-", label="time")
 base = depths[0]["ms_median"] / depths[0]["batch"] / depths[0]["macs"]
 by_depth.plot(blocks, [base * row["macs"] for row in depths], "k:", label="operations of the first point")

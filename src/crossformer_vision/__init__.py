@@ -1,24 +1,22 @@
 """CrossFormer and CrossFormer++ for PyTorch. Importing this package registers the models with timm."""
 
 import importlib
-import sys
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+__version__ = "1.0.0.dev0"
 __all__ = [
     "Classification",
     "ClassificationData",
-    "Classified",
+    "ClassificationResult",
     "CrossFormer",
-    "Detected",
     "Detection",
     "DetectionData",
+    "DetectionResult",
     "LoadReport",
     "Predictor",
     "Segmentation",
     "SegmentationData",
-    "Segmented",
+    "SegmentationResult",
     "UserError",
     "create_detector",
     "create_segmenter",
@@ -30,22 +28,22 @@ __all__ = [
 _HOMES = {
     "Classification": "crossformer_vision.tasks.classification",
     "ClassificationData": "crossformer_vision.data.classification",
-    "Classified": "crossformer_vision.inference.results",
-    "Detected": "crossformer_vision.inference.results",
+    "ClassificationResult": "crossformer_vision.inference.results",
+    "DetectionResult": "crossformer_vision.inference.results",
     "Detection": "crossformer_vision.tasks.detection",
     "DetectionData": "crossformer_vision.data.detection",
     "Predictor": "crossformer_vision.inference.predictor",
     "Segmentation": "crossformer_vision.tasks.segmentation",
     "SegmentationData": "crossformer_vision.data.segmentation",
-    "Segmented": "crossformer_vision.inference.results",
+    "SegmentationResult": "crossformer_vision.inference.results",
     "CrossFormer": "crossformer_vision.models.crossformer",
-    "LoadReport": "crossformer_vision.weights.checkpoints",
+    "LoadReport": "crossformer_vision.weights.loading",
     "UserError": "crossformer_vision.errors",
     "create_detector": "crossformer_vision.models.dense.detectors",
     "create_segmenter": "crossformer_vision.models.dense.segmenters",
-    "freeze_position_bias": "crossformer_vision.models.grouping",
-    "load_checkpoint": "crossformer_vision.weights.checkpoints",
-    "load_predictor": "crossformer_vision.inference.predictor",
+    "freeze_position_bias": "crossformer_vision.models.freezing",
+    "load_checkpoint": "crossformer_vision.weights.loading",
+    "load_predictor": "crossformer_vision.inference.load",
 }
 
 
@@ -54,16 +52,17 @@ if TYPE_CHECKING:
     from crossformer_vision.data.detection import DetectionData
     from crossformer_vision.data.segmentation import SegmentationData
     from crossformer_vision.errors import UserError
-    from crossformer_vision.inference.predictor import Predictor, load_predictor
-    from crossformer_vision.inference.results import Classified, Detected, Segmented
+    from crossformer_vision.inference.load import load_predictor
+    from crossformer_vision.inference.predictor import Predictor
+    from crossformer_vision.inference.results import ClassificationResult, DetectionResult, SegmentationResult
     from crossformer_vision.models.crossformer import CrossFormer
     from crossformer_vision.models.dense.detectors import create_detector
     from crossformer_vision.models.dense.segmenters import create_segmenter
-    from crossformer_vision.models.grouping import freeze_position_bias
+    from crossformer_vision.models.freezing import freeze_position_bias
     from crossformer_vision.tasks.classification import Classification
     from crossformer_vision.tasks.detection import Detection
     from crossformer_vision.tasks.segmentation import Segmentation
-    from crossformer_vision.weights.checkpoints import LoadReport, load_checkpoint
+    from crossformer_vision.weights.loading import LoadReport, load_checkpoint
 else:
 
     def __getattr__(name: str) -> Any:
@@ -76,7 +75,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
 
 
-# Importing registers the models and the way to their weights. The installed command alone puts that off until
-# a verb needs it, so that its help does not wait seconds for torch.
-if PurePath(next(iter(sys.argv), "")).name not in ("crossformer", "crossformer.exe"):
-    importlib.import_module("crossformer_vision.weights.published")
+for _module in ("variants", "pvt"):  # register the models with timm
+    importlib.import_module(f"crossformer_vision.models.{_module}")

@@ -1,5 +1,7 @@
-"""`python -m crossformer_vision`, the same as the command `crossformer`."""
+"""``python -m crossformer_vision``: the same as the command ``crossformer``."""
 
-from crossformer_vision.cli import script
+import sys
 
-script()
+from crossformer_vision.cli import main
+
+sys.exit(main())

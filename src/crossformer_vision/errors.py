@@ -1,7 +1,8 @@
-"""The one error that a person, not a programmer, can put right."""
+"""Errors that users can fix, and helpers for their messages."""
 
 import difflib
 import math
+from argparse import ArgumentError
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -9,37 +10,110 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Bad input: one line that names the file or value and says what to do.
+    """Invalid input, described in one line that names the file or value and says what to do.
 
-    The command prints it without a traceback. A data loader's worker hands an error on as text with its
-    traceback; only the last line, this error's own, is kept.
+    The command prints it without a traceback. A DataLoader worker passes errors on as text with a traceback,
+    of which only the message is kept.
+
+    Args:
+        message: The line. Unprintable characters, as in file names, are escaped.
     """
 
     def __init__(self, message: str) -> None:
         own = message.rsplit("UserError: ", 1)[-1].strip()
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in own))  # of a file, say
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in own))
+
+
+class NoSuchSplit(UserError):
+    """The folder or file of a split does not exist."""
+
+
+def error_line(error: BaseException) -> str:
+    """The message of an error in one line, or its type if it has none.
+
+    Args:
+        error: Any error. Of one from a DataLoader worker the original message is taken.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if isinstance(error, ArgumentError):
+        return " ".join(lines)
+    return lines[-1 if "Original Traceback" in str(error) else 0]
+
+
+def did_you_mean(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
+    """A suggestion for a misspelled name.
+
+    Args:
+        name: What the user typed.
+        known: Valid names.
+        cutoff: Required similarity, from 0 to 1.
+
+    Returns:
+        ``; did you mean X?``, or an empty string if nothing is similar.
+    """
+    close = difflib.get_close_matches(name, known, 1, cutoff)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def missing_extra(error: ImportError, extra: str) -> UserError:
+    """The error to raise if an optional dependency is not installed.
+
+    Args:
+        error: What the import raised.
+        extra: Extra of this package that installs the dependency.
+    """
+    return UserError(f"{error.name} is not installed: pip install 'crossformer-vision[{extra}]'")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raises a UserError with what may be meant, unless the value is one of the choices."""
+    """Check that an argument is one of several values.
+
+    Args:
+        name: Name of the argument.
+        value: Its value.
+        choices: Valid values.
+
+    Raises:
+        UserError: If it is not, with a suggestion.
+    """
     if value not in choices:
         close = difflib.get_close_matches(str(value), choices, 1)
-        meant = f"; did you mean '{close[0]}'?" if close else ""
-        raise UserError(f"{name}={value!r}: it is one of {', '.join(map(repr, choices))}{meant}")
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise UserError(f"{name}={value!r}: must be one of {', '.join(map(repr, choices))}{hint}")
 
 
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Raises a UserError unless the value is a number from `low` to `high`."""
+    """Check that an argument is a number in a range.
+
+    Args:
+        name: Name of the argument.
+        value: Its value.
+        low: Smallest valid value.
+        high: Largest valid value.
+
+    Raises:
+        UserError: If it is not.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        upper = "" if high == math.inf else f" to {high}"
-        raise UserError(f"{name}={value!r}: it is a number from {low}{upper}")
+        bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise UserError(f"{name}={value!r}: must be a number {bounds}")
 
 
 def check_names(source: Any, names: Sequence[str]) -> None:
-    """Raises a UserError if a class has no name, or two have the same."""
+    """Check that class names are not empty and unique.
+
+    Args:
+        source: Where the names are from, for the message.
+        names: Class names.
+
+    Raises:
+        UserError: If they are not.
+    """
     if len(set(names)) < len(names) or not all(str(name).strip() for name in names):
         shown = ", ".join(map(repr, names[:5]))
-        raise UserError(f"{source}: a class without a name, or two of one name: {shown}")
+        raise UserError(f"{source}: a class has no name, or two classes have the same: {shown}")
 
 
 def check_output(option: str, output: str | PathLike[str], *inputs: str | PathLike[str] | None) -> None:
@@ -71,7 +145,3 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
         plural: Plural, if it is not the singular with an s.
     """
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
-
-
-class NoSuchSplit(UserError):
-    """The folder or file of a split is not there; without training images, validation may do by itself."""

@@ -1,4 +1,4 @@
-"""What is written whole or not at all, and folders that nobody else has."""
+"""Atomic writes and new directories."""
 
 import csv
 import io
@@ -12,12 +12,20 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from typing_extensions import override
 
 from crossformer_vision.errors import UserError
 
 
-def new_folder(base: Path) -> Path:
-    """Makes a folder of this name, or with `-2`, … behind it: no two processes make the same."""
+def create_run_dir(base: Path) -> Path:
+    """Create a directory, with a suffix ``-2``, ``-3``, … if it exists. Safe with concurrent processes.
+
+    Args:
+        base: Path without a suffix.
+
+    Raises:
+        UserError: If it cannot be created.
+    """
     for n in itertools.count(1):
         folder = base if n == 1 else base.with_name(f"{base.name}-{n}")
         try:
@@ -26,29 +34,33 @@ def new_folder(base: Path) -> Path:
             continue
         except OSError as error:
             raise UserError(
-                f"{folder}: cannot be made ({error.strerror}); --run.folder names another"
+                f"{folder}: cannot be created ({error.strerror}). Choose another --run.dir"
             ) from None
         return folder
     raise AssertionError
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder for output, before the work whose results go there.
+def create_output_dir(folder: Path) -> None:
+    """Create an output directory before long work, so that errors come early.
+
+    Args:
+        folder: Directory, which may exist.
 
     Raises:
-        UserError: If it cannot be made or written to.
+        UserError: If it cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}). Choose another --out") from None
+        raise UserError(f"{folder}: cannot be written ({error.strerror}). Choose another --output") from None
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Checkpoints under their name only when whole: a full disk or a kill leaves the one before untouched."""
+    """Atomic checkpoints: a full disk or a killed process leaves the previous file untouched."""
 
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,27 +74,28 @@ class AtomicCheckpoints(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:
             part.unlink(missing_ok=True)
             raise UserError(
-                f"{path}: cannot save the checkpoint ({_reason(error)}); the one before is untouched. "
-                f"Make room for it, and go on with --resume {path.parent}"
+                f"{path}: cannot save the checkpoint ({_find_reason(error)}). The previous file is unchanged."
+                f" Free disk space and continue with --resume {path.parent}"
             ) from error
 
+    @override
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        from crossformer_vision.weights.checkpoints import read_checkpoint
+        from crossformer_vision.weights.reading import read_checkpoint
 
         return read_checkpoint(path)
 
 
-def _reason(error: BaseException) -> str:
-    """What the system said: torch hides an OSError behind its own."""
+def _find_reason(error: BaseException) -> str:
+    """Message of the OSError that caused a torch error."""
     while not isinstance(error, OSError) and (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def read_csv(path: str | Path) -> list[dict[str, Any]]:
-    """The numbers of a run's `metrics.csv`, or of Lightning's `CSVLogger`: one row an epoch."""
+    """Read the ``metrics.csv`` of a run or of Lightning's ``CSVLogger``: one dictionary per epoch."""
     rows: dict[int, dict[str, Any]] = {}
     with Path(path).open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -92,7 +105,7 @@ def read_csv(path: str | Path) -> list[dict[str, Any]]:
 
 
 def write_text(path: Path, text: str, errors: str = "backslashreplace") -> None:
-    """Write it whole or not at all.
+    """Write a text file atomically.
 
     Args:
         path: File to write.
@@ -100,7 +113,7 @@ def write_text(path: Path, text: str, errors: str = "backslashreplace") -> None:
         errors: Python's error handler for characters that UTF-8 cannot encode, as in undecodable file names.
 
     Raises:
-        UserError: it cannot be written; what was there before is untouched.
+        UserError: If it cannot be written. A previous file is unchanged.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -110,13 +123,13 @@ def write_text(path: Path, text: str, errors: str = "backslashreplace") -> None:
         with suppress(OSError):
             part.unlink(missing_ok=True)
         raise UserError(
-            f"{path}: cannot be written ({error.strerror}); what was there is untouched. Make room for it, "
-            f"and go on with --resume {path.parent}"
+            f"{path}: cannot be written ({error.strerror}). The previous file is unchanged. Free disk space "
+            f"and continue with --resume {path.parent}"
         ) from None
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write all rows, whole or not at all."""
+    """Write rows to a CSV file atomically. The columns are the union of their keys."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
     writer.writeheader()
@@ -125,5 +138,5 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write it whole or not at all."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

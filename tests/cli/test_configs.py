@@ -1,4 +1,4 @@
-"""Every recipe says what it is, parses, and names a model that can be built as it says."""
+"""Tests for recipes: header comments, parsing and model construction."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ import torch
 import yaml
 
 from crossformer_vision.cli import main
-from crossformer_vision.models.variants import FOURTEENS, published_groups
+from crossformer_vision.models.variants import DENSE_G14, published_groups
 from crossformer_vision.tools.compare import read_grid
 from crossformer_vision.tools.info import PUBLISHED
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
-GRIDS = [name for name in FILES if name.startswith(("ablations/", "rivals/"))]
+GRIDS = [name for name in FILES if name.startswith(("ablations/", "competitors/"))]
 RECIPES = [name for name in FILES if name not in GRIDS]
 
 
@@ -27,14 +27,14 @@ def test_recipe(name, classifier_configs, capsys):
     assert name in " ".join(head) or name == "quickstart/classification.yaml"
     assert main(["train", "--config", name, "--print_config"]) == 0
     resolved = yaml.safe_load(capsys.readouterr().out)
-    for section, values in yaml.safe_load(text).items():  # all that it says is understood as it says it
+    for section, values in yaml.safe_load(text).items():  # every value is preserved
         if isinstance(values, dict):
             assert {k: resolved[section][k] for k in values} == values
-    model = resolved["model"]["model"]
+    model = resolved["model"]["backbone"]
     assert timm.is_model(model)
     head = resolved["model"].get("detector") or resolved["model"].get("segmenter")
-    if model in classifier_configs and head:  # its groups are those that `info` counts and `download` names
-        groups = FOURTEENS if name.endswith("_3x.yaml") else published_groups(model, head)
+    if model in classifier_configs and head:  # groups match `info` and `download`
+        groups = DENSE_G14 if name.endswith("_3x.yaml") else published_groups(model, head)
         if name.startswith("default/"):
             return
         assert {
@@ -47,7 +47,7 @@ def test_recipe(name, classifier_configs, capsys):
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_grid(name, capsys):
-    """Each row is understood, and its model can be built."""
+    """Each row parses and its model can be built."""
     head = [line for line in (CONFIGS / name).read_text().splitlines() if line.startswith("#")]
     assert any(name in line and line.startswith("# Command: ") for line in head)
     grid = read_grid(name)
@@ -55,7 +55,7 @@ def test_grid(name, capsys):
         assert main(["train", *grid.arguments(row, 0), "--print_config"]) == 0
         model = yaml.safe_load(capsys.readouterr().out)["model"]
         with torch.device("meta"):
-            timm.create_model(model["model"], **(model["model_args"] or {}))
+            timm.create_model(model["backbone"], **(model["model_args"] or {}))
 
 
 def test_every_published_model_has_a_recipe():

@@ -1,4 +1,4 @@
-"""Plausible mistakes on the command line: each gets one line with a suggestion that is right."""
+"""Tests for common command-line mistakes: one-line errors with a correct suggestion."""
 
 import json
 
@@ -10,6 +10,8 @@ from crossformer_vision import UserError, load_predictor
 from crossformer_vision.cli import main
 from crossformer_vision.data.layout import infer_task
 from crossformer_vision.errors import check_output
+from crossformer_vision.training.arguments import normalize
+from crossformer_vision.training.options import parse_options
 
 SMALL = "--data.train_images 4 --data.val_images 2 --data.batch_size 2 --data.num_workers 0 --data.image_size 32".split()
 
@@ -44,18 +46,19 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "command, line",
     [
-        ("train my_images", "'my_images' is not understood; did you mean --data.root my_images?"),
-        ("train nowhere", "'nowhere' is not understood; options are given as --data.root FOLDER"),
-        ("train --epochs 3", "no option --epochs; did you mean --trainer.max_epochs?"),
-        ("train --batch-size 4", "no option --batch-size; did you mean --data.batch_size?"),
+        ("train nowhere", "unexpected argument 'nowhere', which is no existing folder"),
+        ("train --epochs many", "--trainer.max_epochs: 'many' is not an integer or null"),
+        ("train --batch 4", "no option --batch; did you mean --data.batch_size?"),
         ("train --imgsz 64", "no option --imgsz; did you mean --data.image_size?"),
         ("train --task detection --imgsz 64", "no option --imgsz; did you mean --model.min_size?"),
         ("train --task segmentation --imgsz 64", "no option --imgsz; did you mean --data.crop_size?"),
-        ("train --device cuda", "did you mean --trainer.accelerator cpu (or gpu), or --trainer.devices N?"),
-        ("train --lr 0.1", "no option --lr; did you mean --model.lr?"),
+        ("train --device tpu", "--device tpu: not a device. Use cpu, gpu, mps, or the index of a GPU"),
+        ("train --devices 2", "did you mean --device cpu (or gpu), or --trainer.devices N?"),
+        ("train --learning-rate 0.1", "no option --learning-rate; did you mean --model.lr?"),
+        ("train --model crossformer_small", "no option --model; did you mean --model.backbone?"),
         ("train --workers 2", "no option --workers; did you mean --data.num_workers?"),
         ("train --data data.yaml", "--data.root names the folder of your images. A data.yaml is YOLO's"),
-        ("train --trainer.accelerator gpu", "--trainer.accelerator gpu: torch finds none here. Use cpu"),
+        ("train --trainer.accelerator gpu", "--trainer.accelerator gpu: torch finds no such device. Use cpu"),
         (
             "train --trainer.devices 500",
             "--trainer.devices 500: there is no GPU to use, and 500 processes need 500",
@@ -63,10 +66,10 @@ def here(tmp_path, monkeypatch):
         ("train --trainer.max_epochs 0", "--trainer.max_epochs 0: trains nothing. Use 1 or more"),
         ("train --trainer.accumulate_grad_batches 0", "--trainer.accumulate_grad_batches 0: trains nothing"),
         ("train --trainer.val_check_interval 0", "--trainer.val_check_interval 0: must be above 0"),
-        ("train --data.interpolation foo", "interpolation='foo': it is one of"),
+        ("train --data.interpolation foo", "interpolation='foo': must be one of"),
         (
             "train --model.milestones [3,1]",
-            "milestones=[3.0, 1.0]: they are epochs above 0 in ascending order",
+            "milestones=[3.0, 1.0]: must be epochs above 0 in ascending order",
         ),
         ("train --data.augmentation no_such.steps", "--data.augmentation no_such.steps: no module 'no_such'"),
         (
@@ -75,20 +78,31 @@ def here(tmp_path, monkeypatch):
         ),
         ("train --data.root my_yolo", "labels/train/0.txt holds detection labels in YOLO's format"),
         ("train --data.root my_voc", "Annotations/0.xml holds detection labels in Pascal VOC's format"),
-        ("--verison", "no verb '--verison'; did you mean --version?"),
+        ("--verison", "unknown verb '--verison'; did you mean --version?"),
         ("predict photo.jpg", "the following arguments are required: images"),
         (
             "predict photo.jpg photo.jpg",
-            "photo.jpg: is an image. First comes a run, a checkpoint or the name of",
+            "photo.jpg: is an image. The first argument is a run, a checkpoint or the name",
         ),
         (
-            "inspect crossformer_nano.cifar10 photo.jpg --out ./photo.jpg",
-            "--out ./photo.jpg: is an input of this command. Choose another path",
+            "inspect crossformer_nano.cifar10 photo.jpg --output ./photo.jpg",
+            "--output ./photo.jpg: is an input of this command. Choose another path",
         ),
-        ("predict crossformer_nano.cifar10 photo.jpg --tile 64", "--tile 64: tiles are for detectors, and"),
+        (
+            "predict crossformer_nano.cifar10 photo.jpg --conf 0.3",
+            "no option --conf; did you mean --score-threshold?",
+        ),
+        (
+            "predict crossformer_nano.cifar10 photo.jpg --score-threshold high",
+            "--score-threshold: 'high' is not a number",
+        ),
+        (
+            "predict crossformer_nano.cifar10 photo.jpg --tile-size 64",
+            "--tile-size 64: only for detectors, but",
+        ),
     ],
 )
-def test_a_mistake_is_answered_with_what_was_meant(command, line, here, capsys):
+def test_mistake_gives_suggestion(command, line, here, capsys):
     arguments = command.split()
     assert main([*arguments, *(SMALL if command == "train" else [])]) in (1, 2)
     errors = capsys.readouterr().err.strip().splitlines()
@@ -99,61 +113,71 @@ def test_a_mistake_is_answered_with_what_was_meant(command, line, here, capsys):
 @pytest.mark.parametrize(
     "root, task, reason",
     [
-        ("my_images", "classification", "its folders are taken for classes"),
+        ("my_images", "classification", "its folders are treated as classes"),
         ("my_coco", "detection", "annotations/instances_train.json is a COCO file"),
         ("my_roboflow", "detection", "train/_annotations.coco.json is a COCO file"),
         ("my_maps", "segmentation", "annotations/ holds class maps of images/"),
     ],
 )
-def test_the_task_follows_from_the_layout(root, task, reason, here, capsys):
+def test_task_is_inferred_from_directory_layout(root, task, reason, here, capsys):
     assert infer_task(here / root) == (task, reason)
-    assert main(["train", "--data.root", root, "--print_config"]) == 0
-    printed = capsys.readouterr().out
-    assert (f"task: {task}, since in {root} {reason}; --task names another" in printed) == (
-        task != "classification"
-    )
-    assert f"\ntask: {task}\n" in "\n" + printed
+    options = parse_options("train", ["--data.root", root])
+    note = f"task: {task}, because in {root} {reason}. Override with --task."
+    assert options.task == task and (note in options.notes) == (task != "classification")
     assert main(["train", "--data.root", root, "--task", "classification", "--print_config"]) == 0
     assert "\ntask: classification\n" in "\n" + capsys.readouterr().out
 
 
-def test_obvious_names_of_options_are_taken(here, capsys):
-    for option in ("--score", "--score-threshold", "--conf"):
-        assert (
-            main(["predict", "crossformer_nano.cifar10", "photo.jpg", option, "0.3", "--save", "nothing"])
-            == 0
-        )
+@pytest.mark.parametrize("options", [["--score-threshold", "0.3"], ["--score_threshold=0.3"]])
+def test_options_with_hyphens_or_underscores(options, here):
+    assert main(["predict", "crossformer_nano.cifar10", "photo.jpg", *options, "--save", "none"]) == 0
 
 
-def test_an_output_is_no_input_under_another_name(here):
+@pytest.mark.parametrize(
+    "plain, long",
+    [
+        ("my_images --epochs 3", "--data.root my_images --trainer.max_epochs 3"),
+        ("--batch_size=4 --lr 1e-3", "--data.batch_size 4 --model.lr 1e-3"),
+        ("--data.batch-size 4 --config=x.yaml", "--data.batch_size 4 --config x.yaml"),
+        ("--device cpu", "--trainer.accelerator cpu"),
+        ("--device cuda:1", "--trainer.accelerator cuda --trainer.devices 1,"),
+        ("--device 0", "--trainer.accelerator gpu --trainer.devices 0,"),
+        ("--model.min_lr -1 -c x", "--model.min_lr -1 --config x"),
+    ],
+)
+def test_plain_options_expand_to_dotted_options(plain, long, here):
+    assert normalize(plain.split()) == long.split()
+
+
+def test_output_must_not_alias_input(here):
     (here / "link.jpg").symlink_to("photo.jpg")
     (here / "twin.jpg").hardlink_to(here / "photo.jpg")
     for output in ("link.jpg", "twin.jpg", "my_images/../photo.jpg"):
-        with pytest.raises(UserError, match=f"--out {output}: is an input of this command"):
-            check_output("--out", output, None, "crossformer_nano.cifar10", "photo.jpg")
-    check_output("--out", "new.jpg", "photo.jpg", "my_images")
+        with pytest.raises(UserError, match=f"--output {output}: is an input of this command"):
+            check_output("--output", output, None, "crossformer_nano.cifar10", "photo.jpg")
+    check_output("--output", "new.jpg", "photo.jpg", "my_images")
 
 
 @pytest.mark.parametrize("source", ["", "  "])
-def test_a_predictor_of_no_path_is_refused(source):
-    with pytest.raises(UserError, match="no checkpoint is named"):
+def test_empty_predictor_path_is_rejected(source):
+    with pytest.raises(UserError, match="the name is empty"):
         load_predictor(source)
 
 
-def test_the_start_of_a_run_says_what_it_starts_from(tmp_path, capsys):
+def test_run_reports_initial_weights(tmp_path, capsys):
     run = str(tmp_path / "run")
-    assert main(["train", *SMALL, "--trainer.max_epochs", "1", "--run.folder", run]) == 0
+    assert main(["train", *SMALL, "--trainer.max_epochs", "1", "--run.dir", run]) == 0
     assert "weights: none, training from scratch" in capsys.readouterr().out
     bundled = [
-        "--model.model",
+        "--model.backbone",
         "crossformer_nano.cifar10",
         "--model.pretrained",
         "true",
         "--trainer.max_epochs",
         "1",
     ]
-    assert main(["train", *SMALL, *bundled, "--run.folder", str(tmp_path / "two")]) == 0
+    assert main(["train", *SMALL, *bundled, "--run.dir", str(tmp_path / "two")]) == 0
     assert "weights: crossformer_nano.cifar10 (bundled)" in capsys.readouterr().out
     checkpoint = ["--model.checkpoint", f"{run}/best.ckpt", "--trainer.max_epochs", "1"]
-    assert main(["train", *SMALL, *checkpoint, "--run.folder", str(tmp_path / "three")]) == 0
+    assert main(["train", *SMALL, *checkpoint, "--run.dir", str(tmp_path / "three")]) == 0
     assert f"weights: {run}/best.ckpt: " in capsys.readouterr().out

@@ -1,9 +1,8 @@
-"""Files damaged at random, as `make fuzz` reads them: images of eight formats, COCO files, class lists, class maps,
-checkpoints.
+"""Fuzz the file readers with randomly damaged files, as run by `make fuzz`.
 
-Whatever is in a file, reading it succeeds or ends with a UserError of one line, in seconds and in bounded memory, and
-nothing is written outside. The n-th file follows from (seed, n) alone: `python tests/data/fuzz.py --seed 0 --only 1234`
-repeats one.
+Covers images in eight formats, COCO files, class lists, class maps and checkpoints. Reading a file either succeeds or
+raises a one-line UserError, within the time and memory limits, and writes nothing outside its directory. Each file
+depends only on its seed and index. Reproduce one with `python tests/data/fuzz.py --seed 0 --only 1234`.
 """
 
 import argparse
@@ -33,16 +32,14 @@ from PIL import Image
 import crossformer_vision
 from crossformer_vision.data import images
 from crossformer_vision.data.class_lists import read_classes, value_table
-from crossformer_vision.data.loading import ReadImages
+from crossformer_vision.data.readers.class_maps import ClassMapImages
 from crossformer_vision.data.readers.coco import CocoImages
-from crossformer_vision.data.segmentation import MappedImages
+from crossformer_vision.data.sampling import ReadImages
 from crossformer_vision.errors import UserError
-from crossformer_vision.weights.checkpoints import read_checkpoint
+from crossformer_vision.weights.reading import read_checkpoint
 
-SECONDS, MEMORY = 20, 2048  # for one file; MiB of memory in use beyond what the process had
-ADDRESSES = (
-    8 << 30
-)  # more than this a file cannot take; much of it is asked for in vain by readers of short files
+SECONDS, MEMORY = 20, 2048  # limits per file: seconds, and MiB above the baseline of the process
+ADDRESSES = 8 << 30  # address space limit per file; decoders may reserve large buffers for truncated files
 FORMATS = {
     "jpg": dict(format="JPEG"), "png": dict(format="PNG"), "gif": dict(format="GIF"), "bmp": dict(format="BMP"),
     "tif": dict(format="TIFF", compression="tiff_lzw"), "webp": dict(format="WEBP"), "ppm": dict(format="PPM"),
@@ -66,7 +63,7 @@ def image_file(rng: random.Random) -> tuple[str, bytes]:
     options: dict[str, Any] = dict(FORMATS[kind])
     if kind in ("jpg", "png", "webp", "tif"):
         exif = Image.Exif()
-        exif[images.ORIENTATION] = rng.randint(1, 8)
+        exif[images.EXIF_ORIENTATION] = rng.randint(1, 8)
         options["exif"] = exif
     out = io.BytesIO()
     pixels(rng, mode).save(out, **options)
@@ -121,7 +118,7 @@ def checkpoint_file(rng: random.Random, weights: dict[str, torch.Tensor]) -> tup
 
 
 def damaged(rng: random.Random, content: bytes) -> bytes:
-    """Some bytes changed, cut, doubled or put in between; most of the time near the head, where the meaning is."""
+    """Change, remove, duplicate or insert bytes, mostly near the file header."""
     data = bytearray(content)
     for _ in range(rng.choice([1, 1, 2, 5, 20])):
         if not data:
@@ -144,7 +141,7 @@ def damaged(rng: random.Random, content: bytes) -> bytes:
 
 
 def odd(rng: random.Random, content: Any) -> Any:
-    """JSON with a value somewhere replaced by one that does not belong there, a key left out or an entry doubled."""
+    """Corrupt JSON content: replace a value with an invalid one, drop a key or duplicate an entry."""
     places: list[tuple[Any, Any]] = []
 
     def walk(node: Any) -> None:
@@ -169,7 +166,7 @@ def odd(rng: random.Random, content: Any) -> Any:
 
 
 class Fuzzer:
-    """Makes and reads damaged files in a folder of its own."""
+    """Generates and reads damaged files in its own directory."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.seed = folder, seed
@@ -180,12 +177,12 @@ class Fuzzer:
         self.weights = {k: v for k, v in self.model.state_dict().items() if "stages.0" in k or "head" in k}
 
     def file(self, n: int) -> tuple[str, Callable[[], Any]]:
-        """Writes the n-th file; its kind, and what reads it."""
+        """Write the n-th file and return its kind and reader."""
         rng = random.Random(f"{self.seed} {n}")
         kind = rng.choice(["image", "image", "coco", "coco", "classes", "map", "checkpoint"])
         if kind == "image":
             name, content = image_file(rng)
-            return name.replace("x.", "image "), self._put(name, damaged(rng, content), images.read)
+            return name.replace("x.", "image "), self._put(name, damaged(rng, content), images.load_image)
         if kind == "checkpoint":
             name, content = checkpoint_file(rng, self.weights)
             return kind, self._put(name, damaged(rng, content), self._checkpoint)
@@ -212,7 +209,7 @@ class Fuzzer:
             read[n]
 
     def _map(self, path: Path, _: str) -> None:
-        source = MappedImages([(self.folder / "images/1.png", path)], ["a", "b", "c"], value_table(3))
+        source = ClassMapImages([(self.folder / "images/1.png", path)], ["a", "b", "c"], value_table(3))
         ReadImages(source, lambda image, labels: labels, skip_corrupt=False)[0]
 
     def _checkpoint(self, path: Path, _: str) -> None:
@@ -220,7 +217,7 @@ class Fuzzer:
         crossformer_vision.load_checkpoint(self.model, path)
 
     def run(self, n: int) -> tuple[str, str | None]:
-        """Kind of the n-th file, and what is wrong with how it was read."""
+        """Read the n-th file and return its kind and any failure."""
         kind, read = self.file(n)
         before, memory = sorted(self.folder.rglob("*")), peak()
         signal.alarm(SECONDS)
@@ -245,7 +242,7 @@ class Fuzzer:
 
 
 def peak() -> int:
-    """Most memory that the process ever had in use, in MiB."""
+    """Return the peak memory use of the process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
@@ -254,7 +251,7 @@ def hang(*_: Any) -> None:
 
 
 def fuzz(count: int, seed: int, only: int | None = None, show: bool = False) -> list[str]:
-    """What is wrong with how files are read, a text each."""
+    """Return one message per failure."""
     log = logging.getLogger("crossformer_vision")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -266,7 +263,7 @@ def fuzz(count: int, seed: int, only: int | None = None, show: bool = False) -> 
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ADDRESSES, limit[1]))
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        os.chdir(folder)  # where a path that escapes would show
+        os.chdir(folder)  # detects writes outside the working directory
         try:
             warnings.simplefilter("ignore")
             fuzzer = Fuzzer(Path(folder), seed)

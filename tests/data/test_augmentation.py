@@ -1,6 +1,6 @@
-"""Photometric distortion, against what OpenMMLab's computes: in HSV, without blending or shuffled channels.
+"""Tests for photometric distortion and custom augmentation.
 
-And augmentation of users' own, in every task.
+Photometric distortion follows OpenMMLab: it works in HSV, without blending or channel shuffling.
 """
 
 import colorsys
@@ -21,7 +21,7 @@ def pixels(n=40):
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
-def test_saturation_is_that_of_hsv(factor):
+def test_saturation_matches_hsv_reference(factor):
     x = pixels(8)
     changed = saturate(x, factor)
     for before, after in zip(x.flatten(1).t().tolist(), changed.flatten(1).t().tolist(), strict=True):
@@ -30,7 +30,7 @@ def test_saturation_is_that_of_hsv(factor):
         assert after == pytest.approx(expected, abs=1)
 
 
-def test_each_change_is_of_its_range_and_alone():
+def test_each_distortion_is_applied_independently():
     x = tv_tensors.Image(pixels())
     plain = x.as_subclass(torch.Tensor).float()
     none = dict.fromkeys(("brightness", "contrast", "saturation", "hue")) | {"contrast_first": True}
@@ -41,10 +41,10 @@ def test_each_change_is_of_its_range_and_alone():
     assert torch.equal(step.transform(x, none | {"contrast": 0.5}).float(), (plain * 0.5).round())
     turned = step.transform(x, none | {"hue": 0.1}).float()
     assert not torch.equal(turned, plain)
-    torch.testing.assert_close(turned.amax(0), plain.amax(0), atol=2, rtol=0)  # the value stays
+    torch.testing.assert_close(turned.amax(0), plain.amax(0), atol=2, rtol=0)  # the HSV value is unchanged
 
 
-def test_what_is_drawn():
+def test_sampled_parameters_cover_their_ranges():
     torch.manual_seed(0)
     drawn = [PhotometricDistortion().make_params([]) for _ in range(400)]
     for name, low, high in (
@@ -60,7 +60,7 @@ def test_what_is_drawn():
         )
 
 
-def test_channels_keep_their_places_and_maps_are_left_alone():
+def test_channel_order_and_class_maps_are_preserved():
     red = tv_tensors.Image(torch.tensor([200, 20, 20], dtype=torch.uint8)[:, None, None].expand(3, 6, 6))
     classes = tv_tensors.Mask(torch.arange(36).view(1, 6, 6))
     torch.manual_seed(0)
@@ -74,8 +74,8 @@ def mirrored(image):
     return ImageOps.mirror(image)
 
 
-def test_own_augmentation_of_classifiers():
-    """A callable or a list, giving images or tensors of any kind: the same as ours without augmentation."""
+def test_custom_classification_augmentation():
+    """An identity callable or list, returning images or tensors, matches the built-in transform without augmentation."""
     digits = dict(train_images=8, val_images=8, batch_size=8, num_workers=0, image_size=32)
     plain, _ = next(iter(ClassificationData(**digits, crop="none", hflip=0.0).train_dataloader()))
     for own in (
@@ -88,12 +88,12 @@ def test_own_augmentation_of_classifiers():
     got, _ = next(iter(ClassificationData(**digits, augmentation=v2.RandomCrop(20)).train_dataloader()))
     assert got.shape == (8, 3, 32, 32)
     data = ClassificationData(**digits, augmentation=mirrored)
-    assert not torch.allclose(next(iter(data.val_dataloader()))[0].flip(3), plain)  # of training alone
+    assert not torch.allclose(next(iter(data.val_dataloader()))[0].flip(3), plain)  # applied only in training
 
 
 @pytest.mark.parametrize("detector", ["retinanet", "mask_rcnn"])
-def test_own_augmentation_of_detectors(detector):
-    """Boxes and masks go with the image, and what a crop leaves of no object is no longer there."""
+def test_custom_detection_augmentation(detector):
+    """Boxes and masks follow the image, and objects outside a crop are removed."""
     digits = dict(train_images=6, val_images=2, batch_size=6, num_workers=0, image_size=96, detector=detector)
     ours = DetectionData(**digits, min_size=96, max_size=96, hflip=1.0)
     own = DetectionData(**digits, augmentation=[v2.RandomHorizontalFlip(1.0)])
@@ -111,7 +111,7 @@ def test_own_augmentation_of_detectors(detector):
             assert target["masks"].flatten(1).any(1).all()
 
 
-def test_own_augmentation_of_segmenters():
+def test_custom_segmentation_augmentation():
     digits = dict(train_images=4, val_images=2, batch_size=4, num_workers=0, crop_size=64)
     ours = SegmentationData(**digits, scales=(1.0, 1.0), hflip=1.0, photometric=False)
     own = SegmentationData(**digits, augmentation=v2.RandomHorizontalFlip(1.0))

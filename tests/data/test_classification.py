@@ -1,4 +1,4 @@
-"""Real file trees of every layout, and what is wrong with bad ones."""
+"""Tests for classification data: supported directory layouts and errors for invalid ones."""
 
 import pickle
 import tarfile
@@ -33,7 +33,7 @@ def data(root, **kwargs):
 
 @pytest.mark.parametrize("val", ["val", "validation", "test"])
 @pytest.mark.parametrize("nested", ["", "images"])
-def test_folders(tmp_path, val, nested):
+def test_folder_layouts(tmp_path, val, nested):
     module = data(tree(tmp_path, val, nested))
     assert module.num_classes == 2 and module.classes == ["ant", "bee"]
     images, labels = next(iter(module.val_dataloader()))
@@ -44,7 +44,7 @@ def test_folders(tmp_path, val, nested):
     )
 
 
-def test_images_of_every_kind_and_in_linked_folders(tmp_path, caplog):
+def test_all_image_formats_and_symlinked_folders(tmp_path, caplog):
     tree(tmp_path / "data")
     for n, extension in enumerate(("webp", "bmp", "tif", "TIFF", "ppm", "gif", "avif")):
         image(tmp_path / f"data/train/ant/more.{extension}", seed=n)
@@ -53,7 +53,7 @@ def test_images_of_every_kind_and_in_linked_folders(tmp_path, caplog):
     (tmp_path / "data/train/bee/more").symlink_to(tmp_path / "extra")
     (tmp_path / "data/train/bee/loop").symlink_to(tmp_path / "data/train")
     (tmp_path / "data/train/bee/notes.txt").write_text("x")
-    # what tools leave behind is neither a class nor an image
+    # metadata files of other tools are neither classes nor images
     image(tmp_path / "data/train/.ipynb_checkpoints/0.jpg")
     image(tmp_path / "data/train/ant/.ipynb_checkpoints/0.jpg")
     image(tmp_path / "data/train/__MACOSX/ant/0.jpg")
@@ -65,12 +65,12 @@ def test_images_of_every_kind_and_in_linked_folders(tmp_path, caplog):
     samples = [(source.name(n), source.labels[n]) for n in range(len(source))]
     assert sum(label == 0 for _, label in samples) == 4 + 7
     assert sum(label == 1 and "loop" not in path for path, label in samples) == 4 + 3
-    assert len(samples) == 18 and "left out 1 files that are no images" in caplog.text
+    assert len(samples) == 18 and "1 files that are not images" in caplog.text
     for n in range(len(samples)):
         module.images["train"][n]
 
 
-def test_classes_that_cannot_be_learned(tmp_path):
+def test_invalid_class_folders_are_rejected(tmp_path):
     tree(tmp_path / "one", classes=("only",))
     with pytest.raises(UserError, match="one: has one class, 'only'; a classifier needs two or more"):
         assert data(tmp_path / "one").num_classes
@@ -86,8 +86,8 @@ def test_classes_that_cannot_be_learned(tmp_path):
         module.images["train"][4]
 
 
-def test_unreadable_images_are_left_out_of_validation(tmp_path):
-    """In training a neighbour stands in; in validation nothing is counted twice."""
+def test_unreadable_images_are_skipped_in_validation(tmp_path):
+    """Training substitutes a neighboring image; validation does not count any image twice."""
     tree(tmp_path)
     for split in ("train", "val"):
         (tmp_path / split / "ant/0.jpg").write_bytes(b"broken")
@@ -98,7 +98,7 @@ def test_unreadable_images_are_left_out_of_validation(tmp_path):
     assert sum(len(batch) for batch, _ in module.train_dataloader()) == 8 and module.skipped == 2
 
 
-def test_tar_files(tmp_path):
+def test_tar_archives(tmp_path):
     tree(tmp_path / "tree")
     for split in ("train", "val"):
         with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
@@ -111,7 +111,7 @@ def test_tar_files(tmp_path):
 
 
 def test_torchvision_dataset_by_name(tmp_path):
-    """CIFAR-10's own files, with other images in them."""
+    """Uses the CIFAR-10 file format with synthetic images."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -133,12 +133,12 @@ def test_torchvision_dataset_by_name(tmp_path):
         CIFAR10._check_integrity, CIFAR10.meta = check, meta
 
 
-def test_digits_are_the_default():
+def test_default_dataset_is_digits():
     module = ClassificationData(train_images=40, val_images=10, batch_size=10, num_workers=0)
     assert module.num_classes == 10 and len(module.train_dataloader()) == 4
 
 
-def test_augmentation_draws_anew_each_epoch_and_validation_never(tmp_path):
+def test_augmentation_changes_per_epoch_only_in_training(tmp_path):
     module = data(tree(tmp_path), auto_augment="rand-m9-mstd0.5-inc1", erasing=0.25)
     assert module.num_classes == 2
     train, val = module.images["train"], module.images["val"]
@@ -151,7 +151,7 @@ def test_augmentation_draws_anew_each_epoch_and_validation_never(tmp_path):
         assert again == (crop == "none")
 
 
-def test_images_of_any_mode_become_rgb(tmp_path):
+def test_all_image_modes_are_converted_to_rgb(tmp_path):
     tree(tmp_path)
     for mode, suffix in (("L", "png"), ("RGBA", "png"), ("P", "png"), ("I;16", "png"), ("CMYK", "jpg")):
         path = tmp_path / "train" / "ant" / f"{mode.replace(';', '')}.{suffix}"
@@ -163,7 +163,7 @@ def test_images_of_any_mode_become_rgb(tmp_path):
         assert images.shape[1:] == (3, 64, 64)
 
 
-def test_corrupt_and_truncated_images_are_named_or_counted(tmp_path):
+def test_corrupt_and_truncated_images_are_reported(tmp_path):
     tree(tmp_path)
     whole = (tmp_path / "train/ant/0.jpg").read_bytes()
     (tmp_path / "train/ant/1.jpg").write_bytes(whole[: len(whole) // 2])
@@ -186,7 +186,7 @@ def test_corrupt_and_truncated_images_are_named_or_counted(tmp_path):
         (lambda root: None, "nowhere: no such folder"),
         (
             lambda root: root.mkdir(),
-            r"nowhere/train: no such folder or tar file, nor class folders in .*nowhere; name the split with --data.train",
+            r"nowhere/train: no such folder or tar file, nor class folders in .*nowhere. Name the split with --data.train",
         ),
         (lambda root: (root / "train").mkdir(parents=True), "nowhere/train: no images in class folders"),
         (
@@ -203,23 +203,23 @@ def test_corrupt_and_truncated_images_are_named_or_counted(tmp_path):
         ),
     ],
 )
-def test_what_is_missing_is_named(tmp_path, break_it, message):
+def test_missing_files_are_named_in_error(tmp_path, break_it, message):
     break_it(tmp_path / "nowhere")
     with pytest.raises(UserError, match=message) as error:
         print(data(tmp_path / "nowhere").num_classes)
     assert "\n" not in str(error.value)
 
 
-def test_unknown_dataset_and_too_large_a_batch(tmp_path, caplog):
+def test_unknown_dataset_and_oversized_batch(tmp_path, caplog):
     with pytest.raises(UserError, match="dataset 'torch/nothing', split 'train'"):
         print(data(tmp_path, dataset="torch/nothing").num_classes)
     module = ClassificationData(train_images=4, val_images=4, batch_size=8)
     assert [len(labels) for _, labels in module.train_dataloader()] == [4]
-    assert "4 training images do not fill a batch of 8: batches of 4" in caplog.text
+    assert "4 training images do not fill a batch of 8; using batches of 4" in caplog.text
 
 
-def test_without_a_crop_training_and_validation_see_the_same(tmp_path):
-    """Whole images, stretched: not the centre in one of them."""
+def test_training_and_validation_match_without_crop(tmp_path):
+    """Both stages resize the whole image instead of taking a center crop."""
     wide = np.zeros((40, 120, 3), np.uint8)
     wide[:, :40], wide[:, 80:] = (255, 0, 0), (0, 0, 255)
     for split in ("train", "val"):
@@ -235,7 +235,7 @@ def test_without_a_crop_training_and_validation_see_the_same(tmp_path):
     assert red[:15].min() > red[30] and blue[-15:].min() > blue[30]
 
 
-def test_a_part_of_validation_has_all_classes(tmp_path):
+def test_validation_subset_contains_all_classes(tmp_path):
     tree(tmp_path, count=8)
     images = data(tmp_path)
     images.trainer = L.Trainer(

@@ -1,4 +1,4 @@
-"""COCO files: what is read from them, what is refused, and how images become batches."""
+"""Tests for COCO detection data: parsing, validation errors, transforms and batching."""
 
 import json
 import unicodedata
@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from crossformer_vision import UserError
-from crossformer_vision.data.detection import DetectionData, ToTensors
+from crossformer_vision.data.detection import DetectionData
+from crossformer_vision.data.detection_transforms import ToTensors
 from crossformer_vision.data.readers.coco import CocoImages
 from crossformer_vision.data.readers.coco_masks import decode_mask
 
@@ -17,7 +18,10 @@ SQUARE = [10, 10, 30, 10, 30, 40, 10, 40]
 
 
 def coco(root, split="train", images=4, edit=None, layout="images"):
-    """Wide and tall images in turn, with a polygon, an RLE mask and a crowd; image 0 has no objects."""
+    """Write a COCO dataset of alternating wide and tall images with polygon, RLE and crowd annotations.
+
+    Image 0 has no objects.
+    """
     folder = root / "images" / split if layout == "images" else root / split
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -60,17 +64,20 @@ def data(root, **options):
     "train, val, layout",
     [("train", "val", "images"), ("train2017", "val2017", "coco"), ("train", "valid", "roboflow")],
 )
-def test_layouts(train, val, layout, tmp_path):
+def test_directory_layouts(train, val, layout, tmp_path):
     coco(tmp_path, train, layout=layout)
     coco(tmp_path, val, layout=layout)
     found = data(tmp_path)
-    assert found.num_classes == 2 and found.classes == ["a", "b"]  # in the order of COCO's ids, 3 and 7
+    assert found.num_classes == 2 and found.classes == [
+        "a",
+        "b",
+    ]  # in order of the COCO category ids, 3 and 7
     images, targets = next(iter(found.val_dataloader()))
     assert len(images) == 1 and images[0].shape == (3, 60, 80) and len(targets[0]["boxes"]) == 0
     assert targets[0]["masks"].shape == (0, 60, 80)
 
 
-def test_objects_are_read_as_they_are(tmp_path):
+def test_boxes_labels_and_masks_are_read_unchanged(tmp_path):
     coco(tmp_path)
     coco(tmp_path, "val")
     found = data(tmp_path)
@@ -83,10 +90,10 @@ def test_objects_are_read_as_they_are(tmp_path):
     assert target["masks"][0].sum() == 600 and target["masks"][0, 10:40, 10:30].all()
     assert target["masks"][1].sum() == 700 and target["masks"][1, :, 5:15].all()
     _, target = found.images["train"][1]
-    assert target["labels"].tolist() == [1, 2] and "iscrowd" not in target  # no crowds in training
+    assert target["labels"].tolist() == [1, 2] and "iscrowd" not in target  # training excludes crowds
 
 
-def test_compressed_run_lengths_polygons_and_lists_agree():
+def test_segmentation_encodings_are_equivalent():
     from pycocotools import mask
 
     drawn = np.zeros((40, 50), np.uint8)
@@ -99,12 +106,14 @@ def test_compressed_run_lengths_polygons_and_lists_agree():
 @pytest.mark.parametrize(
     "options", [dict(scale_jitter=(0.5, 2.0), photometric=True, vflip=0.5), dict(hflip=1.0)]
 )
-def test_boxes_and_masks_go_with_the_image(options, tmp_path):
-    coco(tmp_path, images=8)  # four of each kind: nothing is left over
+def test_boxes_and_masks_follow_image_transforms(options, tmp_path):
+    coco(tmp_path, images=8)  # four images per orientation, so no incomplete batch
     coco(tmp_path, "val")
     found = data(tmp_path, batch_size=2, **options)
     for images, targets in found.train_dataloader():
-        assert len({image.shape[1] > image.shape[2] for image in images}) == 1  # all tall or all wide
+        assert (
+            len({image.shape[1] > image.shape[2] for image in images}) == 1
+        )  # batches do not mix orientations
         for image, target in zip(images, targets, strict=True):
             assert image.shape[1:] == target["masks"].shape[1:]
             assert min(image.shape[1:]) == 60 and max(image.shape[1:]) <= 90
@@ -112,11 +121,11 @@ def test_boxes_and_masks_go_with_the_image(options, tmp_path):
                 ys, xs = torch.where(mask)
                 if len(ys):
                     inked = torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float()
-                    assert (inked - box).abs().max() < 2.5  # of nearest neighbours
+                    assert (inked - box).abs().max() < 2.5  # tolerance for nearest-neighbor resizing
     assert len(found.train_dataloader()) == 4
 
 
-def test_photometric_distortion_changes_images_alone(tmp_path):
+def test_photometric_distortion_changes_only_images(tmp_path):
     for split in ("train", "val"):
         coco(tmp_path, split, images=8)
     plain, distorted = (data(tmp_path, photometric=wanted, hflip=0.0) for wanted in (False, True))
@@ -127,10 +136,10 @@ def test_photometric_distortion_changes_images_alone(tmp_path):
         assert (target["boxes"] == its["boxes"]).all() and (target["masks"] == its["masks"]).all()
         assert other.dtype == torch.float32 and other.min() >= 0 and other.max() <= 1
         changed += bool((image != other).any())
-    assert changed >= 4  # images of few colours, of which not every step changes some
+    assert changed >= 4  # images have few colors, so some steps change nothing
 
 
-def test_images_without_objects_can_be_left_out_of_training(tmp_path, caplog):
+def test_images_without_objects_can_be_excluded_from_training(tmp_path, caplog):
     def only_crowds(content):
         for annotation in content["annotations"]:
             if annotation["image_id"] == 102:
@@ -148,7 +157,7 @@ def test_images_without_objects_can_be_left_out_of_training(tmp_path, caplog):
         assert data(tmp_path, skip_empty=True).num_classes
 
 
-def test_digits_are_the_same_in_each_run():
+def test_digits_are_deterministic():
     for detector in ("retinanet", "mask_rcnn"):
         first, second = (
             next(iter(DetectionData(None, detector=detector, min_size=64, num_workers=0).train_dataloader()))
@@ -162,7 +171,7 @@ def test_digits_are_the_same_in_each_run():
 
 
 def change(path, value):
-    """An edit of a COCO file: `change("annotations.0.bbox", …)`."""
+    """Return a function that edits COCO content, as in `change("annotations.0.bbox", …)`."""
 
     def edit(content):
         *keys, last = [int(k) if k.isdigit() else k for k in path.split(".")]
@@ -195,8 +204,8 @@ def change(path, value):
         (change("annotations.0", "x"), "an annotation that is a str"),
         (change("images.1.id", 100), "two entries have the image id 100"),
         (change("categories.1.id", 7), "two entries have the category id 7"),
-        (change("categories.1.name", "b"), "a class without a name, or two of one name: 'b', 'b'"),
-        (change("categories.1.name", " "), "a class without a name"),
+        (change("categories.1.name", "b"), "a class has no name, or two classes have the same: 'b', 'b'"),
+        (change("categories.1.name", " "), "a class has no name"),
         (change("images.1.width", float("nan")), "not a COCO file: its images need id"),
         (change("images.1.width", 10**30), "not a COCO file: its images need id"),
         (change("categories", {}), "not a COCO file: it needs the lists images, annotations and categories"),
@@ -207,17 +216,17 @@ def change(path, value):
         (change("images", []), "lists no images"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_file_is_named(edit, message, tmp_path):
+def test_invalid_annotations_are_named_in_error(edit, message, tmp_path):
     file = coco(tmp_path, edit=edit)
     with pytest.raises(UserError, match=f"{file}: {message}"):
         CocoImages(file, tmp_path / "images/train", masks=True)
 
 
-def test_missing_files_and_no_json(tmp_path):
+def test_missing_and_invalid_json_files(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         assert data(tmp_path / "nowhere").num_classes
     with pytest.raises(
-        UserError, match=r"instances_train.json: no such annotation file; name the split with"
+        UserError, match=r"instances_train.json: no such annotation file. Name the split with"
     ):
         assert data(tmp_path).num_classes
     file = coco(tmp_path)
@@ -228,7 +237,7 @@ def test_missing_files_and_no_json(tmp_path):
         assert data(tmp_path).num_classes
 
 
-def test_what_lies_outside_is_not_trained_on_and_counted(tmp_path, caplog):
+def test_boxes_outside_image_are_skipped_and_counted(tmp_path, caplog):
     def edit(content):
         content["annotations"][0]["bbox"] = [200, 10, 20, 30]  # outside
         content["annotations"][1]["bbox"] = [5, 5, 0, 10]
@@ -237,13 +246,15 @@ def test_what_lies_outside_is_not_trained_on_and_counted(tmp_path, caplog):
 
     file = coco(tmp_path, edit=edit)
     images = CocoImages(file, tmp_path / "images/train", train=True)
-    said = "3 objects outside the image or of no size, not trained on; the first is annotation 10 with bbox [200, 10,"
+    said = (
+        "3 objects outside the image or without area, skipped; the first is annotation 10 with bbox [200, 10,"
+    )
     assert said in caplog.text
     assert np.diff(images.first).tolist() == [0, 1, 2, 3]
     assert images.read(2)[1]["boxes"][0].tolist() == [70, 50, 110, 90]
     boxes = ToTensors(lambda *pair: pair, train=True)(*images.read(2))[1]["boxes"]
     assert boxes[0].tolist() == [70, 50, 80, 60]
-    # COCO's metrics take the truth as the file has it
+    # COCO metrics use the unmodified ground truth
     images = CocoImages(file, tmp_path / "images/train")
     assert np.diff(images.first).tolist() == [0, 3, 3, 3]
     assert ToTensors(lambda *pair: pair, train=False)(*images.read(2))[1]["boxes"][1].tolist() == [
@@ -255,7 +266,7 @@ def test_what_lies_outside_is_not_trained_on_and_counted(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_masks_without_a_pixel_are_left_out_and_counted(train, tmp_path, caplog):
+def test_empty_masks_are_skipped_and_counted(train, tmp_path, caplog):
     from pycocotools import mask
 
     empty = mask.encode(np.zeros((70, 50), np.uint8, order="F"))
@@ -264,19 +275,19 @@ def test_masks_without_a_pixel_are_left_out_and_counted(train, tmp_path, caplog)
         content["annotations"][0]["segmentation"] = [[100, 100, 130, 100, 130, 120]]  # outside
         content["annotations"][1]["segmentation"]["counts"] = [50 * 70]
         content["annotations"][3]["segmentation"] = [[10.1, 10.1, 10.2, 10.1, 10.2, 10.2]]
-        content["annotations"][4]["segmentation"] = [[5, 6, 25, 6, 15, 6]]  # on a line
+        content["annotations"][4]["segmentation"] = [[5, 6, 25, 6, 15, 6]]  # collinear
         content["annotations"][6]["segmentation"] = {"size": [70, 50], "counts": empty["counts"].decode()}
 
     file = coco(tmp_path, edit=edit)
     images = CocoImages(file, tmp_path / "images/train", masks=True, train=train)
-    assert np.diff(images.first).tolist() == [0, 1, 1, 2]  # crowds are left, which training drops later
-    assert "instances_train.json: 5 objects without a mask pixel in the image, left out" in caplog.text
+    assert np.diff(images.first).tolist() == [0, 1, 1, 2]  # crowds remain here; training drops them later
+    assert "instances_train.json: 5 objects without a mask pixel in the image, skipped" in caplog.text
     for n in range(4):
         target = ToTensors(lambda *pair: pair, train=train)(*images.read(n))[1]
         assert target["masks"].flatten(1).any(1).all()
 
 
-def test_thin_polygons_have_the_pixels_that_cocos_tools_draw():
+def test_thin_polygons_match_pycocotools_masks():
     from pycocotools import mask
 
     from crossformer_vision.data.readers.coco_masks import polygons_have_pixels
@@ -295,12 +306,12 @@ def test_thin_polygons_have_the_pixels_that_cocos_tools_draw():
         ([], "has no annotations to train on"),
         (
             [dict(iscrowd=1)] * 3,
-            r"all objects \(3\) are crowds \(iscrowd 1\), which are not trained on. Set iscrowd to 0",
+            r"all objects \(3\) are crowds \(iscrowd 1\), which training skips. Set iscrowd to 0",
         ),
         ([dict(bbox=[500, 5, 3, 3])], "no object of 1 can be trained on"),
     ],
 )
-def test_files_without_an_object_to_train_on_are_refused(annotations, message, tmp_path, caplog):
+def test_files_without_training_objects_are_rejected(annotations, message, tmp_path, caplog):
     common = dict(image_id=101, category_id=3, bbox=[5, 5, 10, 10])
 
     def edit(content):
@@ -313,13 +324,13 @@ def test_files_without_an_object_to_train_on_are_refused(annotations, message, t
     assert ("has no annotations; average precision cannot be measured" in caplog.text) == (not annotations)
 
 
-def test_crowds_are_counted(tmp_path, caplog):
+def test_crowds_are_reported(tmp_path, caplog):
     CocoImages(coco(tmp_path), tmp_path / "images/train", train=True)
-    assert "instances_train.json: 3 crowds are not trained on (iscrowd 1)" in caplog.text
+    assert "instances_train.json: 3 crowds are skipped in training (iscrowd 1)" in caplog.text
 
 
 def listed_as(names, root):
-    """A COCO file whose images are listed under these names."""
+    """Write a COCO file that lists its images under the given names."""
 
     def edit(content):
         for image, name in zip(content["images"], names, strict=True):
@@ -331,7 +342,7 @@ def listed_as(names, root):
 @pytest.mark.parametrize(
     "prefix", ["left\\", "./left/", "train/left/", "images/train/left/", "images\\train\\left\\"]
 )
-def test_names_as_tools_spell_them(prefix, tmp_path):
+def test_file_name_variants_of_annotation_tools(prefix, tmp_path):
     file = listed_as([f"{prefix}{n}.png" for n in range(4)], tmp_path)
     folder = tmp_path / "images/train"
     (folder / "left").mkdir()
@@ -343,7 +354,7 @@ def test_names_as_tools_spell_them(prefix, tmp_path):
 
 
 @pytest.mark.parametrize("form, other", [("NFC", "NFD"), ("NFD", "NFC")])
-def test_names_of_composed_and_decomposed_unicode(form, other, tmp_path):
+def test_composed_and_decomposed_unicode_file_names(form, other, tmp_path):
     file = listed_as([unicodedata.normalize(form, f"café {n}.png") for n in range(2)], tmp_path)
     for n in range(2):
         (tmp_path / f"images/train/{n}.png").rename(
@@ -352,13 +363,13 @@ def test_names_of_composed_and_decomposed_unicode(form, other, tmp_path):
     assert CocoImages(file, tmp_path / "images/train").read(1)[0].size == (50, 70)
 
 
-def test_hidden_images_that_are_listed_are_read(tmp_path):
+def test_listed_hidden_images_are_read(tmp_path):
     file = listed_as(["0.png", ".1.png"], tmp_path)
     (tmp_path / "images/train/1.png").rename(tmp_path / "images/train/.1.png")
     assert CocoImages(file, tmp_path / "images/train").read(1)[0].size == (50, 70)
 
 
-def test_missing_images_stop_a_run_before_it_starts_or_are_counted(tmp_path, caplog):
+def test_missing_images_are_rejected_or_counted(tmp_path, caplog):
     for split in ("train", "val"):
         coco(tmp_path, split)
     for n in (2, 3):
@@ -372,7 +383,7 @@ def test_missing_images_stop_a_run_before_it_starts_or_are_counted(tmp_path, cap
     assert "image 102: 2.png is not in" in caplog.text and found.skipped == 2
 
 
-def test_sizes_that_the_file_lacks_are_read_from_the_images(tmp_path, caplog):
+def test_missing_sizes_are_read_from_images(tmp_path, caplog):
     def edit(content):
         del content["images"][1]["width"], content["images"][1]["height"]
         content["images"][2].update(width=0, height=0)
@@ -380,22 +391,22 @@ def test_sizes_that_the_file_lacks_are_read_from_the_images(tmp_path, caplog):
 
     images = CocoImages(coco(tmp_path, edit=edit), tmp_path / "images/train", masks=True)
     assert images.sizes.tolist() == [[80, 60], [50, 70], [80, 60], [50, 70]]
-    assert "lists no size of 3 images; those of the image files are taken" in caplog.text and images.read(1)[
+    assert "lists no size of 3 images; the sizes of the image files are used" in caplog.text and images.read(
         1
-    ]["masks"].shape == (3, 70, 50)
+    )[1]["masks"].shape == (3, 70, 50)
 
 
-def test_an_image_under_two_ids_has_the_objects_of_both(tmp_path, caplog):
+def test_image_with_two_ids_merges_their_objects(tmp_path, caplog):
     def edit(content):
         content["images"].append({**content["images"][1], "id": 900})
         content["annotations"][0]["image_id"] = 900
 
     images = CocoImages(coco(tmp_path, edit=edit), tmp_path / "images/train")
     assert np.diff(images.first).tolist() == [0, 3, 3, 3] and len(images) == 4
-    assert "1 entry repeats an image; objects are taken together" in caplog.text
+    assert "1 entry repeats an image; their objects are merged" in caplog.text
 
 
-def test_a_root_category_is_no_class(tmp_path, caplog):
+def test_root_category_is_ignored(tmp_path, caplog):
     def edit(content):
         for category in content["categories"]:
             category["supercategory"] = "cells"
@@ -406,13 +417,13 @@ def test_a_root_category_is_no_class(tmp_path, caplog):
     found = data(tmp_path)
     assert found.num_classes == 2 and found.classes == ["a", "b"] and found.category_ids == [3, 7]
     assert found.images["train"].source.read(1)[1]["labels"].tolist() == [1, 2, 1]
-    assert "category 'cells' has no objects and stands above the others; it is no class" in caplog.text
+    assert "category 'cells' has no objects and is the supercategory of others; it is ignored" in caplog.text
 
 
 @pytest.mark.parametrize(
     "angle, box", [(90.0, [25, 5, 35, 35]), (180, [15, 15, 45, 25]), (45, [15.9, 5.9, 44.1, 34.1])]
 )
-def test_rotated_boxes_become_the_boxes_around_them(angle, box, tmp_path, caplog):
+def test_rotated_boxes_are_replaced_by_enclosing_boxes(angle, box, tmp_path, caplog):
     def edit(content):
         rotated = {"occluded": False, "rotation": angle}
         content["annotations"][0].update(bbox=[15, 15, 30, 10], attributes=rotated)
@@ -420,11 +431,11 @@ def test_rotated_boxes_become_the_boxes_around_them(angle, box, tmp_path, caplog
 
     images = CocoImages(coco(tmp_path, edit=edit), tmp_path / "images/train")
     assert images.read(1)[1]["boxes"][0].tolist() == pytest.approx(box, abs=0.1)
-    assert "1 box is rotated; upright boxes around them are taken" in caplog.text
+    assert "1 box is rotated; their enclosing upright boxes are used" in caplog.text
 
 
-def test_naming_an_id_that_stands_twice_takes_linear_time():
-    """Counted in comparisons, not by a clock."""
+def test_duplicate_id_lookup_takes_linear_time():
+    """Counts comparisons instead of measuring time."""
     from crossformer_vision.data.readers.coco_json import first_duplicate
 
     compared = 0
@@ -441,14 +452,16 @@ def test_naming_an_id_that_stands_twice_takes_linear_time():
     assert compared < 100 and first_duplicate(range(10)) is None
 
 
-def test_polygons_beyond_the_border_do_not_reach_over_the_padding(tmp_path):
-    """A crop that is larger than the image: what it adds is gray, and no object's."""
+def test_polygons_beyond_the_border_exclude_padding(tmp_path):
+    """A crop larger than the image adds gray padding that belongs to no object."""
     folder = tmp_path / "images/train"
 
     def edit(content):
         for annotation in content["annotations"]:
             annotation.update(iscrowd=0, bbox=[30, 20, 60, 30])
-            annotation["segmentation"] = [[30, 20, 90, 10, 110, 60, 30, 50]]  # images are 80 or 50 wide
+            annotation["segmentation"] = [
+                [30, 20, 90, 10, 110, 60, 30, 50]
+            ]  # images are 80 or 50 pixels wide
 
     for split in ("train", "val"):
         coco(tmp_path, split, edit=edit)
@@ -463,8 +476,8 @@ def test_polygons_beyond_the_border_do_not_reach_over_the_padding(tmp_path):
 
 
 @pytest.mark.parametrize("side", [800, 672])
-def test_boxes_at_the_border_stay_in_training(side, tmp_path):
-    """The lower right quarter of images whose sizes round badly."""
+def test_boxes_at_the_border_are_kept_in_training(side, tmp_path):
+    """Uses boxes in the lower right quarter and image sizes that cause rounding errors."""
     sizes = [(500, 375), (375, 500), (640, 480), (612, 612), (333, 500)]
     content = dict(images=[], annotations=[], categories=[dict(id=1, name="x")])
     for i, (w, h) in enumerate(sizes):
@@ -497,8 +510,8 @@ def test_categories_are_matched_by_name(tmp_path):
         assert data(tmp_path).num_classes
 
 
-def test_ids_of_other_kinds(tmp_path):
-    """As text, beyond 64 bits, as floats: whole numbers are the same."""
+def test_string_float_and_large_ids(tmp_path):
+    """Ids may be strings, floats or integers beyond 64 bits; equal whole numbers match."""
 
     def edit(content):
         for image in content["images"]:
@@ -513,8 +526,8 @@ def test_ids_of_other_kinds(tmp_path):
     assert images.read(1)[1]["image_id"] == 1 and images.read(0)[1]["image_id"] == 0
 
 
-def test_linked_images_are_read(tmp_path):
-    """As git-annex, DVC and shared disks keep them."""
+def test_symlinked_images_are_read(tmp_path):
+    """git-annex, DVC and shared storage use symbolic links."""
     file = coco(tmp_path)
     path = tmp_path / "images/train/1.png"
     path.rename(tmp_path / "store.png")
@@ -522,7 +535,7 @@ def test_linked_images_are_read(tmp_path):
     assert CocoImages(file, tmp_path / "images/train").read(1)[0].size == (50, 70)
 
 
-def test_images_of_all_kinds(tmp_path):
+def test_all_image_modes(tmp_path):
     coco(tmp_path)
     coco(tmp_path, "val", images=5)
     folder = tmp_path / "images/val"
@@ -547,24 +560,24 @@ def test_images_of_all_kinds(tmp_path):
     assert [batch is None for batch in batches] == [False, False, False, True, True]
 
 
-def test_a_file_name_cannot_leave_its_folder(tmp_path):
+def test_file_names_outside_image_folder_are_rejected(tmp_path):
     file = coco(tmp_path, edit=change("images.0.file_name", "../../secret.png"))
     (tmp_path / "secret.png").write_bytes((tmp_path / "images/train/0.png").read_bytes())
     with pytest.raises(UserError, match=r"secret.png lies outside"):
         CocoImages(file, tmp_path / "images/train").read(0)
 
 
-def test_an_image_of_another_size_is_named(tmp_path):
+def test_image_size_mismatch_is_reported(tmp_path):
     file = coco(tmp_path, edit=change("images.0.width", 81))
     with pytest.raises(
         UserError,
-        match=r"0.png: is 80x60 .turned as its EXIF orientation says., .*instances_train.json says 81x60",
+        match=r"0.png: is 80x60 .after its EXIF orientation is applied., but 81x60 in .*instances_train.json",
     ):
         CocoImages(file, tmp_path / "images/train").read(0)
 
 
-def test_bytes_that_are_no_text(tmp_path):
-    """In an annotation that is otherwise odd, and so read whole."""
+def test_invalid_utf8_is_rejected(tmp_path):
+    """The annotation has a string category id, which disables the fast parser."""
     file = coco(tmp_path, edit=change("annotations.2.category_id", "7"))
     file.write_bytes(
         file.read_bytes().replace(b'"category_id": "7"', b'"note": "\xd4\x00", "category_id": "7"')
@@ -574,7 +587,7 @@ def test_bytes_that_are_no_text(tmp_path):
 
 
 def polygons(content):
-    """Every object as polygons: a tilted one in two parts beside the square; the crowd as it is."""
+    """Replace the objects of category 7 by polygons of two parts and leave the others unchanged."""
     for annotation in content["annotations"]:
         if annotation["category_id"] == 7:
             parts = [[5, 3, 15, 8, 12, 50, 5, 40], [30.5, 41.5, 44.5, 41.5, 44.5, 55.5]]
@@ -586,8 +599,8 @@ def polygons(content):
     [{"hflip": 1.0}, {"vflip": 1.0, "min_size": 120, "max_size": 180}, {"scale_jitter": (0.5, 2.0)}, {}],
     ids=["flipped", "upside down", "cropped", "resized"],
 )
-def test_polygons_are_drawn_once_at_the_last_size(tmp_path, options):
-    """As masks that go through the same transforms, but for the pixels of their borders."""
+def test_polygons_are_rasterized_at_final_size(tmp_path, options):
+    """Results match masks passed through the same transforms, except for border pixels."""
     coco(tmp_path, edit=polygons)
     found = data(tmp_path, batch_size=1, **options)
     images = found.open("train")
@@ -601,7 +614,7 @@ def test_polygons_are_drawn_once_at_the_last_size(tmp_path, options):
                 both.append(images[index])
             (image, ours), (other, theirs) = both
             assert torch.equal(image, other) and ours.keys() == theirs.keys()
-            if len(ours["labels"]) != len(theirs["labels"]):  # a corner of an object, in one of the two
+            if len(ours["labels"]) != len(theirs["labels"]):  # only one variant keeps the corner of an object
                 continue
             assert torch.equal(ours["labels"], theirs["labels"])
             torch.testing.assert_close(ours["boxes"], theirs["boxes"], atol=2.5, rtol=0)
@@ -610,10 +623,10 @@ def test_polygons_are_drawn_once_at_the_last_size(tmp_path, options):
                 assert (a != b).sum() <= border
 
 
-def test_a_flipped_polygon_keeps_its_place(tmp_path):
+def test_flipped_polygons_match_flipped_masks(tmp_path):
     coco(tmp_path)
     images = data(tmp_path, hflip=1.0, vflip=1.0, min_size=70, max_size=70).open("train")
-    image, target = images[1]  # 50 wide, 70 high, as large as it is; the square and the run lengths
+    image, target = images[1]  # 50x70, not resized; a square polygon and an RLE mask
     assert image.shape == (3, 70, 50) and target["boxes"].tolist()[0] == [20, 30, 40, 60]
     inside = torch.zeros(70, 50, dtype=torch.uint8)
     inside[30:60, 20:40] = 1

@@ -1,4 +1,4 @@
-"""Images as a person sees them: EXIF orientation, in every task; modes; decoders that raise anything."""
+"""Tests for image decoding: EXIF orientation in all tasks, value ranges and decoder errors."""
 
 import json
 import struct
@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from crossformer_vision import UserError
 from crossformer_vision.data.classification import ClassificationData
 from crossformer_vision.data.detection import DetectionData
-from crossformer_vision.data.images import read, to_rgb, upright
+from crossformer_vision.data.images import apply_orientation, load_image, to_rgb
 from crossformer_vision.data.segmentation import SegmentationData
 
 TURNS = {
@@ -27,14 +27,14 @@ TURNS = {
 
 
 def drawn(width=60, height=40):
-    """Red where its object is, top left."""
+    """Return an image with a red object at the top left."""
     pixels = np.full((height, width, 3), 40, np.uint8)
     pixels[5:20, 5:25] = (250, 20, 20)
     return Image.fromarray(pixels)
 
 
 def save(image, path, orientation):
-    """As a phone does: stored turned, with a note of how to turn it back."""
+    """Save a rotated image with an EXIF orientation tag, as phones do."""
     path.parent.mkdir(parents=True, exist_ok=True)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -42,7 +42,7 @@ def save(image, path, orientation):
 
 
 @pytest.mark.parametrize("orientation", TURNS)
-def test_orientation_in_every_task(orientation, tmp_path):
+def test_exif_orientation_is_applied_in_all_tasks(orientation, tmp_path):
     image = drawn()
 
     def red(pixels):
@@ -54,7 +54,7 @@ def test_orientation_in_every_task(orientation, tmp_path):
             save(image, tmp_path / "classes" / split / name / "0.jpg", orientation)
     data = ClassificationData(root=str(tmp_path / "classes"), num_workers=0)
     assert data.num_classes == 2 and red(np.asarray(to_rgb(data.images["train"].source.read(0)[0])))
-    # detection: boxes of the upright picture
+    # detection: boxes refer to the upright image
     content = dict(
         images=[dict(id=1, file_name="0.jpg", width=60, height=40)],
         annotations=[dict(id=1, image_id=1, category_id=1, bbox=[5, 5, 20, 15], area=300, iscrowd=0)],
@@ -69,7 +69,7 @@ def test_orientation_in_every_task(orientation, tmp_path):
     picture, target = found.images["train"].source.read(0)
     x1, y1, x2, y2 = target["boxes"][0].astype(int)
     assert np.asarray(to_rgb(picture))[y1:y2, x1:x2, 0].mean() > 200
-    # segmentation: a class map of the upright picture
+    # segmentation: the class map refers to the upright image
     for split in ("training", "validation"):
         save(image, tmp_path / "maps/images" / split / "0.jpg", orientation)
         label = (np.asarray(image)[..., 0] > 200).astype(np.uint8)
@@ -81,25 +81,25 @@ def test_orientation_in_every_task(orientation, tmp_path):
     picture, label = maps.images["val"].source.read(0)
     pixels = np.asarray(to_rgb(picture))
     assert pixels[label == 1, 0].mean() > 200 and pixels[label == 0, 0].mean() < 60
-    # prediction reads files through the same function
-    assert red(np.asarray(read(tmp_path / "classes/train/a/0.jpg", "x")))
+    # prediction uses the same reader
+    assert red(np.asarray(load_image(tmp_path / "classes/train/a/0.jpg", "x")))
 
 
-def test_labels_of_the_stored_picture(tmp_path):
-    """Tools that ignore EXIF label what is stored; then it stays as it is stored."""
+def test_labels_of_the_unrotated_image(tmp_path):
+    """Some tools ignore EXIF and label the stored image, which is then not rotated."""
     save(drawn(), tmp_path / "0.jpg", 6)
     image = Image.open(tmp_path / "0.jpg")
     assert image.size == (40, 60)
-    assert upright(image, labelled=(40, 60)).size == (40, 60)
-    assert upright(image, labelled=(60, 40)).size == (60, 40)
-    assert upright(image).size == ImageOps.exif_transpose(image).size == (60, 40)
+    assert apply_orientation(image, label_size=(40, 60)).size == (40, 60)
+    assert apply_orientation(image, label_size=(60, 40)).size == (60, 40)
+    assert apply_orientation(image).size == ImageOps.exif_transpose(image).size == (60, 40)
     square = drawn(40, 40)
     save(square, tmp_path / "1.jpg", 3)
-    turned = np.asarray(upright(Image.open(tmp_path / "1.jpg"), labelled=(40, 40)))
+    turned = np.asarray(apply_orientation(Image.open(tmp_path / "1.jpg"), label_size=(40, 40)))
     assert np.abs(turned.astype(int) - np.asarray(square)).mean() < 5
 
 
-def test_values_of_other_ranges(tmp_path):
+def test_pixel_value_ranges_are_scaled(tmp_path):
     ramp = np.linspace(0, 1, 64).reshape(8, 8)
     expected = np.round(ramp * 255)
     for values, mode in (
@@ -112,7 +112,7 @@ def test_values_of_other_ranges(tmp_path):
         image = Image.fromarray(values)
         assert image.mode == mode
         image.save(tmp_path / "x.tif")
-        found = np.asarray(read(tmp_path / "x.tif", "x"))
+        found = np.asarray(load_image(tmp_path / "x.tif", "x"))
         assert found.shape == (8, 8, 3) and np.abs(found[..., 0] - expected).max() <= 1
     spoilt = ramp.astype(np.float32)
     spoilt[0, 0] = np.nan
@@ -120,7 +120,7 @@ def test_values_of_other_ranges(tmp_path):
 
 
 def large_text(path):
-    """A PNG with more compressed text than Pillow reads: it raises a ValueError."""
+    """Write a PNG whose compressed text exceeds the Pillow limit and raises a ValueError."""
     drawn().save(path)
 
     def chunk(kind, body):
@@ -137,7 +137,7 @@ def cut_tiff(path):
 
 
 @pytest.mark.parametrize("spoil", [large_text, cut_tiff])
-def test_whatever_a_decoder_raises_is_named_or_left_out(spoil, tmp_path):
+def test_decoder_errors_are_reported_or_skipped(spoil, tmp_path):
     name = "0.png"
     for split in ("train", "val"):
         for label in ("a", "b"):
@@ -146,7 +146,7 @@ def test_whatever_a_decoder_raises_is_named_or_left_out(spoil, tmp_path):
                 drawn().save(tmp_path / split / label / f"{i + 1}.png")
     spoil(tmp_path / "train/a" / name)
     with pytest.raises(UserError, match=f"x/{name}: cannot read this image"):
-        read(tmp_path / "train/a" / name, f"x/{name}")
+        load_image(tmp_path / "train/a" / name, f"x/{name}")
     data = ClassificationData(root=str(tmp_path), image_size=32, num_workers=0, crop="none")
     assert data.num_classes == 2
     with pytest.raises(UserError, match=f"{name}: cannot read this image .*skip_corrupt"):

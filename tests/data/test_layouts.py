@@ -1,4 +1,4 @@
-"""Archives, class lists and folders as people make them: what is read, and what is said about the rest."""
+"""Tests for archives, class lists and directory layouts: accepted variants and messages for others."""
 
 import io
 import json
@@ -32,12 +32,12 @@ def labels(data, stage="train"):
     ]
 
 
-def test_the_class_of_a_tar_file_is_its_first_folder(tmp_path):
+def test_tar_class_is_the_top_level_folder(tmp_path):
     for split in ("train", "val"):
         with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
             for value, name in enumerate(("dog/day", "dog/night", "cat/day", "./cat/night")):
                 add(tar, f"{name}/x.png", png(value))
-            add(tar, "cat/._x.png", b"\0\5\26\7")  # of a Mac
+            add(tar, "cat/._x.png", b"\0\5\26\7")  # macOS metadata
             add(tar, "__MACOSX/cat/x.png", png())
             add(tar, "readme.txt", b"text")
     data = ClassificationData(root=str(tmp_path), num_workers=0)
@@ -45,7 +45,7 @@ def test_the_class_of_a_tar_file_is_its_first_folder(tmp_path):
     assert labels(data) == [(0, "dog"), (1, "dog"), (2, "cat"), (3, "cat")]
 
 
-def test_tar_files_inside_are_classes_as_imagenet_has_them(tmp_path):
+def test_nested_tar_files_are_classes_as_in_imagenet(tmp_path):
     for split in ("train", "val"):
         with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
             for value, name in enumerate(("n02", "n01")):
@@ -59,7 +59,7 @@ def test_tar_files_inside_are_classes_as_imagenet_has_them(tmp_path):
     assert labels(data) == [(10, "n02"), (20, "n02"), (11, "n01"), (21, "n01")]
 
 
-def test_workers_read_a_tar_file_that_was_looked_at(tmp_path):
+def test_workers_read_tar_file_opened_in_main_process(tmp_path):
     for split, n in (("train", 2), ("val", 40)):
         with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
             for k in range(2 * n):
@@ -74,13 +74,13 @@ def test_workers_read_a_tar_file_that_was_looked_at(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"no tar file", b""])
-def test_damaged_tar_files_are_named(content, tmp_path):
+def test_damaged_tar_files_are_named_in_error(content, tmp_path):
     (tmp_path / "train.tar").write_bytes(content)
     with pytest.raises(UserError, match="train.tar: "):
         assert ClassificationData(root=str(tmp_path)).num_classes
 
 
-def test_keys_of_shards_may_have_dots(tmp_path):
+def test_shard_keys_may_contain_dots(tmp_path):
     for split in ("train", "val"):
         (tmp_path / split).mkdir()
         with tarfile.open(tmp_path / split / "0.tar", "w") as tar:
@@ -88,7 +88,7 @@ def test_keys_of_shards_may_have_dots(tmp_path):
                 add(tar, f"{key}.png", png(n))
                 add(tar, f"{key}.cls", str(n % 2).encode())
                 if key == "d":
-                    add(tar, "d.seg.png", png(99))  # no sample
+                    add(tar, "d.seg.png", png(99))  # not an input image
     data = ClassificationData(root=str(tmp_path), num_workers=0)
     assert data.num_classes == 2
     assert labels(data) == [(0, "0"), (1, "1"), (2, "0"), (3, "1")]
@@ -100,7 +100,7 @@ def test_images_beside_class_folders_are_reported(tmp_path, caplog):
             (tmp_path / split / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / split / name).write_bytes(png())
     assert ClassificationData(root=str(tmp_path), num_workers=0).num_classes == 2
-    assert "train: left out 2 images beside the class folders, such as 1.png" in caplog.text
+    assert "train: skipped 2 images outside the class folders, such as 1.png" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -113,14 +113,14 @@ def test_images_beside_class_folders_are_reported(tmp_path, caplog):
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_class_lists_of_all_forms(classes, encoding, tmp_path):
+def test_class_list_formats_and_encodings(classes, encoding, tmp_path):
     (tmp_path / "classes.json").write_text(json.dumps({"classes": classes}), encoding=encoding)
     found = read_classes(tmp_path)
     assert found.names == ["bg", "fg"] and found.values[:3].tolist() == [0, 1, UNKNOWN]
     assert found.values[255] == IGNORED and not found.says_what_is_ignored
 
 
-def test_values_may_have_gaps_and_an_ignored_class_is_none(tmp_path):
+def test_class_values_with_gaps_and_ignored_class(tmp_path):
     content = {"classes": {"void": 0, "road": 7, "car": 26}, "ignore_index": 0}
     (tmp_path / "classes.json").write_text(json.dumps(content))
     found = read_classes(tmp_path)
@@ -145,14 +145,14 @@ def test_values_may_have_gaps_and_an_ignored_class_is_none(tmp_path):
         ({"classes": "a, b"}, "not a list of classes like"),
     ],
 )
-def test_class_lists_that_cannot_be_meant(content, message, tmp_path):
+def test_invalid_class_lists_are_rejected(content, message, tmp_path):
     (tmp_path / "classes.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
         read_classes(tmp_path)
 
 
 @pytest.mark.parametrize("year", ["2007", "2012"])
-def test_pascal_voc_of_any_year(year, tmp_path):
+def test_pascal_voc_2007_and_2012(year, tmp_path):
     base = tmp_path / f"VOCdevkit/VOC{year}"
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (base / folder).mkdir(parents=True)
@@ -167,18 +167,18 @@ def test_pascal_voc_of_any_year(year, tmp_path):
         SegmentationData(root=str(tmp_path), classes=data.classes).open("val")
 
 
-def test_test_images_that_choose_the_best_checkpoint_are_named(tmp_path, caplog):
+def test_checkpoint_selection_on_test_images_is_reported(tmp_path, caplog):
     for split in ("train", "test"):
         for name in "ab":
             (tmp_path / split / name).mkdir(parents=True)
             (tmp_path / split / name / "0.png").write_bytes(png())
     data = ClassificationData(root=str(tmp_path), num_workers=0)
     assert data.num_classes == 2 and data.open("val") and data.found_splits["val"] == tmp_path / "test"
-    assert "best.ckpt is chosen on the test images" in caplog.text
+    assert "best.ckpt is selected on the test images" in caplog.text
 
 
 @pytest.mark.parametrize("low, high", [(-2.1, 2.6), (0.0, 255.0)])
-def test_augmentation_that_normalizes_is_refused(low, high, tmp_path):
+def test_normalizing_augmentation_is_rejected(low, high, tmp_path):
     def steps(image):
         return torch.linspace(low, high, 3 * 32 * 32).view(3, 32, 32)
 

@@ -1,4 +1,4 @@
-"""The order and the random numbers of the data follow from (seed, epoch, index) alone."""
+"""Tests for data loading: order and random numbers depend only on (seed, epoch, index)."""
 
 import random
 import subprocess
@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from crossformer_vision.data.classification import ClassificationData
-from crossformer_vision.data.loading import EpochBatches, SeededLoader, kept_generators, seed_all
+from crossformer_vision.data.loader import SeededLoader
+from crossformer_vision.data.randomness import preserve_rng_state, seed_all
+from crossformer_vision.data.sampling import EpochBatches
 
 
 class Noise:
-    """Each item is its index and one number from each generator."""
+    """Dataset of items with their index and one number from each random generator."""
 
     def __len__(self):
         return 23
@@ -36,7 +38,7 @@ def epoch(loader, number):
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_workers_change_nothing(train):
+def test_batches_do_not_depend_on_num_workers(train):
     a, b = loader(0, train), loader(2, train)
     for number in (0, 1):
         for x, y in zip(epoch(a, number), epoch(b, number), strict=True):
@@ -44,7 +46,7 @@ def test_workers_change_nothing(train):
     assert not torch.equal(torch.cat(epoch(a, 0))[:, 1:], torch.cat(epoch(a, 1))[:, 1:])
 
 
-def test_two_processes_see_what_one_does():
+def test_two_processes_load_the_same_samples_as_one():
     whole = epoch(loader(batch_size=4), 3)
     halves = [epoch(loader(batch_size=2, rank=rank, world=2), 3) for rank in (0, 1)]
     assert len(whole) == len(halves[0]) == len(halves[1]) == 23 // 4
@@ -58,7 +60,7 @@ def test_validation_covers_each_image_once():
 
 
 @pytest.mark.parametrize(("limit", "taken"), [(1.0, None), (2, 8), (0.5, 12), (99, None), (0, None)])
-def test_a_part_of_validation_comes_from_all_of_it(limit, taken):
+def test_limited_validation_samples_the_whole_split(limit, taken):
     batches = EpochBatches(23, 4, seed=5, train=False, limit=limit)
     order = [index for batch in batches for _, index in batch]
     assert sorted(order) == list(range(23))
@@ -73,8 +75,8 @@ class Labels(L.LightningModule):
         return batch[1]
 
 
-def test_predictions_come_in_the_order_of_the_data():
-    """A limited validation takes images from everywhere; predicting does not."""
+def test_predictions_follow_dataset_order():
+    """Limited validation samples the whole split, but prediction keeps the dataset order."""
     data = ClassificationData(image_size=32, val_images=30, batch_size=4, num_workers=0)
     said = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
     found = L.Trainer(limit_val_batches=2, **said).predict(Labels(), data)
@@ -83,7 +85,7 @@ def test_predictions_come_in_the_order_of_the_data():
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_epoch_goes_on_where_it_was_saved(num_workers):
+def test_epoch_resumes_at_saved_batch(num_workers):
     whole = epoch(loader(num_workers), 1)
     first = loader(num_workers)
     first.batches.set_epoch(1)
@@ -93,21 +95,21 @@ def test_an_epoch_goes_on_where_it_was_saved(num_workers):
     second.batches.start = first.taken
     rest = epoch(second, 1)
     assert all(torch.equal(x, y) for x, y in zip(taken + rest, whole, strict=True))
-    assert len(epoch(second, 2)) == len(whole)  # the next epoch is whole again
+    assert len(epoch(second, 2)) == len(whole)  # the next epoch is complete
 
 
-def test_generators_are_put_back():
+def test_random_generator_states_are_restored():
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = random.random(), np.random.rand(), torch.rand(1)
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    with kept_generators():
+    with preserve_rng_state():
         seed_all(7)
         random.random(), np.random.rand(), torch.rand(1)
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected
 
 
-def test_a_script_that_leaves_a_loader_open_ends(tmp_path):
-    """Workers do not hear the SIGTERM by which Python would end them."""
+def test_script_with_open_loader_exits(tmp_path):
+    """Workers ignore the SIGTERM that Python sends at exit."""
     script = """
 if __name__ == "__main__":
     from crossformer_vision import ClassificationData

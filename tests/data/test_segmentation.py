@@ -1,4 +1,4 @@
-"""Class maps: what is read from them, what is refused, and how images become crops."""
+"""Tests for segmentation data: class map parsing, validation errors, scales and crops."""
 
 import json
 import struct
@@ -11,13 +11,14 @@ from PIL import Image
 
 from crossformer_vision import UserError
 from crossformer_vision.data.class_lists import value_table
-from crossformer_vision.data.segmentation import MappedImages, SegmentationData
+from crossformer_vision.data.readers.class_maps import ClassMapImages
+from crossformer_vision.data.segmentation import SegmentationData
 
-COLOURS = np.array([[200, 30, 30], [30, 200, 30], [30, 30, 200]], np.uint8)  # of the classes, in images
+COLOURS = np.array([[200, 30, 30], [30, 200, 30], [30, 30, 200]], np.uint8)  # image color of each class
 
 
 def maps(root, split="training", images=4, size=(60, 48), seed=0, classes=True):
-    """Images whose pixels have the colour of their class, in squares, with ignored ones in a corner."""
+    """Write images with squares in the color of their class and class maps with an ignored corner."""
     rng = np.random.default_rng((seed, len(split)))
     for kind in ("images", "annotations"):
         (root / kind / split / "city").mkdir(parents=True, exist_ok=True)
@@ -42,13 +43,13 @@ def data(root, **options):
 
 
 def colours(pixels, found):
-    """The class of each pixel by its colour, from normalised pixels (3, H, W)."""
+    """Compare normalized pixels, shape (3, H, W), with the color of each class."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (found.to_input.mean, found.to_input.std))
     return ((pixels * std + mean)[:, None] * 255 - torch.tensor(COLOURS.T)[:, :, None, None]).abs().sum(0)
 
 
 @pytest.mark.parametrize("train, val", [("training", "validation"), ("train", "val")])
-def test_a_folder_of_images_and_class_maps(train, val, tmp_path):
+def test_folder_of_images_and_class_maps(train, val, tmp_path):
     maps(tmp_path, train)
     maps(tmp_path, val, images=3)
     found = data(tmp_path)
@@ -59,23 +60,23 @@ def test_a_folder_of_images_and_class_maps(train, val, tmp_path):
     assert (colours(pixels, found).argmin(0) == labels)[5:].all()
     halved = data(tmp_path, short_side=24)
     assert halved.num_classes
-    (pixels,), labels = halved.images["val"][1]  # the class map stays as it is
+    (pixels,), labels = halved.images["val"][1]  # the class map is not resized
     assert pixels.shape == (3, 24, 32) and labels.shape == (48, 64)
     assert [len(x) for x, _ in found.val_dataloader()] == [1, 1, 1]
 
 
-def test_sizes_and_scales_of_validation(tmp_path):
-    """As the published segmenters are tested: each scale from the original, sides stretched to multiples."""
+def test_validation_sizes_and_scales(tmp_path):
+    """Matches the published evaluation: scales from the original image, sides rounded to multiples."""
     for split in ("training", "validation"):
         maps(tmp_path, split)
     found = data(tmp_path, short_side=40, long_side=45, size_divisor=16, test_scales=(0.5, 1.0, 2.0))
     assert found.num_classes
-    views, labels = found.images["val"][1]  # of 64x48, brought to 45x34
+    views, labels = found.images["val"][1]  # 64x48, resized to 45x34
     assert [tuple(view.shape[1:]) for view in views] == [(32, 32), (48, 48), (80, 96)]
     assert labels.shape == (48, 64)
     image, _ = found.images["val"].source.read(1)
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float()
-    for view in views:  # without antialiasing
+    for view in views:  # no antialiasing
         expected = torch.nn.functional.interpolate(pixels, view.shape[1:], mode="bilinear")
         shown = view * torch.tensor(found.to_input.std)[:, None, None]
         shown = (shown + torch.tensor(found.to_input.mean)[:, None, None]) * 255
@@ -97,20 +98,20 @@ def black_and_white(root, ignore=None, values=(0, 255)):
     return found
 
 
-def test_class_maps_of_drawing_programs(tmp_path, caplog):
-    """0 and 255 alone are two classes, with a notice; unless 255 is said to be ignored."""
+def test_black_and_white_class_maps(tmp_path, caplog):
+    """Maps with only 0 and 255 have two classes and log a notice, unless 255 is the ignore index."""
     found = black_and_white(tmp_path / "a")
     for split in ("train", "val"):
         assert np.unique(found.images[split].source.read(0)[1]).tolist() == [0, 1]
-    assert "its values are 0 and 255 alone: 255 is taken for 'thing'" in caplog.text
+    assert "only the values 0 and 255, so 255 is class 'thing'" in caplog.text
     found = black_and_white(tmp_path / "b", ignore=255)
     assert np.unique(found.images["train"].source.read(0)[1]).tolist() == [0, 255]
     found = black_and_white(tmp_path / "c", values=(1, 255))
     assert np.unique(found.images["train"].source.read(0)[1]).tolist() == [1, 255]
 
 
-def test_sparse_class_maps_of_drawing_programs(tmp_path):
-    """The first maps in the order of names hold nothing."""
+def test_sparse_black_and_white_class_maps(tmp_path):
+    """The first class maps contain only background."""
     black_and_white(tmp_path)
     for n in range(60):
         Image.new("RGB", (8, 8)).save(tmp_path / f"images/training/0{n:02d}.png")
@@ -119,14 +120,16 @@ def test_sparse_class_maps_of_drawing_programs(tmp_path):
     assert np.unique(data.open("train").source.read(40)[1]).tolist() == [1]
 
 
-def test_two_images_of_one_class_map(tmp_path):
+def test_two_images_with_one_class_map(tmp_path):
     black_and_white(tmp_path)
     Image.new("RGB", (50, 40)).save(tmp_path / "images/training/x.jpg")
-    with pytest.raises(UserError, match=r"x.png: has the name of x.jpg, but a class map is of one image"):
+    with pytest.raises(
+        UserError, match=r"x.png: has the name of x.jpg, but a class map belongs to one image"
+    ):
         assert data(tmp_path).num_classes
 
 
-def test_crops_go_with_their_class_maps(tmp_path):
+def test_crops_are_aligned_with_class_maps(tmp_path):
     maps(tmp_path, images=6)
     maps(tmp_path, "validation")
     found = data(tmp_path, batch_size=3, scales=(0.5, 2.0), photometric=False, crop_size=40)
@@ -138,17 +141,17 @@ def test_crops_go_with_their_class_maps(tmp_path):
             assert pixels.shape == (3, 3, 40, 40) and labels.shape == (3, 40, 40)
             for image, label in zip(pixels, labels, strict=True):
                 distance = colours(image, found)
-                sure = (distance.min(0).values < 30) & (label != 255)  # not mixed at an edge
+                sure = (distance.min(0).values < 30) & (label != 255)  # not interpolated at an edge
                 assert sure.float().mean() > 0.3
                 assert (distance.argmin(0) == label)[sure].float().mean() > 0.99
                 bottom = (label[-1] == 255).all()
                 padded += int(bottom)
-                assert not bottom or (image[:, -1] == 0).all()  # the mean, after it is normalised
+                assert not bottom or (image[:, -1] == 0).all()  # padding is the normalized mean
                 flipped += int((label[:2, -2:] == 255).all() and not bottom)
-    assert padded and flipped  # a corner that was at the left is at the right
+    assert padded and flipped  # the left corner moves to the right
 
 
-def test_no_class_takes_all_of_a_crop(tmp_path):
+def test_max_share_limits_dominant_class_in_crop(tmp_path):
     for split in ("training", "validation"):
         for kind in ("images", "annotations"):
             (tmp_path / kind / split).mkdir(parents=True)
@@ -168,7 +171,7 @@ def test_no_class_takes_all_of_a_crop(tmp_path):
     assert both(0.99) > 2 * both(1.0)
 
 
-def test_ade20k_numbers_its_classes_itself(tmp_path):
+def test_ade20k_layout_and_class_names(tmp_path):
     for split in ("training", "validation"):
         maps(tmp_path, split, classes=False)
     names = [f"{n}\t0.1\t1\t1\t0\tclass {n}, other name" for n in range(1, 151)]
@@ -177,18 +180,18 @@ def test_ade20k_numbers_its_classes_itself(tmp_path):
     assert found.num_classes == 150 and found.classes[0] == "class 1"
     plain = np.asarray(Image.open(tmp_path / "annotations/validation/city/0.png"))
     _, labels = found.images["val"][0]
-    assert (labels[torch.from_numpy(plain == 0)] == 255).all()  # other: not counted
+    assert (labels[torch.from_numpy(plain == 0)] == 255).all()  # class 'other' is ignored
     assert (labels[torch.from_numpy(plain == 2)] == 1).all()
 
 
-def test_cityscapes(tmp_path):
+def test_cityscapes_layout(tmp_path):
     for split in ("train", "val"):
         for kind, name in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
             folder = tmp_path / kind / split / "bonn"
             folder.mkdir(parents=True)
             drawn = np.full((20, 30), 7, np.uint8)  # road
             drawn[:, 10:] = 26  # car
-            drawn[:, 20:] = 4  # static: not evaluated
+            drawn[:, 20:] = 4  # static: ignored in evaluation
             Image.fromarray(drawn if kind == "gtFine" else COLOURS[drawn % 3]).save(
                 folder / f"bonn_000000_000019_{name}.png"
             )
@@ -204,7 +207,7 @@ def test_cityscapes(tmp_path):
         assert data(tmp_path, val_split="nowhere").num_classes
 
 
-def test_voc(tmp_path):
+def test_voc_layout(tmp_path):
     base = tmp_path / "VOCdevkit" / "VOC2012"
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (base / folder).mkdir(parents=True)
@@ -219,7 +222,7 @@ def test_voc(tmp_path):
     assert (found.images["val"][0][1] == 20).all()
 
 
-def test_digits_are_the_same_in_each_run():
+def test_digits_are_deterministic():
     first, second = (
         next(iter(SegmentationData(None, crop_size=64, num_workers=0).train_dataloader())) for _ in range(2)
     )
@@ -232,7 +235,7 @@ def test_digits_are_the_same_in_each_run():
     [("grey", lambda im: im.convert("L")), ("rgba", lambda im: im.convert("RGBA")),
      ("16 bits", lambda im: Image.fromarray(np.asarray(im.convert("L")).astype(np.uint16) * 257))],
 )  # fmt: skip
-def test_images_that_are_not_rgb(kind, draw, tmp_path):
+def test_non_rgb_images(kind, draw, tmp_path):
     maps(tmp_path)
     maps(tmp_path, "validation")
     file = tmp_path / "images/validation/city/0.png"
@@ -264,20 +267,20 @@ BROKEN = {
     ),
     "no images for maps": (
         lambda root: [(root / f"images/validation/city/{n}.png").unlink() for n in (1, 2)],
-        r"annotations/validation/city/1\.png: has no image in .*images/validation, nor have 1 others",
+        r"annotations/validation/city/1\.png: has no image in .*images/validation, nor do 1 others",
     ),
     "no folder of maps": (
         lambda root: (root / "annotations/validation").rename(root / "elsewhere"),
         r"annotations/validation: no such folder, for the class maps",
     ),
-    "no folder": (lambda root: (root / "images/validation").rename(root / "x"), r"name the split with --data\.val_split"),
+    "no folder": (lambda root: (root / "images/validation").rename(root / "x"), r"Name the split with --data\.val_split"),
     "no classes": (lambda root: (root / "classes.json").unlink(), r"classes\.json: no such file; it lists the classes"),
     "classes no json": (lambda root: (root / "classes.json").write_text("a b"), r"classes\.json: not a list of classes"),
     "one class": (lambda root: (root / "classes.json").write_text('["a"]'), r"classes\.json: lists 1 class"),
-    "other size": (redraw(lambda x: x[:-3]), r"1\.png: is 64x45, its image .*1\.png is 64x48"),
+    "other size": (redraw(lambda x: x[:-3]), r"1\.png: has 64x45 pixels, its image .*1\.png 64x48"),
     "value": (value(3), r"annotations/validation/city/1\.png: has the value 3, which is none of the 3 classes"),
     "large value": (redraw(lambda x: x.astype(np.uint16) + 300), r"1\.png: has the value \d{3}, which is none of"),
-    "rgb": (redraw(lambda x: COLOURS[x % 3]), r"1\.png: a class map has one class index a pixel .* not RGB"),
+    "rgb": (redraw(lambda x: COLOURS[x % 3]), r"1\.png: a class map has one class index per pixel .* not RGB"),
     "rubbish map": (
         lambda root: (root / "annotations/validation/city/1.png").write_bytes(b"rubbish"),
         r"annotations/validation/city/1\.png: cannot read this class map",
@@ -290,7 +293,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_wrong_is_named(name, tmp_path):
+def test_invalid_data_is_named_in_error(name, tmp_path):
     maps(tmp_path)
     maps(tmp_path, "validation")
     edit, message = BROKEN[name]
@@ -305,25 +308,25 @@ def test_what_is_wrong_is_named(name, tmp_path):
 
 def test_missing_root():
     with pytest.raises(
-        UserError, match=r"nowhere: no such folder; --data.root needs images/ and annotations/"
+        UserError, match=r"nowhere: no such folder. --data.root needs images/ and annotations/"
     ):
         assert data("nowhere").num_classes
 
 
-def test_class_maps_of_numbers_that_are_no_classes(tmp_path):
+def test_class_maps_with_unknown_values(tmp_path):
     Image.new("RGB", (4, 2)).save(tmp_path / "x.png")
     for values in ([[0, 1, 0.5, 1]], [[0, 1, np.nan, 1]], [[0, 1, -1, 1]]):
         Image.fromarray(np.array(values * 2, np.float32)).save(tmp_path / "map.tif")
         with pytest.raises(UserError, match=r"map.tif: has the value"):
-            MappedImages([(tmp_path / "x.png", tmp_path / "map.tif")], ["a", "b"], value_table(2)).read(0)
+            ClassMapImages([(tmp_path / "x.png", tmp_path / "map.tif")], ["a", "b"], value_table(2)).read(0)
     Image.fromarray(np.array([[0, 1, 1, 0]] * 2, np.float32)).save(tmp_path / "map.tif")
-    read = MappedImages([(tmp_path / "x.png", tmp_path / "map.tif")], ["a", "b"], value_table(2)).read(0)[1]
+    read = ClassMapImages([(tmp_path / "x.png", tmp_path / "map.tif")], ["a", "b"], value_table(2)).read(0)[1]
     assert read.tolist() == [[0, 1, 1, 0]] * 2
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_greyscale_of_few_bits_holds_classes(tmp_path, bits):
-    """PIL spreads them over 0 to 255."""
+def test_low_bit_grayscale_class_maps(tmp_path, bits):
+    """PIL rescales the values to 0 to 255."""
     values = np.arange(4, dtype=np.uint8)[None].repeat(2, 0) % 2**bits
     rows = [0] + np.packbits(np.unpackbits(values[0][:, None], axis=1)[:, 8 - bits :].ravel()).tolist()
 
@@ -339,5 +342,5 @@ def test_greyscale_of_few_bits_holds_classes(tmp_path, bits):
     )
     (tmp_path / "map.png").write_bytes(png)
     Image.new("RGB", (4, 2)).save(tmp_path / "x.png")
-    source = MappedImages([(tmp_path / "x.png", tmp_path / "map.png")], list("abcd"), value_table(4))
+    source = ClassMapImages([(tmp_path / "x.png", tmp_path / "map.png")], list("abcd"), value_table(4))
     assert source.read(0)[1].tolist() == values.tolist()

@@ -1,4 +1,4 @@
-"""Predicting much: patterns, batches, videos, tiles, JSON for programs, memory that does not grow."""
+"""Tests for prediction on files: glob patterns, batches, videos, tiles, JSON output and memory use."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from torchvision.ops import box_iou
 from crossformer_vision import UserError, load_predictor
 from crossformer_vision.cli import main
 from crossformer_vision.inference.tiling import detect_in_tiles
-from crossformer_vision.inference.video import frames, written
+from crossformer_vision.inference.video import frames, mp4_writer
 
 CROSSFORMER = str(Path(sys.executable).with_name("crossformer"))
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Images of several sizes, a panorama among them, and what is none."""
+    """Write images of several sizes, including a panorama, and an invalid file."""
     rng = np.random.default_rng(0)
     (tmp_path / "photos").mkdir()
     for n, (width, height) in enumerate([(70, 90), (64, 50), (200, 60), (33, 40)] * 5):
@@ -46,23 +46,23 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def test_a_batch_is_as_one_by_one(checkpoint, photos, tmp_path, capsys):
+def test_batched_predictions_match_single_predictions(checkpoint, photos, tmp_path, capsys):
     predictor = load_predictor(checkpoint, "cpu")
     paths = sorted(p for p in photos.glob("*.png") if p.name != "07.png")
     for path, result in zip(paths, predictor(paths), strict=True):
         np.testing.assert_allclose(result.probabilities, predictor(path).probabilities, atol=1e-5)
         assert result.name == str(path)
-    assert main(["predict", str(checkpoint), str(photos), "--out", str(tmp_path / "out")]) == 1
-    assert "1 of 20 images was left out" in capsys.readouterr().err
+    assert main(["predict", str(checkpoint), str(photos), "--output", str(tmp_path / "out")]) == 1
+    assert "1 of 20 images was skipped" in capsys.readouterr().err
     written = json.loads((tmp_path / "out/predictions.json").read_text())
     assert [entry["image"] for entry in written] == [str(path) for path in paths]
     assert len(list((tmp_path / "out").glob("*.png"))) == 19
 
 
-def test_patterns_json_and_what_is_saved(checkpoint, photos, tmp_path, capsys, monkeypatch):
+def test_glob_patterns_json_and_saved_files(checkpoint, photos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     what = ["predict", str(checkpoint), "photos/0[0-3].*"]
-    assert main([*what, "--json", "--save", "nothing"]) == 0
+    assert main([*what, "--json", "--save", "none"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["image"] for line in lines] == [f"photos/0{n}.png" for n in range(4)]
     assert not (tmp_path / "predictions").exists()
@@ -71,13 +71,13 @@ def test_patterns_json_and_what_is_saved(checkpoint, photos, tmp_path, capsys, m
         "predictions.json"
     ]
     assert main(["predict", str(checkpoint), "photos/**/x*.jpg"]) == 1
-    assert "photos/**/x*.jpg: no image or video has such a name" in capsys.readouterr().err
+    assert "photos/**/x*.jpg: matches no image or video" in capsys.readouterr().err
     (tmp_path / "photos/[1].png").write_bytes((tmp_path / "photos/00.png").read_bytes())
-    assert main(["predict", str(checkpoint), "photos/[1].png"]) == 0  # a file of that name, no pattern
+    assert main(["predict", str(checkpoint), "photos/[1].png"]) == 0  # an existing file name is not a pattern
 
 
 @pytest.mark.parametrize("make", [lambda: classifier_checkpoint("crossformer_nano"), retinanet_checkpoint])
-def test_a_video(make, tmp_path, capsys):
+def test_video(make, tmp_path, capsys):
     av = pytest.importorskip("av")
     torch.save(make(), tmp_path / "best.ckpt")
     with av.open(str(tmp_path / "clip.mp4"), "w") as container:
@@ -88,7 +88,9 @@ def test_a_video(make, tmp_path, capsys):
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     out = tmp_path / "out"
-    assert main(["predict", str(tmp_path / "best.ckpt"), str(tmp_path / "clip.mp4"), "--out", str(out)]) == 0
+    assert (
+        main(["predict", str(tmp_path / "best.ckpt"), str(tmp_path / "clip.mp4"), "--output", str(out)]) == 0
+    )
     written = json.loads((out / "predictions.json").read_text())
     entries = written["images"] if isinstance(written, dict) else written
     names = [entry.get("file_name") or entry["image"].rpartition("/")[2] for entry in entries]
@@ -97,7 +99,8 @@ def test_a_video(make, tmp_path, capsys):
         assert sum(1 for _ in container.decode(video=0)) == 7
     (tmp_path / "broken.mp4").write_bytes(b"no video" * 100)
     assert (
-        main(["predict", str(tmp_path / "best.ckpt"), str(tmp_path / "broken.mp4"), "--out", str(out)]) == 1
+        main(["predict", str(tmp_path / "best.ckpt"), str(tmp_path / "broken.mp4"), "--output", str(out)])
+        == 1
     )
     assert "broken.mp4: cannot read this video" in capsys.readouterr().err
 
@@ -117,7 +120,7 @@ def write_video(path, pictures, times=None):
         container.mux(stream.encode(None))
 
 
-def test_a_damaged_packet_does_not_end_a_video(tmp_path, caplog):
+def test_video_continues_after_damaged_packet(tmp_path, caplog):
     rng = np.random.default_rng(0)
     path = tmp_path / "clip.mp4"
     write_video(path, [rng.integers(0, 255, (48, 64, 3), dtype=np.uint8) for _ in range(30)])
@@ -126,18 +129,18 @@ def test_a_damaged_packet_does_not_end_a_video(tmp_path, caplog):
     content[middle : middle + 2500] = rng.bytes(2500)
     path.write_bytes(content)
     read = [time for time, _ in frames(path)]
-    assert 15 <= len(read) < 30 and read[-1] == pytest.approx(2.9)  # the end is among them
-    assert re.search(r"clip\.mp4: \d+ damaged packets? left out", caplog.text)
+    assert 15 <= len(read) < 30 and read[-1] == pytest.approx(2.9)  # includes the last frames
+    assert re.search(r"clip\.mp4: \d+ damaged packets? skipped", caplog.text)
     path.write_bytes(content[:2000])
     with pytest.raises(UserError, match=r"clip\.mp4: (cannot read|none of its frames)"):
         list(frames(path))
 
 
-def test_written_videos_keep_times_and_geometry(tmp_path):
-    """Variable frame rate; pictures of other heights, as of legends of other lengths, are cut or padded."""
+def test_written_videos_preserve_timestamps_and_size(tmp_path):
+    """The frame rate varies; frames of different heights are cropped or padded."""
     av = pytest.importorskip("av")
     times = [0, 0.1, 0.5, 0.5, 2.3]
-    with written(tmp_path / "clip.mp4", fps=10) as append:
+    with mp4_writer(tmp_path / "clip.mp4", fps=10) as append:
         for time, height in zip(times, (80, 120, 60, 80, 80), strict=True):
             pixels = np.zeros((height, 64, 3), np.uint8)
             pixels[40:50] = 255
@@ -152,16 +155,16 @@ def test_written_videos_keep_times_and_geometry(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pages.tif", "moving.gif"])
-def test_pages_left_out_are_reported(name, checkpoint, tmp_path, caplog):
+def test_skipped_pages_are_reported(name, checkpoint, tmp_path, caplog):
     pages = [Image.fromarray(np.full((50, 60, 3), 60 * n, np.uint8)) for n in range(3)]
     pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
-    assert main(["predict", str(checkpoint), str(tmp_path / name), "--save", "nothing"]) == 0
+    assert main(["predict", str(checkpoint), str(tmp_path / name), "--save", "none"]) == 0
     assert f"{name}: has 3 pages or frames; the first one is predicted" in caplog.text
 
 
 @pytest.mark.parametrize("degrees", [90, 270])
-def test_phones_lie_their_videos_down(degrees, tmp_path):
-    """The file says how its frames are turned to be upright: by a matrix in its track's head."""
+def test_video_rotation_metadata_is_applied(degrees, tmp_path):
+    """The display matrix in the track header defines the rotation."""
     av = pytest.importorskip("av")
     path = tmp_path / "clip.mp4"
     pixels = np.zeros((64, 128, 3), np.uint8)
@@ -184,7 +187,7 @@ def test_phones_lie_their_videos_down(degrees, tmp_path):
 
 
 class FindsRed(nn.Module):
-    """A detector without weights: red rectangles that do not touch, one in each row and column of a coarse net."""
+    """Detector without weights that returns separate red rectangles on a coarse grid."""
 
     def forward(self, images):
         red = (images[0][0] > 0.9) & (images[0][1] < 0.1)
@@ -211,8 +214,8 @@ class FindsRed(nn.Module):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_tiles_find_each_object_once(seed):
-    """Small ones wherever tiles end, and one that is larger than a tile."""
+def test_tiled_detection_finds_each_object_once(seed):
+    """Covers small objects at tile borders and an object larger than a tile."""
     rng = np.random.default_rng(seed)
     pixels = np.zeros((430, 610, 3), np.uint8)
     expected = []
@@ -229,15 +232,15 @@ def test_tiles_find_each_object_once(seed):
     found = detect_in_tiles(FindsRed(), Image.fromarray(pixels), 128, 0.1, CPU)
     overlap = box_iou(found["boxes"], torch.tensor(expected, dtype=torch.float32))
     assert len(found["boxes"]) == len(expected)
-    assert (overlap.max(0).values[:-1] == 1).all()  # small ones to the pixel
-    assert overlap.max(0).values[-1] > 0.9  # the large one from the image made small
+    assert (overlap.max(0).values[:-1] == 1).all()  # small objects match exactly
+    assert overlap.max(0).values[-1] > 0.9  # the large object is detected in the downscaled image
     masks = found["masks"].any(0).numpy()
     assert (masks == (pixels[..., 0] > 0)).mean() > 0.97
     assert masks[:, 370:][pixels[:, 370:, 0] > 0].all()
 
 
 class FindsBright(torch.nn.Module):
-    """The box around all that is bright, if it is at least ``least`` pixels wide and high."""
+    """Detector that returns the bounding box of bright pixels if both sides have at least ``least`` pixels."""
 
     def __init__(self, least=1):
         super().__init__()
@@ -260,7 +263,7 @@ class FindsBright(torch.nn.Module):
 
 
 @pytest.mark.parametrize("size, box", [((90, 4000), (10, 1000, 80, 1900)), ((3000, 70), (700, 5, 2100, 60))])
-def test_boxes_of_long_images_are_scaled_along_each_side(size, box):
+def test_boxes_of_long_images_are_scaled_per_axis(size, box):
     pixels = np.zeros((*size[::-1], 3), np.uint8)
     pixels[box[1] : box[3], box[0] : box[2]] = 255
     found = detect_in_tiles(FindsBright(), Image.fromarray(pixels), 200, 0.5, CPU)
@@ -268,8 +271,8 @@ def test_boxes_of_long_images_are_scaled_along_each_side(size, box):
 
 
 @pytest.mark.parametrize("corner", [(500, 500), (505, 130), (40, 520), (610, 610)])
-def test_objects_across_the_borders_of_tiles_are_found_whole(corner):
-    """Too small to be seen in the whole image, and cut by all tiles that it lies in."""
+def test_objects_across_tile_borders_are_merged(corner):
+    """The object is too small to be detected in the whole image and is cut by each tile."""
     x, y = corner
     pixels = np.zeros((3200, 3200, 3), np.uint8)
     pixels[y : y + 155, x : x + 155] = 255
@@ -279,7 +282,7 @@ def test_objects_across_the_borders_of_tiles_are_found_whole(corner):
     assert abs(int(found["masks"].sum()) - 155**2) < 155 * 8
 
 
-def test_tiles_of_a_real_detector(tmp_path, capsys):
+def test_tiled_detection_with_real_detector(tmp_path, capsys):
     torch.save(retinanet_checkpoint(), tmp_path / "best.ckpt")
     pixels = np.random.default_rng(0).integers(0, 255, (150, 260, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "large.png")
@@ -287,10 +290,10 @@ def test_tiles_of_a_real_detector(tmp_path, capsys):
         "predict",
         str(tmp_path / "best.ckpt"),
         str(tmp_path / "large.png"),
-        "--out",
+        "--output",
         str(tmp_path / "out"),
     ]
-    assert main([*what, "--tile", "96", "--score", "0.005"]) == 0
+    assert main([*what, "--tile-size", "96", "--score-threshold", "0.005"]) == 0
     annotations = json.loads((tmp_path / "out/predictions.json").read_text())["annotations"]
     whole = load_predictor(tmp_path / "best.ckpt", "cpu", 0.005)(tmp_path / "large.png")
     assert annotations and len(annotations) != len(whole.boxes)
@@ -298,13 +301,13 @@ def test_tiles_of_a_real_detector(tmp_path, capsys):
         x, y, w, h = found["bbox"]
         assert x >= -1 and x + w <= 261 and y >= -1 and y + h <= 151
     capsys.readouterr()
-    assert main([*what, "--tile", "5"]) == 1
+    assert main([*what, "--tile-size", "5"]) == 1
     assert "tile" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_images(checkpoint, tmp_path):
-    """Two hundred images of 3 MB each, kept or waiting to be drawn, would be 600 MB."""
+def test_memory_does_not_grow_with_number_of_images(checkpoint, tmp_path):
+    """Keeping or queueing 200 images of 3 MB each would take 600 MB."""
     for count in (20, 200):
         (tmp_path / str(count)).mkdir()
         for n in range(count):
@@ -338,8 +341,8 @@ print("grew by", peak({str(tmp_path / "200")!r}) - few)
     ],
     ids=["ASCII, JSON", "C locale, text"],
 )
-def test_file_names_of_any_bytes(environment, options, tmp_path):
-    """Names that are not UTF-8, or that the terminal cannot show, end no prediction."""
+def test_non_utf8_file_names(environment, options, tmp_path):
+    """File names that are not UTF-8 or not printable do not stop prediction."""
     folder = tmp_path / "photos"
     folder.mkdir()
     Image.new("RGB", (64, 64)).save(folder / os.fsdecode(b"caf\xe9.png"))
@@ -352,7 +355,7 @@ def test_file_names_of_any_bytes(environment, options, tmp_path):
     assert sorted(map(os.fsencode, names)) == [b"photos/caf\xe9.png", "photos/日本.png".encode()]
 
 
-def test_weights_that_are_nan_are_refused(tmp_path, capsys):
+def test_nan_weights_are_rejected(tmp_path, capsys):
     content = classifier_checkpoint("crossformer_nano")
     content["state_dict"] = {name: value.clone() for name, value in content["state_dict"].items()}
     next(iter(content["state_dict"].values())).view(-1)[0] = float("nan")
@@ -362,15 +365,15 @@ def test_weights_that_are_nan_are_refused(tmp_path, capsys):
         "predict",
         str(tmp_path / "best.ckpt"),
         str(tmp_path / "x.png"),
-        "--out",
+        "--output",
         str(tmp_path / "out"),
     ]
     assert main(arguments) == 1
-    assert "best.ckpt: has weights that are no finite numbers" in capsys.readouterr().err
+    assert "best.ckpt: its weights are not finite" in capsys.readouterr().err
     assert not (tmp_path / "out/predictions.json").exists()
 
 
-def test_outputs_that_overflow_are_refused(checkpoint, tmp_path):
+def test_overflowing_outputs_are_rejected(checkpoint, tmp_path):
     predictor = load_predictor(checkpoint, "cpu")
     predictor.net.register_forward_hook(lambda net, inputs, output: output * float("inf"))
     with pytest.raises(UserError, match="the network's output is NaN in torch.float32"):

@@ -1,4 +1,4 @@
-"""The parts that the papers compare: each against its definition, or who published it; counts; group sizes."""
+"""Ablation variants of the papers: reference implementations, parameter counts and group sizes."""
 
 import pytest
 import timm
@@ -8,13 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.swin_transformer import ShiftedWindowAttention as Published
 
 from crossformer_vision.models.ablations import (
+    GROUP_MODES,
     AbsolutePosition,
     ResidualPositionBias,
     ShiftedWindowAttention,
     SpatialReductionAttention,
 )
 from crossformer_vision.models.crossformer import (
-    GROUP_MODES,
     AmplitudeCooling,
     CrossScaleEmbedding,
     DynamicPositionBias,
@@ -38,7 +38,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("options", PARTS.values(), ids=PARTS)
-def test_each_part_trains_at_any_size(options):
+def test_each_variant_trains_at_any_size(options):
     model = timm.create_model("crossformer_nano", **options).train()
     for size in ((64, 64), (70, 101)):
         model.zero_grad()
@@ -57,7 +57,7 @@ def test_each_part_trains_at_any_size(options):
         ("absolute", 30_934_216),
     ],
 )
-def test_parameters_of_positions(position_bias, parameters):
+def test_position_bias_parameter_counts(position_bias, parameters):
     with torch.device("meta"):
         model = timm.create_model("crossformer_small", position_bias=position_bias)
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -72,17 +72,17 @@ def test_parameters_of_positions(position_bias, parameters):
         (([4, 8, 16, 32], [2, 4]), 30.66, 4.91),
     ],
 )
-def test_counts_of_embeddings(kernels, millions, gmacs):
+def test_embedding_parameter_and_mac_counts(kernels, millions, gmacs):
     with torch.device("meta"):
         model = timm.create_model("crossformer_small", patch_sizes=kernels[0], merge_sizes=[kernels[1]] * 3)
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, 3, 224, 224))
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
-    # The first is 4.494, given as 4.50.
+    # The first value is 4.494, which the paper reports as 4.50.
     assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, abs=0.006)
 
 
-def test_group_sizes_of_each_mode():
+def test_group_size_modes():
     depths = (2, 2, 18, 2)
     linear = [[4, 7], [5, 6], [4, 4, 5, 5, 6, 6, 7, 7, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13], [7, 7]]
     assert GROUP_MODES["linear"](depths) == linear
@@ -97,7 +97,7 @@ def test_group_sizes_of_each_mode():
 
 @pytest.mark.parametrize("size", [(14, 14), (7, 7), (21, 28)])
 @pytest.mark.parametrize("shifted", [False, True])
-def test_shifted_windows_are_torchvisions(size, shifted):
+def test_shifted_windows_match_torchvision(size, shifted):
     theirs = Published(32, window_size=[7, 7], shift_size=[3 * shifted] * 2, num_heads=4).eval()
     ours = ShiftedWindowAttention(32, 4, 7, shifted, "relative")
     ours.qkv.load_state_dict(theirs.qkv.state_dict())
@@ -110,14 +110,14 @@ def test_shifted_windows_are_torchvisions(size, shifted):
 
 
 @pytest.mark.parametrize("size", [(9, 13), (8, 8)])
-def test_padding_is_not_seen_by_shifted_windows(size):
-    """A larger map of which all but `size` is padding gives the same, whatever the padding would hold."""
+def test_shifted_windows_ignore_padding(size):
+    """Positions outside `size` are padding and do not affect the output, whatever their values."""
     attn = ShiftedWindowAttention(16, 2, 4, True, "dynamic")
-    torch.nn.init.constant_(attn.qkv.bias, 5.0)  # keys of padding are not zero
+    torch.nn.init.constant_(attn.qkv.bias, 5.0)  # keys of padded positions are nonzero
     x = torch.randn(1, *size, 16)
     H, W = size
     y = attn(x)
-    # Each position by hand: those of its rolled window and area that are real.
+    # Reference per position: valid positions of its shifted window and region.
     shift, (ph, pw) = 2, (-(-H // 4) * 4, -(-W // 4) * 4)
     q, k, v = (t.view(H, W, 2, 8) for t in attn.qkv(x[0]).chunk(3, -1))
     table = attn.position_bias(4, 4, x).view(2, 7, 7)
@@ -147,7 +147,7 @@ def test_padding_is_not_seen_by_shifted_windows(size):
         torch.testing.assert_close(y[0, py, px], wanted, atol=1e-5, rtol=1e-4)
 
 
-def test_one_window_is_attention_over_the_map():
+def test_single_window_is_global_attention():
     attn = ShiftedWindowAttention(16, 2, 6, True, "none")
     x = torch.randn(2, 6, 6, 16)
     q, k, v = attn.qkv(x.flatten(1, 2)).view(2, 36, 3, 2, 8).permute(2, 0, 3, 1, 4)
@@ -156,8 +156,8 @@ def test_one_window_is_attention_over_the_map():
 
 
 @pytest.mark.parametrize("reduction", [1, 2, 4])
-def test_spatial_reduction_by_hand(reduction):
-    """Parity of a whole PVT is in `test_pvt.py`."""
+def test_spatial_reduction_matches_reference(reduction):
+    """Parity of a complete PVT is tested in `test_pvt.py`."""
     attn = SpatialReductionAttention(16, 2, reduction)
     x = torch.randn(2, 9, 11, 16)
     keys = attn.norm(attn.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)) if reduction > 1 else x
@@ -172,7 +172,7 @@ def test_spatial_reduction_by_hand(reduction):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (60, 52)])
-def test_a_relative_table_filled_from_dpb_gives_the_same_logits(size):
+def test_relative_table_filled_from_dpb_gives_same_logits(size):
     dynamic = timm.create_model("crossformer_nano").eval()
     relative = timm.create_model("crossformer_nano", position_bias="relative").eval()
     state = dynamic.state_dict()
@@ -187,9 +187,9 @@ def test_a_relative_table_filled_from_dpb_gives_the_same_logits(size):
         torch.testing.assert_close(relative(images), dynamic(images), atol=1e-5, rtol=1e-4)
 
 
-def test_a_table_is_of_its_size():
+def test_relative_table_rejects_other_group_sizes():
     model = timm.create_model("crossformer_small", position_bias="relative")
-    with pytest.raises(ValueError, match=r"groups of 7x7 has no bias for groups of 8x8: take position_bias"):
+    with pytest.raises(ValueError, match=r"groups of 7x7 has no bias for groups of 8x8: use position_bias"):
         model(torch.randn(1, 3, 256, 256))
     assert model.no_weight_decay() == {n for n, _ in model.named_parameters() if n.endswith("relative_table")}
 
@@ -218,7 +218,7 @@ def test_residual_dpb():
     torch.testing.assert_close(bias(3, 3, x), bias.layers[2](x).t())
 
 
-def test_kernels_of_odd_difference_reach_further_right_and_down():
+def test_odd_kernel_differences_pad_right_and_bottom():
     cel = CrossScaleEmbedding(3, 8, (4, 7), 4, norm_first=False)
     x = torch.randn(1, 3, 10, 13)
     padded = F.pad(x, (0, 3, 0, 2))
@@ -231,11 +231,9 @@ def test_kernels_of_odd_difference_reach_further_right_and_down():
         CrossScaleEmbedding(3, 8, (2, 4), 4, norm_first=False)
 
 
-@pytest.mark.parametrize(
-    "period, cooled", [(0, []), (1, [0, 1, 2, 3, 4]), (2, [1, 3]), (3, [2]), (True, [2])]
-)
-def test_period_of_amplitude_cooling(period, cooled):
-    stage = timm.create_model("crossformer_nano", amplitude_cooling=period).stages[2]  # of six blocks
+@pytest.mark.parametrize("period, cooled", [(0, []), (1, [0, 1, 2, 3, 4]), (2, [1, 3]), (3, [2])])
+def test_amplitude_cooling_period(period, cooled):
+    stage = timm.create_model("crossformer_nano", amplitude_cooling=period).stages[2]  # six blocks
     assert [i for i, b in enumerate(stage.blocks) if isinstance(b.acl, AmplitudeCooling)] == cooled
 
 
@@ -244,13 +242,16 @@ def test_period_of_amplitude_cooling(period, cooled):
     [
         (
             dict(attention="windows"),
-            "attention is one of 'long_short', 'shifted_window', 'spatial_reduction'",
+            "attention must be one of 'long_short', 'shifted_window', 'spatial_reduction'",
         ),
-        (dict(position_bias="rotary"), "position_bias is one of 'dynamic', 'dynamic_residual', 'relative'"),
-        (dict(group_size="quadratic"), "group_size is one of 'constant', 'linear'"),
+        (
+            dict(position_bias="rotary"),
+            "position_bias must be one of 'dynamic', 'dynamic_residual', 'relative'",
+        ),
+        (dict(group_size="quadratic"), "group_size must be one of 'constant', 'linear'"),
         (dict(attention="spatial_reduction"), "'absolute' or 'none' with spatial_reduction, not 'dynamic'"),
     ],
 )
-def test_what_does_not_exist(options, message):
+def test_invalid_options_raise(options, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model("crossformer_nano", **options)

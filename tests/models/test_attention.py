@@ -1,17 +1,17 @@
-"""Attention in groups and the first embedding's kernels: each way of computing them gives the same."""
+"""Group attention and patch embedding: all implementations give the same results."""
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 
-from crossformer_vision.models.attention import group_attention, join_heads, masked, split_heads
+from crossformer_vision.models.attention import apply_key_mask, group_attention, join_heads, split_heads
 from crossformer_vision.models.cpu.large_kernels import LargeKernelConv2d
 
 
 def definition(qkv, num_heads, bias, real):
     q, k, v = split_heads(qkv, num_heads)
-    bias = masked(bias, real)
+    bias = apply_key_mask(bias, real)
     return join_heads((q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias).softmax(-1) @ v)
 
 
@@ -22,14 +22,14 @@ def inputs(groups, members, per_group, padded, dtype=torch.float64):
     real = None
     if padded:
         real = torch.rand(groups, 1, 1, members) > 0.3
-        real[0] = False  # a group of padding alone
+        real[0] = False  # a group with only padding
     return qkv, bias, real
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("per_group", [False, True], ids=["one bias", "a bias a group"])
-def test_training_on_a_cpu(per_group, padded):
-    """Several pieces: 300 groups of 9 are three."""
+def test_cpu_training(per_group, padded):
+    """Covers several chunks: 300 groups of 9 make three."""
     qkv, bias, real = inputs(300, 9, per_group, padded)
     expected = definition(qkv, 2, bias, real)
     found = group_attention(qkv, 2, bias, real)
@@ -41,7 +41,7 @@ def test_training_on_a_cpu(per_group, padded):
         torch.testing.assert_close(one, other)
 
 
-def test_second_derivatives_and_a_frozen_bias():
+def test_second_derivatives_and_frozen_bias():
     qkv, bias, _ = inputs(2, 3, False, False)
     assert torch.autograd.gradgradcheck(lambda x, b: group_attention(x, 2, b, None), (qkv, bias))
     frozen = bias.detach()
@@ -51,7 +51,7 @@ def test_second_derivatives_and_a_frozen_bias():
     )
 
 
-def test_training_keeps_no_attention_matrix():
+def test_training_saves_no_attention_matrix():
     qkv, bias, real = inputs(50, 49, False, True, torch.float32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
@@ -86,7 +86,7 @@ def test_inference_in_16_bits(members, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_training_in_16_bits(dtype):
-    """Several pieces: 600 groups of 9 are two."""
+    """Covers several chunks: 600 groups of 9 make two."""
     qkv, bias, real = inputs(600, 9, False, True, dtype)
     exact_qkv, exact_bias = (t.detach().double().requires_grad_() for t in (qkv, bias))
     exact = definition(exact_qkv, 2, exact_bias, real)
@@ -94,7 +94,7 @@ def test_training_in_16_bits(dtype):
     assert found.dtype == dtype and found.isfinite().all()
     torch.testing.assert_close(found[1:].double(), exact[1:], atol=2e-2, rtol=2e-2)
     grad = torch.randn_like(found)
-    grad[0] = 0  # what padding gives is dropped
+    grad[0] = 0  # outputs of padded positions are discarded
     wanted = torch.autograd.grad(exact, [exact_qkv, exact_bias], grad.double())
     for one, other in zip(torch.autograd.grad(found, [qkv, bias], grad), wanted, strict=True):
         assert other.abs().max() > 0.5
@@ -103,10 +103,10 @@ def test_training_in_16_bits(dtype):
 
 @pytest.mark.parametrize("kernel", [8, 16, 32])
 @pytest.mark.parametrize("size", [(32, 32), (36, 64)])
-def test_large_kernels_are_the_convolution(kernel, size):
+def test_large_kernels_match_convolution(kernel, size):
     torch.manual_seed(0)
     conv = LargeKernelConv2d(3, 5, kernel, 4).double()
-    assert conv.folds == (kernel >= 16)
+    assert conv.use_folding == (kernel >= 16)
     x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
     expected = F.conv2d(x, conv.weight, conv.bias, 4, (kernel - 4) // 2)
     found = conv(x)

@@ -1,4 +1,4 @@
-"""The parts of the network, against their definitions in the paper."""
+"""Network modules match their definitions in the paper."""
 
 import pytest
 import timm
@@ -9,9 +9,16 @@ from torch.utils._pytree import tree_leaves
 
 import crossformer_vision
 from crossformer_vision.models import attention as attention_module
-from crossformer_vision.models import crossformer, find_model, grouping
+from crossformer_vision.models import crossformer, find_model, grouping, index_cache
 from crossformer_vision.models.crossformer import CrossScaleEmbedding, LongShortAttention, cel_widths
-from crossformer_vision.models.grouping import Layout, across_map, across_regions, group, neighbours, ungroup
+from crossformer_vision.models.grouping import (
+    Layout,
+    group,
+    lda_map_layout,
+    lda_region_layout,
+    sda_layout,
+    ungroup,
+)
 
 
 def test_cel_widths_halve_and_repeat_the_last():
@@ -21,7 +28,7 @@ def test_cel_widths_halve_and_repeat_the_last():
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (61, 128)])
-def test_cel_is_its_convolutions_side_by_side(size):
+def test_cel_concatenates_its_convolutions(size):
     cel = CrossScaleEmbedding(3, 32, (4, 8, 16, 32), stride=4, norm_first=False)
     x = torch.randn(2, 3, *size)
     y = cel(x.permute(0, 2, 3, 1))
@@ -31,22 +38,22 @@ def test_cel_is_its_convolutions_side_by_side(size):
     assert y.shape[1:3] == (-(-size[0] // 4), -(-size[1] // 4))
 
 
-def test_groups_are_neighbours_or_strided():
+def test_groups_are_adjacent_or_strided():
     x = torch.arange(36).view(1, 6, 6, 1)
-    near, far = neighbours(6, 6, 3), across_regions(6, 6, 3, 2)
+    near, far = sda_layout(6, 6, 3), lda_region_layout(6, 6, 3, 2)
     assert group(x, near)[0].flatten().tolist() == [0, 1, 2, 6, 7, 8, 12, 13, 14]
     assert group(x, far)[0].flatten().tolist() == [0, 2, 4, 12, 14, 16, 24, 26, 28]
     assert group(x, far)[1].flatten().tolist() == [1, 3, 5, 13, 15, 17, 25, 27, 29]
-    assert far == across_map(6, 6, 2)  # the published classifiers: G * I is the side of the map
+    assert far == lda_map_layout(6, 6, 2)  # published classifiers: G * I is the side of the feature map
     for layout in (near, far):
         assert torch.equal(ungroup(group(x, layout), layout, len(x), 6, 6), x)
-    oblong = across_map(6, 10, 2)
+    oblong = lda_map_layout(6, 10, 2)
     x = torch.arange(60).view(1, 6, 10, 1)
     assert group(x, oblong)[1].flatten().tolist() == [1, 3, 5, 7, 9, 21, 23, 25, 27, 29, 41, 43, 45, 47, 49]
     assert torch.equal(ungroup(group(x, oblong), oblong, len(x), 6, 10), x)
 
 
-def test_the_example_in_the_docstring():
+def test_docstring_example():
     x = torch.arange(8).view(1, 1, 8, 1) + 1  # 0 is padding
     for layout, letters in (
         (Layout(1, 2, 1, 4, 1), "aaaabbbb"),  # SDA
@@ -63,7 +70,7 @@ def test_the_example_in_the_docstring():
 
 
 def members_of(span, size, G, interval):
-    """By the definitions: a function from a position to the name of its group, and DPB's largest group."""
+    """Reference grouping: a function from position to group id, and the largest group for DPB."""
     H, W = size
     if min(H, W) <= G:
         if span == "region":
@@ -94,12 +101,12 @@ def members_of(span, size, G, interval):
     ],
 )
 @pytest.mark.parametrize("blocks", [False, True], ids=["whole", "blocks"])
-def test_attention_is_softmax_over_the_members_of_a_group(span, size, interval, blocks, monkeypatch):
-    """Position by position: every query attends exactly to the real positions that its group holds."""
+def test_attention_is_softmax_within_groups(span, size, interval, blocks, monkeypatch):
+    """Every query attends exactly to the valid positions of its group."""
     torch.manual_seed(0)
-    if blocks:  # as for groups of thousands
-        monkeypatch.setattr(crossformer, "takes_blocks", lambda layout: True)
-        monkeypatch.setattr(attention_module, "BLOCK", 100)
+    if blocks:  # forces the code path of very large groups
+        monkeypatch.setattr(crossformer, "use_blocked_attention", lambda layout: True)
+        monkeypatch.setattr(attention_module, "BLOCK_BIASES", 100)
     attention = LongShortAttention(32, 2, group_size=4, interval=interval, lda_span=span).eval()
     for p in attention.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -134,7 +141,7 @@ def test_attention_is_softmax_over_the_members_of_a_group(span, size, interval, 
 
 
 @pytest.mark.parametrize("span", ["map", "region"])
-def test_blocks_have_the_same_gradients(span, monkeypatch):
+def test_blocked_attention_has_same_gradients(span, monkeypatch):
     torch.manual_seed(0)
     attention = LongShortAttention(32, 2, group_size=4, interval=2, lda_span=span).double()
     x = torch.randn(2, 9, 13, 32, dtype=torch.float64, requires_grad=True)
@@ -144,14 +151,14 @@ def test_blocks_have_the_same_gradients(span, monkeypatch):
         return torch.autograd.grad(y.square().sum(), [x, *attention.parameters()])
 
     whole = gradients()
-    monkeypatch.setattr(crossformer, "takes_blocks", lambda layout: True)
-    monkeypatch.setattr(attention_module, "BLOCK", 100)
+    monkeypatch.setattr(crossformer, "use_blocked_attention", lambda layout: True)
+    monkeypatch.setattr(attention_module, "BLOCK_BIASES", 100)
     for one, other in zip(whole, gradients(), strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_nothing_that_follows_from_weights_is_kept():
-    """Changes that count no version, and weights that are hidden: see also `test_state.py`."""
+def test_outputs_follow_in_place_weight_changes():
+    """Weight changes that do not increase the version counter; see also `test_state.py`."""
     torch.manual_seed(0)
     model = timm.create_model("crossformer_nano", num_classes=5).double().eval()
     x = torch.randn(2, 3, 72, 90, dtype=torch.float64)
@@ -170,8 +177,8 @@ def test_nothing_that_follows_from_weights_is_kept():
 
 
 @pytest.mark.parametrize("name", ["crossformer_nano", "crossformer_tiny"])
-def test_frozen_biases(name):
-    """Of images up to the frozen size and beyond it; changes are not seen, training undoes it."""
+def test_freeze_position_bias(name):
+    """Frozen biases serve all image sizes, ignore weight changes and are reset by training mode."""
     model = timm.create_model(name, num_classes=5).eval()
     for key, p in model.named_parameters():
         if "position_bias" in key:
@@ -195,40 +202,37 @@ def test_frozen_biases(name):
     detector = crossformer_vision.create_detector("retinanet", name, 3, width=16)
     crossformer_vision.freeze_position_bias(detector, 128, 160)
     assert detector.body.model.stages[3].blocks[0].attn.position_bias.frozen is not None
-    scripted = torch.jit.script(crossformer_vision.freeze_position_bias(model, 128, 128))
-    with torch.no_grad():
-        torch.testing.assert_close(scripted(images[1]), model(images[1]), atol=1e-5, rtol=1e-4)
 
 
-def test_a_model_without_computed_biases_is_frozen_as_it_is():
+def test_freeze_leaves_model_without_dpb_unchanged():
     model = timm.create_model("crossformer_nano", position_bias="absolute")
     assert crossformer_vision.freeze_position_bias(model) is model
 
 
-def test_index_tensors_are_built_once_a_size():
+def test_index_tensors_are_built_once_per_size():
     model = timm.create_model("crossformer_pp_small", features_only=True).eval()
     with torch.no_grad():
         model(torch.randn(1, 3, 100, 140))
-        before = {key: id(value) for key, value in grouping._kept.items()}
+        before = {key: id(value) for key, value in index_cache._cache.items()}
         model(torch.randn(2, 3, 100, 140))
-        assert {key: id(value) for key, value in grouping._kept.items()} == before
+        assert {key: id(value) for key, value in index_cache._cache.items()} == before
 
 
-def test_what_is_kept_is_bounded_in_bytes(monkeypatch):
-    monkeypatch.setattr(grouping, "KEPT_BYTES", 1 << 20)
+def test_index_cache_size_is_bounded(monkeypatch):
+    monkeypatch.setattr(index_cache, "MAX_BYTES", 1 << 20)
     model = timm.create_model("crossformer_nano", features_only=True).eval()
     with torch.no_grad():
         for side in range(64, 320, 8):
             model(torch.randn(1, 3, side, 400 - side))
-            assert sum(map(grouping._bytes, grouping._kept.values())) <= 1 << 20
-    grouping._kept.clear()
-    build = grouping.relative_rows
-    args = (40, 40, 40, torch.device("cpu"))  # 20 MB: more than is ever kept
-    assert torch.equal(grouping.kept(build, *args), build(*args)) and not grouping._kept
+            assert sum(map(index_cache._num_bytes, index_cache._cache.values())) <= 1 << 20
+    index_cache._cache.clear()
+    build = grouping.offset_indices
+    args = (40, 40, 40, torch.device("cpu"))  # 20 MB exceeds the cache limit
+    assert torch.equal(index_cache.cached(build, *args), build(*args)) and not index_cache._cache
 
 
-def test_indices_of_inference_serve_training():
-    grouping._kept.clear()
+def test_indices_cached_in_inference_work_in_training():
+    index_cache._cache.clear()
     model = timm.create_model("crossformer_nano", num_classes=5)
     x = torch.randn(1, 3, 90, 110)
     with torch.inference_mode():
@@ -236,8 +240,8 @@ def test_indices_of_inference_serve_training():
     model.train()(x).sum().backward()
 
 
-def test_no_whole_bias_of_large_groups(monkeypatch):
-    """Beyond 2,048 members neither a bias nor an index of all pairs exists, in inference and in training."""
+def test_large_groups_never_build_full_bias(monkeypatch):
+    """Groups above 2,048 members build no pairwise bias or index, in inference and in training."""
     attention = LongShortAttention(32, 2, group_size=4, interval=1)
     x = torch.randn(1, 48, 50, 32)  # 2,400 members
     whole = 48 * 50 * 48 * 50
@@ -253,8 +257,8 @@ def test_no_whole_bias_of_large_groups(monkeypatch):
 
     with Sizes(), torch.no_grad():
         y = attention(x)
-    assert max(largest) < whole  # a quarter of one head's biases in float32
-    monkeypatch.setattr(crossformer, "takes_blocks", lambda layout: False)
+    assert max(largest) < whole  # a quarter of the float32 bias of one head
+    monkeypatch.setattr(crossformer, "use_blocked_attention", lambda layout: False)
     torch.testing.assert_close(y, attention(x).detach(), atol=1e-5, rtol=1e-4)
     monkeypatch.undo()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: largest.append(t.nbytes) or t, lambda t: t):
@@ -264,7 +268,7 @@ def test_no_whole_bias_of_large_groups(monkeypatch):
 
 
 @pytest.mark.parametrize("span", ["map", "region"])
-def test_initial_weights_are_the_published_ones(span):
+def test_initial_weights_match_published_code(span):
     model = timm.create_model("crossformer_small", lda_span=span)
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.numel() > 30_000]
     assert all(0.0195 < m.weight.std() < 0.0205 and m.weight.abs().max() < 0.2 for m in linear)
@@ -275,7 +279,7 @@ def test_initial_weights_are_the_published_ones(span):
 
 @pytest.mark.parametrize("span", ["map", "region"])
 @pytest.mark.parametrize("name", ["crossformer_nano", "crossformer_small", "crossformer_pp_small"])
-def test_any_size_in_turn(name, span):
+def test_image_sizes_can_alternate(name, span):
     model = timm.create_model(name, num_classes=5, lda_span=span).eval()
     sizes = [(32, 32), (224, 224), (33, 95), (480, 64), (37, 500)]
     with torch.no_grad():
@@ -287,26 +291,26 @@ def test_any_size_in_turn(name, span):
 
 
 @pytest.mark.parametrize("span", ["map", "region"])
-def test_pieces_of_cpu_inference_compute_the_same(span):
+def test_chunked_cpu_inference_matches_unchunked(span):
     model = timm.create_model("crossformer_small", num_classes=5, lda_span=span).eval()
-    x = torch.randn(3, 3, 200, 264)  # padded groups too
+    x = torch.randn(3, 3, 200, 264)  # includes padded groups
     with torch.no_grad():
-        in_pieces = model(x)
-    torch.testing.assert_close(in_pieces, model(x).detach(), atol=1e-5, rtol=1e-4)
+        chunked_apply = model(x)
+    torch.testing.assert_close(chunked_apply, model(x).detach(), atol=1e-5, rtol=1e-4)
 
 
-def test_too_small_an_image_is_refused():
+def test_too_small_image_raises():
     model = timm.create_model("crossformer_nano")
     with pytest.raises(ValueError, match="31x64 pixels is too small"):
         model(torch.randn(1, 3, 31, 64))
 
 
-def test_options_that_do_not_fit_are_refused():
+def test_incompatible_options_raise():
     with pytest.raises(ValueError, match="group_size of stage 1 needs 2 entries"):
         timm.create_model("crossformer_small", group_size=(7, [7, 7, 7], 7, 7))
     with pytest.raises(ValueError, match="interval needs one entry for each"):
         timm.create_model("crossformer_small", interval=(8, 4, 2))
-    with pytest.raises(ValueError, match="lda_span is one of 'map', 'region', not 'regions'"):
+    with pytest.raises(ValueError, match="lda_span must be one of 'map', 'region', not 'regions'"):
         timm.create_model("crossformer_small", lda_span="regions")
     with pytest.raises(ValueError, match="are smaller than their stride 4"):
         timm.create_model("crossformer_small", patch_sizes=(2, 8))
@@ -314,7 +318,7 @@ def test_options_that_do_not_fit_are_refused():
     assert model.stages[0].blocks[1].attn.group_size == 14
 
 
-def test_unknown_model_gets_close_names():
+def test_unknown_model_error_suggests_names():
     with pytest.raises(ValueError, match=r"unknown model 'crossformer_smal'; did you mean crossformer_small"):
         find_model("crossformer_smal")
 

@@ -1,4 +1,4 @@
-"""Derivatives beyond the gradient of a loss, which the training kernels for CPUs must not stand in the way of."""
+"""Forward-mode and batched derivatives work with the CPU training kernels."""
 
 import pytest
 import timm

@@ -1,4 +1,4 @@
-"""Our networks compute what the published code computed, from the same weights."""
+"""Networks reproduce the outputs of the published code with the same weights."""
 
 import json
 
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from crossformer_vision import load_checkpoint
 
 NAMES = list(json.loads((PARITY / "classifier_configs.json").read_text()))
-SPANS = {"dense_features": "region", "dense_features_2021": "map"}  # of the 2023 and the 2021 code
+SPANS = {"dense_features": "region", "dense_features_2021": "map"}  # outputs of the 2023 and the 2021 code
 CASES = [
     {**case, "record": record}
     for record in SPANS
@@ -24,7 +24,7 @@ MAX_GMACS = dict(zip(NAMES, (2.858, 4.907, 9.160, 16.108, 4.429, 9.592, 16.722, 
 
 @pytest.fixture(scope="module")
 def published(classifier_keys):
-    """Name -> model with the formula weights, loaded from a checkpoint of the published form."""
+    """Build a model by name with the formula weights, loaded from a published-format checkpoint."""
 
     def build(name: str, **kwargs) -> torch.nn.Module:
         model = timm.create_model(name, **kwargs).eval()
@@ -46,7 +46,7 @@ def test_classifier(name, published, classifier_configs):
         alone = model(images[1:])
     assert np.abs(logits.numpy() - expected).max() < 1e-4
     torch.testing.assert_close(alone, logits[1:], atol=1e-5, rtol=1e-5)
-    assert counter.get_total_flops() / 2 / 2 / 1e9 <= MAX_GMACS[name]  # two images, two operations a MAC
+    assert counter.get_total_flops() / 2 / 2 / 1e9 <= MAX_GMACS[name]  # two images, two operations per MAC
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         low = model(images).float()
     assert (low - logits).abs().max() <= 2e-2 * logits.abs().max()
@@ -73,7 +73,7 @@ def test_dense(case, published):
     model = dense(case, published)
     images = formula_images(1, case["height"], case["width"])
     with torch.no_grad():
-        model(torch.randn(2, 3, 33, 65))  # other sizes seen before change nothing
+        model(torch.randn(2, 3, 33, 65))  # earlier image sizes must not affect the outputs
         maps = model(images)
         batched = model(torch.cat([torch.randn_like(images), images]))
     for level, (values, both) in enumerate(zip(maps, batched, strict=True)):

@@ -1,4 +1,4 @@
-"""Nothing is kept of weights: whatever changes or hides them, the next prediction follows."""
+"""Predictions always use the current weights, however they are changed or replaced."""
 
 import copy
 import os
@@ -18,14 +18,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
 
-from crossformer_vision.models import grouping
+from crossformer_vision.models import index_cache
 
-NAMES = ["crossformer_nano", "crossformer_tiny"]  # of each LDA
+NAMES = ["crossformer_nano", "crossformer_tiny"]  # interval of each LDA
 
 
 @pytest.fixture(params=NAMES)
 def build(request):
-    """Networks of other weights by seed, in float64, small enough to be traced."""
+    """Build networks in float64 with weights by seed, small enough to trace."""
 
     def build(seed=1, dtype=torch.float64):
         torch.manual_seed(seed)
@@ -72,7 +72,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_weights_changed(change, build):
+def test_weight_changes(change, build):
     net = build()
     before = run(net)
     CHANGES[change](net)
@@ -81,7 +81,7 @@ def test_weights_changed(change, build):
     assert (after - before).abs().max() > 1e-3 * before.abs().max()
 
 
-def test_layers_pruned_hooked_and_replaced(build):
+def test_pruned_hooked_and_replaced_layers(build):
     net, other = build(), build()
     for model in (net, other):
         if model is net:
@@ -111,7 +111,7 @@ def test_functional_calls_and_ensembles(build):
     torch.testing.assert_close(run(net), fresh(net, build))
 
 
-def test_gradients_of_each_image_and_tangents(build):
+def test_per_sample_gradients_and_tangents(build):
     net = build()
     run(net)
     weights = {k: p.detach() for k, p in net.named_parameters()}
@@ -138,8 +138,8 @@ def test_gradients_of_each_image_and_tangents(build):
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_fake_tensors(gradients, build):
-    """Before and after real ones, and in traces: neither kind finds what the other has left."""
-    grouping._kept.clear()
+    """Fake and real tensors do not share cache entries, in eager mode and in traces."""
+    index_cache._cache.clear()
     net = build()
     weights = {k: v.detach() for k, v in net.state_dict().items()}
 
@@ -159,8 +159,8 @@ def test_fake_tensors(gradients, build):
     torch.testing.assert_close(run(net), expected)
 
 
-def test_threads_at_many_sizes(build, monkeypatch):
-    monkeypatch.setattr(grouping, "KEPT_BYTES", 200_000)  # emptied again and again
+def test_threads_with_many_image_sizes(build, monkeypatch):
+    monkeypatch.setattr(index_cache, "MAX_BYTES", 200_000)  # forces repeated cache eviction
     net = build(dtype=torch.float32)
     inputs = [torch.randn(1, 3, 32 * h, 32 * w) for h in (1, 2) for w in range(1, 9)]
     expected = [run(net, x) for x in inputs]
@@ -212,7 +212,7 @@ def test_torchao(build):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_adapters_switched_and_disabled(build):
+def test_switched_and_disabled_adapters(build):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
 
@@ -233,7 +233,7 @@ def test_adapters_switched_and_disabled(build):
 
 
 def test_replicas(build):
-    """What DataParallel makes at each call: copies whose weights are no parameters."""
+    """DataParallel creates replicas at each call, whose weights are not parameters."""
 
     def replica(net):
         copies = {id(m): m._replicate_for_data_parallel() for m in net.modules()}
@@ -287,7 +287,7 @@ dist.destroy_process_group()
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n == "crossformer_nano" else pytest.mark.slow) for n in NAMES]
 )
-def test_validations_under_fsdp(name):
+def test_validation_under_fsdp(name):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

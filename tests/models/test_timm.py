@@ -1,4 +1,4 @@
-"""The list of checks that timm makes of its own models, over every CrossFormer."""
+"""The checks of the timm model test suite, applied to every CrossFormer."""
 
 import copy
 import io
@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import mark_large_models
-from timm.layers import set_fused_attn, set_scriptable
+from timm.layers import set_fused_attn
 from timm.models import create_feature_extractor
 from timm.utils import AttentionExtract
 from torch._dynamo.testing import CompileCounter
@@ -22,7 +22,7 @@ SMALL = [
     "crossformer_nano",
     "crossformer_tiny",
     "crossformer_pp_small",
-]  # one of each family, for costly checks
+]  # one model per family, for slow checks
 
 
 def images(model, size=96, batch=1):
@@ -99,41 +99,20 @@ def test_out_indices(name):
     assert len(model(torch.randn(1, 3, 64, 64))) == 2
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_torchscript(name):
-    with set_scriptable(True):
-        model = timm.create_model(name).eval()
-    scripted = torch.jit.script(model)
-    for size in (96, 128):
-        x = images(model, size)
-        with torch.no_grad():
-            torch.testing.assert_close(scripted(x), model(x), atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("span", ["map", "region"])
-def test_scripted_and_traced_as_other_models_are(span):
-    """Modes, features, `optimize_for_inference`, other batches than the traced one."""
+def test_traced_models_accept_other_batch_sizes(span):
     model = timm.create_model("crossformer_nano", lda_span=span).eval()
     features = timm.create_model("crossformer_nano", lda_span=span, features_only=True).eval()
-    x = torch.randn(3, 3, 70, 90)
-    scripted = torch.jit.script(model)
-    scripted.train()
-    assert all(m.training for m in scripted.modules())
-    scripted.eval()
+    x, example = torch.randn(3, 3, 70, 90), torch.randn(8, 3, 70, 90)
     with torch.no_grad():
-        for fast in (
-            torch.jit.optimize_for_inference(scripted),
-            torch.jit.trace(model, torch.randn(8, 3, 70, 90)),
-        ):
-            torch.testing.assert_close(fast(x), model(x), atol=1e-5, rtol=1e-4)
-        for fast in (torch.jit.script(features), torch.jit.trace(features, torch.randn(8, 3, 70, 90))):
-            for got, wanted in zip(fast(x), features(x), strict=True):
-                torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(torch.jit.trace(model, example)(x), model(x), atol=1e-5, rtol=1e-4)
+        for got, wanted in zip(torch.jit.trace(features, example)(x), features(x), strict=True):
+            torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_an_empty_batch(name):
+def test_empty_batch(name):
     model = timm.create_model(name, num_classes=7)
     outputs = model(torch.zeros(0, 3, 64, 70))
     assert outputs.shape == (0, 7)
@@ -143,8 +122,8 @@ def test_an_empty_batch(name):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_images_of_many_channels(batch):
-    """Their memory is laid out otherwise; values and gradients are those of the definition."""
+def test_many_input_channels(batch):
+    """Values and gradients match the reference despite the different memory format."""
     embed = timm.create_model("crossformer_nano", in_chans=9).stages[0].embed
     x = torch.randn(batch, 9, 41, 53)
     y = F.pad(x, (0, 3, 0, 3))
@@ -157,8 +136,8 @@ def test_images_of_many_channels(batch):
 
 
 @pytest.mark.parametrize("options", [{}, {"attention": "shifted_window"}, {"lda_span": "map"}])
-def test_the_attention_can_be_seen(options):
-    """timm's switch makes each step of it a tensor of its own, which timm's tool then extracts; same logits."""
+def test_attention_maps_can_be_extracted(options):
+    """Disabling fused attention exposes the attention maps to timm's `AttentionExtract`."""
     fused = timm.create_model("crossformer_nano", **options).eval()
     set_fused_attn(False)
     try:
@@ -169,11 +148,9 @@ def test_the_attention_can_be_seen(options):
     x = torch.randn(2, 3, 70, 64)
     with torch.no_grad():
         torch.testing.assert_close(model(x), fused(x), atol=1e-5, rtol=1e-4)
-        if "attention" not in options:
-            torch.testing.assert_close(torch.jit.script(model)(x), fused(x), atol=1e-5, rtol=1e-4)
         seen = AttentionExtract(model, method="hook")(x)
-    assert len(seen) == 11  # blocks
-    for attention in seen.values():  # groups, heads, queries, keys
+    assert len(seen) == 11  # one map per block
+    for attention in seen.values():  # (groups, heads, queries, keys)
         assert attention.dim() == 4 and attention.shape[2] == attention.shape[3]
         torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:3]))
 
@@ -190,7 +167,7 @@ def test_output_stride(stride, reductions):
         maps = model(torch.randn(1, 3, 75, 130))
     assert [tuple(m.shape[2:]) for m in maps] == [(-(-75 // r), -(-130 // r)) for r in reductions]
     for invalid in (4, 64):
-        with pytest.raises(ValueError, match="output_stride is one of 8, 16, 32, not"):
+        with pytest.raises(ValueError, match="output_stride must be one of 8, 16, 32, not"):
             timm.create_model("crossformer_nano", output_stride=invalid)
 
 
@@ -205,7 +182,7 @@ def test_fx(name):
     assert all(p.grad is not None for p in extractor.parameters())
 
 
-@pytest.mark.slow  # `crossformer export`, whose tests are not slow, traces its own graphs of all sizes
+@pytest.mark.slow  # fast tests of `crossformer export` cover dynamic sizes
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("bounded", [False, True], ids=["auto", "bounded"])
 def test_export_with_dynamic_sizes(name, bounded):
@@ -257,7 +234,7 @@ def test_options(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_grad_checkpointing_changes_nothing(name):
+def test_grad_checkpointing_has_same_gradients(name):
     model = timm.create_model(name, num_classes=5).train()
     x = images(model)
     model(x).sum().backward()
@@ -270,8 +247,8 @@ def test_grad_checkpointing_changes_nothing(name):
 
 
 @pytest.mark.parametrize("span", [pytest.param("map", marks=pytest.mark.slow), "region"])
-def test_two_compiled_graphs_serve_all_sizes(span):
-    """One for squares, which torch takes for a case of its own, and one for all others."""
+def test_two_compiled_graphs_cover_all_sizes(span):
+    """One graph for square images, which torch specializes, and one for all other images."""
     torch._dynamo.reset()
     counter = CompileCounter()
     stages = dict(depths=(2, 1), num_heads=(2, 4), group_size=(7, 7), interval=(8, 4))
@@ -288,7 +265,7 @@ def test_two_compiled_graphs_serve_all_sizes(span):
 @pytest.mark.slow
 @pytest.mark.parametrize("span", ["map", "region"])
 def test_compiled_with_dynamic_sizes(span):
-    """A few graphs serve any size, in training and inference."""
+    """Compiled outputs match eager outputs at several sizes, in training and inference."""
     torch._dynamo.reset()
     model = timm.create_model(
         "crossformer_nano", num_classes=5, depths=(1, 2, 1, 1), group_size=(3, 3, 3, 3), lda_span=span
@@ -303,8 +280,8 @@ def test_compiled_with_dynamic_sizes(span):
                 torch.testing.assert_close(compiled(x), model(x), atol=1e-4, rtol=1e-4)
 
 
-def test_bundled_weights_serve_both_forms():
-    """At 64x64, where they were trained, both are one; beyond it they differ."""
+def test_bundled_weights_with_both_lda_spans():
+    """Both spans agree at the training size of 64x64 and differ at larger sizes."""
     region, map_ = (
         timm.create_model("crossformer_nano.cifar10", pretrained=True, lda_span=span).eval()
         for span in ("region", "map")
@@ -316,7 +293,7 @@ def test_bundled_weights_serve_both_forms():
         assert not torch.allclose(region(x), map_(x), atol=1e-2)
 
 
-def test_weights_that_come_with_the_library():
+def test_bundled_weights():
     model = timm.create_model("crossformer_nano.cifar10", pretrained=True).eval()
     assert model.num_classes == 10
     path = Path(model.pretrained_cfg["file"])

@@ -1,4 +1,4 @@
-"""Pictures: names of any characters and lengths, labels inside, colours of the legend, sizes within bounds."""
+"""Plots: arbitrary class names, label placement, legend colors and bounded image sizes."""
 
 from itertools import combinations
 
@@ -10,14 +10,14 @@ from matplotlib import font_manager
 from matplotlib.text import Text
 from PIL import Image
 
-from crossformer_vision.plotting import fonts, visualize
+from crossformer_vision.plotting import drawing, fonts, visualize
 
 NAMES = ["猫", "_hidden", "a $ and $ b", "ünïcode", "x" * 80]
 
 
 @pytest.fixture
 def cjk(tmp_path):
-    """A font of this system with one Chinese glyph, a full square."""
+    """Install a system font with one Chinese glyph, drawn as a filled square."""
     pen = TTGlyphPen(None)
     pen.moveTo((0, 0))
     for place in ((0, 1000), (1000, 1000), (1000, 0)):
@@ -43,99 +43,99 @@ def cjk(tmp_path):
     fonts._find.cache_clear()
 
 
-def test_a_font_of_the_system_that_has_the_glyphs(cjk, tmp_path, caplog, recwarn):
-    assert fonts.font(["猫"], 20).getname()[0] == "One Cat"
-    assert fonts.font(["cat"], 20).getname()[0] != "One Cat"
+def test_system_font_with_required_glyphs(cjk, tmp_path, caplog, recwarn):
+    assert fonts.load_font(["猫"], 20).getname()[0] == "One Cat"
+    assert fonts.load_font(["cat"], 20).getname()[0] != "One Cat"
     matrix = np.eye(2, dtype=np.int64)
-    visualize.confusion_matrix(matrix, ["猫", "dog"], tmp_path / "x.png")
+    visualize.plot_confusion_matrix(matrix, ["猫", "dog"], tmp_path / "x.png")
     assert not caplog.text and not [w for w in recwarn if "Glyph" in str(w.message)]
-    drawn = np.asarray(visualize.captioned(Image.new("RGB", (400, 300), "white"), ["猫"]))[:20, :40]
-    assert (drawn < 100).all(2).sum() > 60  # a full square, not the outline of a box
+    drawn = np.asarray(drawing.add_caption(Image.new("RGB", (400, 300), "white"), ["猫"]))[:20, :40]
+    assert (drawn < 100).all(2).sum() > 60  # a filled square, not the missing-glyph box
 
 
-def test_what_no_font_has_is_said_once(caplog):
+def test_missing_glyphs_are_reported_once(caplog):
     fonts._find.cache_clear()
     for _ in range(2):
-        fonts.font(["\U000f0000"], 20)
-    assert caplog.text.count("no font of this system has all of") == 1
+        fonts.load_font(["\U000f0000"], 20)
+    assert caplog.text.count("no installed font has all of") == 1
 
 
 def test_names_are_shortened_in_the_middle():
-    assert fonts.shortened("abcdefghij", 10) == "abcdefghij"
-    short = fonts.shortened("golden retriever, left side", 15)
+    assert fonts.shorten("abcdefghij", 10) == "abcdefghij"
+    short = fonts.shorten("golden retriever, left side", 15)
     assert len(short) == 15 and short.startswith("golden re") and short.endswith("side")
-    letters = fonts.font(["x"], 20)
+    letters = fonts.load_font(["x"], 20)
     for width in (40, 60, 200):
-        text = fonts.fitted("x" * 80, letters, width)
+        text = fonts.fit_text("x" * 80, letters, width)
         assert letters.getlength(text) <= width and text
 
 
-def test_any_name_reaches_every_picture(tmp_path, recwarn):
+def test_all_plots_accept_any_class_name(tmp_path, recwarn):
     n = len(NAMES)
-    visualize.confusion_matrix(np.eye(n, dtype=np.int64), NAMES, tmp_path / "a.png")
+    visualize.plot_confusion_matrix(np.eye(n, dtype=np.int64), NAMES, tmp_path / "a.png")
     image = np.zeros((30, 40, 3), np.float32)
-    visualize.predictions([(image, a, b, 0.5) for a, b in zip(NAMES, NAMES[::-1])], tmp_path / "b.png")
+    visualize.plot_predictions([(image, a, b, 0.5) for a, b in zip(NAMES, NAMES[::-1])], tmp_path / "b.png")
     curve = {name: np.linspace(1, 0, 11) for name in NAMES}
-    visualize.precision_recall({"box": curve, "mask": curve}, tmp_path / "c.png")
+    visualize.plot_precision_recall({"box": curve, "mask": curve}, tmp_path / "c.png")
     maps = np.arange(1200).reshape(30, 40) % n
-    visualize.segmentations([(image, maps, maps)], NAMES, tmp_path / "d.png")
-    visualize.class_bars(NAMES, np.linspace(0, 1, n), "IoU", tmp_path / "e.png")
+    visualize.plot_segmentations([(image, maps, maps)], NAMES, tmp_path / "d.png")
+    visualize.plot_class_bars(NAMES, np.linspace(0, 1, n), "IoU", tmp_path / "e.png")
     objects = {"boxes": np.array([[2, 2, 30, 20]] * n, float), "labels": np.arange(n) + 1}
-    visualize.detections([(image, objects, {**objects, "scores": np.ones(n)})], NAMES, tmp_path / "f.png")
+    visualize.plot_detections(
+        [(image, objects, {**objects, "scores": np.ones(n)})], NAMES, tmp_path / "f.png"
+    )
     assert len(list(tmp_path.glob("*.png"))) == 6
     said = [str(w.message) for w in recwarn if "findfont" in str(w.message) or "underscore" in str(w.message)]
     assert not said
 
 
-def test_labels_stay_inside_the_picture():
+def test_labels_stay_inside_image():
     image = Image.new("RGB", (300, 200), (90, 90, 90))
     for box in ([280, 5, 299, 60], [290, 190, 299, 199], [0, 0, 5, 5]):
         objects = {"boxes": np.array([box], float), "labels": np.array([1]), "scores": np.array([0.9])}
         for name in ("cell", "a very long name " * 10):
-            drawn = visualize.draw_objects(image, objects, [name, "other"])
+            drawn = drawing.draw_objects(image, objects, [name, "other"])
             text = np.asarray(drawn).reshape(-1, 3)
-            assert (text < 60).all(1).sum() > 20  # the letters are there
-    letters = fonts.font(["x"], 11)
+            assert (text < 60).all(1).sum() > 20  # the text is drawn
+    letters = fonts.load_font(["x"], 11)
     label = "cell .90"
     drawn = np.asarray(
-        visualize.draw_objects(image, {**objects, "boxes": np.array([[250.0, 50, 299, 90]])}, ["cell", "x"])
+        drawing.draw_objects(image, {**objects, "boxes": np.array([[250.0, 50, 299, 90]])}, ["cell", "x"])
     )
-    assert (drawn[:, -3:] < 60).all(2).sum() == 0 and letters.getlength(label) < 300  # not cut at the border
+    assert (drawn[:, -3:] < 60).all(2).sum() == 0 and letters.getlength(label) < 300  # not cropped at border
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 9])
-def test_images_of_any_channels_are_shown(channels):
+def test_denormalize_any_channel_count(channels):
     image = np.random.default_rng(0).normal(size=(channels, 8, 9)).astype(np.float32)
-    shown = visualize.denormalised(image, (0.5,) * 3, (0.2,) * 3, (2, 1, 0))
+    shown = visualize.denormalize(image, (0.5,) * 3, (0.2,) * 3, (2, 1, 0))
     assert shown.shape == (8, 9, 3) and shown.min() >= 0 and shown.max() <= 1
-    red = {1: 0, 2: 0, 3: 0, 9: 2}[channels]  # three are red, green and blue as they are
+    red = {1: 0, 2: 0, 3: 0, 9: 2}[channels]  # three channels are kept in RGB order
     assert np.corrcoef(shown[..., 0].ravel(), image[red].ravel())[0, 1] > 0.8
 
 
-def test_no_box_crosses_a_label():
-    """The second's box runs through the label of the first, which is drawn as if it were alone."""
+def test_boxes_do_not_cross_labels():
+    """The second box intersects the first label, which must stay fully visible."""
     objects = {
         "boxes": np.array([[10, 60, 90, 90], [20, 30, 150, 140]], np.float32),
         "labels": np.array([1, 2]),
     }
     alone = {name: values[:1] for name, values in objects.items()}
     image = Image.new("RGB", (200, 150))
-    both, first = (
-        np.asarray(visualize.draw_objects(image, o, ["first", "second"])) for o in (objects, alone)
-    )
+    both, first = (np.asarray(drawing.draw_objects(image, o, ["first", "second"])) for o in (objects, alone))
     label = (first != 0).any(-1)
-    label[58:] = False  # without the box below it
-    assert label.sum() > 50 and label[:, 20].any()  # where the second's left side is
+    label[58:] = False  # exclude the box below the label
+    assert label.sum() > 50 and label[:, 20].any()  # column of the left edge of the second box
     assert (both[label] == first[label]).all()
-    assert (both[70:80, 20] == visualize.COLOURS[1]).all()
+    assert (both[70:80, 20] == drawing.COLORS[1]).all()
 
 
-def test_a_box_of_negative_sides_is_drawn():
-    """Validation shows the truth as the file has it."""
+def test_box_with_negative_size_is_drawn():
+    """Validation plots draw ground truth boxes as stored in the file."""
     boxes = np.array([[90, 60, 10, 90], [10, 60, 90, 90]], np.float32)
     drawn = [
         np.asarray(
-            visualize.draw_objects(
+            drawing.draw_objects(
                 Image.new("RGB", (99, 99)), {"boxes": boxes[k : k + 1], "labels": np.array([1])}, ["a"]
             )
         )
@@ -144,19 +144,19 @@ def test_a_box_of_negative_sides_is_drawn():
     assert drawn[0].any() and (drawn[0] == drawn[1]).all()
 
 
-def test_overlays_have_the_colours_of_their_legend():
+def test_overlay_colors_match_legend():
     classes = [f"class {k}" for k in range(12)]
     grey = Image.new("RGB", (400, 300), (128, 128, 128))
     class_map = np.full((300, 400), 9, np.uint8)
-    drawn = np.asarray(visualize.with_legend(visualize.overlay(grey, class_map), class_map, classes)).astype(
-        int
-    )
-    assert np.abs(drawn[100, 100] - visualize.legend_colours(12)[9].astype(int)).max() <= 1
+    drawn = np.asarray(
+        drawing.add_legend(drawing.overlay_class_map(grey, class_map), class_map, classes)
+    ).astype(int)
+    assert np.abs(drawn[100, 100] - drawing.legend_colors(12)[9].astype(int)).max() <= 1
     below = drawn[300:].reshape(-1, 3)
     assert (np.abs(below - drawn[100, 100]).max(1) <= 1).sum() > 50
 
 
-def test_the_metric_that_counts_is_marked_and_no_line_is_like_another(tmp_path, monkeypatch):
+def test_best_metric_is_marked_and_line_styles_are_unique(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     figures = []
@@ -172,7 +172,7 @@ def test_the_metric_that_counts_is_marked_and_no_line_is_like_another(tmp_path, 
         for e in range(3)
     ]
     rows[1]["val_mask_ap"] = 0.9
-    visualize.curves(rows, tmp_path / "x.png", "val_mask_ap")
+    visualize.plot_curves(rows, tmp_path / "x.png", "val_mask_ap")
     axis = figures[0].axes[1]
     looks = [(line.get_color(), line.get_linestyle()) for line in axis.lines[:-1]]
     assert len({(tuple(np.atleast_1d(c)), s) for c, s in looks}) == len(names)
@@ -182,23 +182,23 @@ def test_the_metric_that_counts_is_marked_and_no_line_is_like_another(tmp_path, 
 
 
 @pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (20, 20), (4000, 3000)])
-def test_no_picture_grows_without_bound(size):
-    page = visualize.captioned(Image.new("RGB", size), ["a name 50 %"])
+def test_image_size_is_bounded(size):
+    page = drawing.add_caption(Image.new("RGB", size), ["a name 50 %"])
     assert page.width * page.height <= 1.2 * max(size[0] * size[1], 320 * 3200) and page.width >= 320
     class_map = np.zeros(size[::-1], np.uint8)
-    page = visualize.with_legend(Image.new("RGB", size), class_map, ["one", "two"])
+    page = drawing.add_legend(Image.new("RGB", size), class_map, ["one", "two"])
     assert page.width * page.height <= 1.2 * max(size[0] * size[1], 320 * 3200)
 
 
 @pytest.mark.slow  # matplotlib draws 4,000 bars
-def test_thousands_of_classes_keep_below_the_largest_side(tmp_path):
-    visualize.class_bars(
+def test_plot_size_is_bounded_with_thousands_of_classes(tmp_path):
+    visualize.plot_class_bars(
         [f"class {k}" for k in range(4000)], np.linspace(0, 1, 4000), "IoU", tmp_path / "x.png"
     )
     assert max(Image.open(tmp_path / "x.png").size) < 2**16
 
 
-def test_names_in_a_plot_cover_neither_one_another_nor_points(tmp_path):
+def test_point_labels_do_not_overlap(tmp_path):
     figure, axes = visualize.subplots(6, 4)
     axis = axes[0][0]
     points = [
@@ -209,10 +209,10 @@ def test_names_in_a_plot_cover_neither_one_another_nor_points(tmp_path):
     ]
     for x, y, _ in points:
         axis.plot(x, y, "o")
-    visualize.name_points(figure, axis, points)
+    visualize.label_points(figure, axis, points)
     visualize.save_figure(figure, tmp_path / "names.png")
     figure.draw_without_rendering()
-    boxes = [Text.get_window_extent(text) for text in axis.texts]  # without the lines
+    boxes = [Text.get_window_extent(text) for text in axis.texts]  # text extent without the leader lines
     assert len(boxes) == 4
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
     inside = axis.bbox

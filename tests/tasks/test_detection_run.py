@@ -1,4 +1,4 @@
-"""Detectors trained in miniature, through the command, and COCO's metrics."""
+"""End-to-end tests of small detection runs on the command line, and COCO metrics."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ from small_runs import DETECTION, read_metrics
 
 from crossformer_vision.cli import main
 from crossformer_vision.tasks.detection import Detection
-from crossformer_vision.weights.checkpoints import read_checkpoint
+from crossformer_vision.weights.reading import read_checkpoint
 
 CROSSFORMER = str(Path(sys.executable).with_name("crossformer"))
 
@@ -31,8 +31,8 @@ def read_weights(path):
 
 
 @pytest.mark.parametrize("detector, kinds", [("retinanet", ["box"]), ("mask_rcnn", ["box", "mask"])])
-def test_a_run_leaves_its_folder(detector, kinds, tmp_path, capsys):
-    """On images of many sizes on disk, a crowd and an image without objects among them."""
+def test_run_outputs(detector, kinds, tmp_path, capsys):
+    """Trains on image files of various sizes, including a crowd and an image without objects."""
     for split, images in (("train", 8), ("val", 5)):
         coco(tmp_path / "coco", split, images)
     folder = tmp_path / "run"
@@ -41,7 +41,7 @@ def test_a_run_leaves_its_folder(detector, kinds, tmp_path, capsys):
         detector,
         "--data.root",
         str(tmp_path / "coco"),
-        "--run.folder",
+        "--run.dir",
         str(folder),
     ]
     options += "--run.ema 0.9 --data.scale_jitter [0.5,1.5] --model.grad_checkpointing true".split()
@@ -61,12 +61,12 @@ def test_a_run_leaves_its_folder(detector, kinds, tmp_path, capsys):
     assert main(["validate", str(folder)]) == 0
     assert f"val_{kinds[-1]}_ap {results[f'val_{kinds[-1]}_ap']:.4f}" in capsys.readouterr().out
 
-    # what it left starts another run, whose classes are others, and is not taken for one of the same
+    # The checkpoint initializes a run with other classes; validation on other classes is rejected.
     other = [
         *DETECTION,
         "--model.detector",
         detector,
-        "--run.folder",
+        "--run.dir",
         str(tmp_path / "other"),
         "--trainer.max_epochs",
         "1",
@@ -78,12 +78,12 @@ def test_a_run_leaves_its_folder(detector, kinds, tmp_path, capsys):
         )
         == 1
     )
-    assert "the digits are other classes than the run's" in capsys.readouterr().err
+    assert "the digits have other classes than the run" in capsys.readouterr().err
 
 
-@pytest.mark.slow  # test_run.py kills a classifier's
-def test_killed_and_resumed_is_as_left_alone(tmp_path):
-    """SIGKILL in the middle of an epoch; the resumed run ends with the same weights, bit for bit."""
+@pytest.mark.slow  # test_run.py covers classification
+def test_killed_run_matches_uninterrupted_run(tmp_path):
+    """After SIGKILL within an epoch, the resumed run ends with bitwise identical weights."""
     threads = {**os.environ, "OMP_NUM_THREADS": "1"}
     options = [
         *DETECTION,
@@ -95,12 +95,12 @@ def test_killed_and_resumed_is_as_left_alone(tmp_path):
         "0.1",
     ]
     alone, killed = tmp_path / "alone", tmp_path / "killed"
-    subprocess.run([CROSSFORMER, "train", *options, "--run.folder", str(alone)], check=True, env=threads)
+    subprocess.run([CROSSFORMER, "train", *options, "--run.dir", str(alone)], check=True, env=threads)
     process = subprocess.Popen(
-        [CROSSFORMER, "train", *options, "--run.folder", str(killed)], env=threads, start_new_session=True
+        [CROSSFORMER, "train", *options, "--run.dir", str(killed)], env=threads, start_new_session=True
     )
     step = 0
-    while step < 3:  # of 8 an epoch
+    while step < 3:  # 8 steps per epoch
         assert process.poll() is None
         time.sleep(0.05)
         step = read_checkpoint(killed / "last.ckpt")["global_step"] if (killed / "last.ckpt").exists() else 0
@@ -114,18 +114,18 @@ def test_killed_and_resumed_is_as_left_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
-    """RetinaNet, which draws no samples; seven validation images, of which one process has one more.
+def test_two_processes_match_gradient_accumulation(tmp_path):
+    """RetinaNet, which uses no random sampling, with an uneven split of seven validation images.
 
-    Its losses are divided by the positives of a process's batch, so two processes train as two batches do whose
-    gradients are accumulated.
+    The losses are normalized by the positives of each process's batch, so two processes match two batches with
+    accumulated gradients.
     """
     threads = {**os.environ, "OMP_NUM_THREADS": "1"}
     for folder, devices in (("one", 1), ("two", 2)):
         options = f"--trainer.devices {devices} --trainer.strategy {'ddp' if devices > 1 else 'auto'}"
         options += f" --trainer.accumulate_grad_batches {2 // devices} --data.batch_size 1"
-        options += f" --data.train_images 16 --run.folder {tmp_path / folder}"
-        options += " --model.optimizer sgd --model.lr 0.01"  # Adam magnifies the rounding of tiny gradients
+        options += f" --data.train_images 16 --run.dir {tmp_path / folder}"
+        options += " --model.optimizer sgd --model.lr 0.01"  # Adam amplifies rounding errors
         subprocess.run([CROSSFORMER, "train", *DETECTION, *options.split()], check=True, env=threads)
     for one, two in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True):
         assert one.keys() == two.keys()
@@ -137,8 +137,8 @@ def test_two_processes_train_as_one(tmp_path):
         torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=1e-3)
 
 
-def test_metrics_agree_with_pycocotools(tmp_path):
-    """The same truth and predictions: crowds, several classes, all sizes, boxes and masks."""
+def test_metrics_match_pycocotools(tmp_path):
+    """Compares crowds, several classes, all object sizes, boxes and masks."""
     rng = np.random.default_rng(0)
     images, truth, found, batches = [], [], [], []
     for image_id in range(12):
@@ -193,7 +193,7 @@ def test_metrics_agree_with_pycocotools(tmp_path):
     for batch in batches:
         task.metric.update(*batch, [batch[1][0]["masks"].shape[1:]])
     figures, task.precisions = task.metric.compute()
-    assert not task.metric.found and not task.metric.true
+    assert not task.metric.detections and not task.metric.ground_truth
     reference = COCO()
     reference.dataset = {
         "images": images,
@@ -202,7 +202,7 @@ def test_metrics_agree_with_pycocotools(tmp_path):
     }
     reference.createIndex()
     for kind, ours in (("bbox", "box"), ("segm", "mask")):
-        # A submission of masks has no boxes, whose area pycocotools would take otherwise.
+        # Mask results omit boxes; otherwise pycocotools would use the box area.
         results = [{k: v for k, v in entry.items() if kind == "bbox" or k != "bbox"} for entry in found]
         evaluation = COCOeval(reference, reference.loadRes(results), kind)
         evaluation.evaluate()
@@ -222,18 +222,18 @@ def test_metrics_agree_with_pycocotools(tmp_path):
     [
         ("--data.root nowhere", 1, "nowhere: no such folder"),
         ("--model.detector yolo", 2, "yolo"),
-        ("--model.model vit_small_patch14_dinov2", 1, "of 8, 16 or 32 one is needed"),
+        ("--model.backbone vit_small_patch14_dinov2", 1, "One of 8, 16 or 32 is needed"),
         ("--model.checkpoint wrong.pth", 1, "wrong.pth: none of its weights fits this model"),
-        ("--task fly", 1, "no task 'fly'; there are: classification, detection"),
+        ("--task fly", 1, "unknown task 'fly'. Choose from classification, detection"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(options, code, message, tmp_path, monkeypatch, capsys):
+def test_errors_are_one_line(options, code, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save({"weight": torch.ones(3)}, "wrong.pth")
     words = DETECTION[2:] if "--task" in options else DETECTION
-    if "--model.model" in options:
+    if "--model.backbone" in options:
         words = [w for w in words if "model_args" not in w and "depths" not in w]
-    assert main(["train", *words, *options.split(), "--run.folder", "run"]) == code
+    assert main(["train", *words, *options.split(), "--run.dir", "run"]) == code
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert len(error.strip().splitlines()) == 1
@@ -246,6 +246,6 @@ def test_what_is_wrong_is_said_in_one_line(options, code, message, tmp_path, mon
 def test_quickstart(name, metric, least, tmp_path):
     folder = tmp_path / "run"
     subprocess.run(
-        [CROSSFORMER, "train", "--config", f"quickstart/{name}.yaml", "--run.folder", str(folder)], check=True
+        [CROSSFORMER, "train", "--config", f"quickstart/{name}.yaml", "--run.dir", str(folder)], check=True
     )
     assert json.loads((folder / "results.json").read_text())[f"val_{metric}_ap50"] >= least

@@ -1,4 +1,4 @@
-"""Batched Muon is timm's Muon: the same updates, state and parameter rules, in a dtype the device computes."""
+"""Tests for batched Muon: updates, state and parameter groups match timm, in a native dtype."""
 
 import copy
 import functools
@@ -34,7 +34,7 @@ def train(optimizer, params, steps=4, seed=1):
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_same_updates_as_timm(nesterov, monkeypatch):
+def test_updates_match_timm(nesterov, monkeypatch):
     monkeypatch.setattr(
         timm.optim.muon,
         "zeropower_via_newtonschulz",
@@ -49,10 +49,10 @@ def test_same_updates_as_timm(nesterov, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     states = optimizer.state_dict()["state"], reference.state_dict()["state"]
     assert [s.keys() for s in states[0].values()] == [s.keys() for s in states[1].values()]
-    assert all(p.grad is not None for p in ours[:-2])  # as torch's optimizers leave them
+    assert all(p.grad is not None for p in ours[:-2])  # same as torch optimizers
 
 
-def test_resumes_bit_for_bit():
+def test_resume_is_bitwise_identical():
     whole = parameters()
     train(BatchedMuon(whole, lr=0.02, nesterov=True), whole, 2, seed=1)
     half = [torch.nn.Parameter(p.detach().clone(), p.requires_grad) for p in whole]
@@ -66,7 +66,7 @@ def test_resumes_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(first, half, strict=True))
 
 
-def test_closure_is_evaluated_once_and_its_loss_returned():
+def test_closure_is_evaluated_once():
     weight = torch.nn.Parameter(torch.eye(4))
     optimizer, calls = BatchedMuon([weight], lr=0.1, weight_decay=0), []
 
@@ -91,24 +91,24 @@ def test_singular_values_become_one(shape):
     torch.testing.assert_close(gram_newton_schulz(matrices, COEFFICIENTS), found, rtol=1e-3, atol=1e-4)
 
 
-def test_zero_gradients_leave_matrices_alone():
+def test_zero_gradients_keep_matrices_unchanged():
     assert torch.equal(gram_newton_schulz(torch.zeros(2, 4, 16), COEFFICIENTS), torch.zeros(2, 4, 16))
 
 
-def test_task_takes_it_for_muon_and_spares_biases_and_norms_of_decay():
+def test_task_uses_batched_muon_without_bias_and_norm_decay():
     task = Classification("crossformer_nano", optimizer="nmuon", weight_decay=0.1)
-    optimizer = task._optimizer()
+    optimizer = task.create_optimizer()
     assert type(optimizer) is BatchedMuon and optimizer.defaults["nesterov"]
     assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0, 0.1}
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(task.net.parameters()))
-    assert not Classification("crossformer_nano", optimizer="muon")._optimizer().defaults["nesterov"]
+    assert not Classification("crossformer_nano", optimizer="muon").create_optimizer().defaults["nesterov"]
     assert (
-        type(Classification("crossformer_nano", optimizer="lookahead_muon")._optimizer()).__name__
+        type(Classification("crossformer_nano", optimizer="lookahead_muon").create_optimizer()).__name__
         == "Lookahead"
     )
 
 
-def test_models_without_matrices_are_refused(capsys):
+def test_model_without_matrices_is_rejected(capsys):
     from crossformer_vision import UserError
 
     task = Classification("crossformer_nano", optimizer="muon")
@@ -116,16 +116,15 @@ def test_models_without_matrices_are_refused(capsys):
     with pytest.raises(
         UserError, match=r"--model.optimizer muon: this model has no matrix for Muon. Use adamw"
     ):
-        task._optimizer()
+        task.create_optimizer()
 
 
-def test_variants_in_bfloat16_are_refused_where_it_is_emulated(monkeypatch):
-    from crossformer_vision import UserError
-    from crossformer_vision.training import devices
+def test_emulated_bfloat16_variants_are_rejected(monkeypatch):
+    from crossformer_vision import UserError, devices
 
     task = Classification("crossformer_nano", optimizer="nadamuon")
     monkeypatch.setattr(devices, "onednn_has_bfloat16", lambda: True)
-    assert type(task._optimizer()) is Muon
+    assert type(task.create_optimizer()) is Muon
     monkeypatch.setattr(devices, "onednn_has_bfloat16", lambda: False)
     with pytest.raises(UserError, match="bfloat16, which this device emulates. Use nmuon"):
-        task._optimizer()
+        task.create_optimizer()

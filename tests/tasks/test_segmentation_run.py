@@ -1,4 +1,4 @@
-"""Segmenters trained in miniature, through the command; intersection over union."""
+"""End-to-end tests of small segmentation runs on the command line, and mean IoU."""
 
 import csv
 import json
@@ -22,12 +22,12 @@ CROSSFORMER = str(Path(sys.executable).with_name("crossformer"))
 
 
 @pytest.mark.parametrize("segmenter", ["semantic_fpn", pytest.param("upernet", marks=pytest.mark.slow)])
-def test_a_run_leaves_its_folder(segmenter, tmp_path, capsys):
-    """On images of several sizes on disk; what it left validates to the same, and starts another run."""
+def test_run_outputs(segmenter, tmp_path, capsys):
+    """Trains on image files of several sizes; the checkpoint reproduces the metrics and initializes another run."""
     root, folder = tmp_path / "maps", tmp_path / "run"
     maps(root, images=8)
     maps(root, "validation", images=5)
-    options = ["--model.segmenter", segmenter, "--data.root", str(root), "--run.folder", str(folder)]
+    options = ["--model.segmenter", segmenter, "--data.root", str(root), "--run.dir", str(folder)]
     options += "--run.ema 0.9 --model.dice 0.5 --model.grad_checkpointing true".split()
     assert main(["train", *SEGMENTATION, *options]) == 0
     printed = capsys.readouterr().out
@@ -46,48 +46,48 @@ def test_a_run_leaves_its_folder(segmenter, tmp_path, capsys):
     assert main(["validate", str(folder)]) == 0
     assert f"val_miou {results['val_miou']:.4f}" in capsys.readouterr().out
     tested = "--model.test_scales [1.0,1.5] --model.test_flip true --model.window 160".split()
-    assert main(["validate", str(folder), *tested, "--run.folder", str(tmp_path / "tested")]) == 0
+    assert main(["validate", str(folder), *tested, "--run.dir", str(tmp_path / "tested")]) == 0
     assert f"loss {results['val_loss']:.4f}" not in capsys.readouterr().out
     assert (tmp_path / "tested/predictions.png").exists()
 
-    other = [*SEGMENTATION, "--model.segmenter", segmenter, "--run.folder", str(tmp_path / "other")]
+    other = [*SEGMENTATION, "--model.segmenter", segmenter, "--run.dir", str(tmp_path / "other")]
     start = ["--model.checkpoint", str(folder / "best.ckpt")]
     assert main(["train", *other, "--trainer.max_epochs", "1", *start]) == 0
     assert main(["validate", *SEGMENTATION, "--model.segmenter", segmenter, "--checkpoint", start[1]]) == 1
-    assert "is not of the run's ['a', 'b', 'c']" in capsys.readouterr().err
+    assert "is not among the run's ['a', 'b', 'c']" in capsys.readouterr().err
     if segmenter == "upernet":
         alone = [*SEGMENTATION, "--model.segmenter", segmenter, "--data.batch_size", "1"]
-        assert main(["train", *alone, "--run.folder", str(tmp_path / "alone")]) == 1
+        assert main(["train", *alone, "--run.dir", str(tmp_path / "alone")]) == 1
         assert "upernet normalises over a batch: take --data.batch_size 2 or more" in capsys.readouterr().err
 
 
-def test_a_run_of_so_many_steps(tmp_path, capsys, monkeypatch):
-    """By iterations: poly schedule, a validation at the last step, in the middle of an epoch."""
-    options = f"--run.folder {tmp_path} --trainer.max_epochs -1 --trainer.max_steps 6 --model.schedule poly"
+def test_run_with_max_steps(tmp_path, capsys, monkeypatch):
+    """Trains by steps with the poly schedule; the last step is within an epoch and is validated."""
+    options = f"--run.dir {tmp_path} --trainer.max_epochs -1 --trainer.max_steps 6 --model.schedule poly"
     options += " --trainer.val_check_interval 3 --trainer.check_val_every_n_epoch null --model.min_lr 0"
     options += " --model.warmup_steps 0 --model.lr 0.01 --model.power 0.5"
     by_epochs = options.replace("--model.warmup_steps 0", "--model.warmup_epochs 1").replace(
         str(tmp_path), "other"
     )
     monkeypatch.chdir(tmp_path)
-    assert main(["train", *SEGMENTATION, *by_epochs.split()]) == 0  # the epoch's length is known by then
+    assert main(["train", *SEGMENTATION, *by_epochs.split()]) == 0  # requires the length of an epoch
     assert main(["train", *SEGMENTATION, *options.split()]) == 0
     assert "step 6/6" in capsys.readouterr().out
-    first, last = read_metrics(tmp_path)  # four steps an epoch
+    first, last = read_metrics(tmp_path)  # four steps per epoch
     assert [int(row["step"]) for row in (first, last)] == [4, 6]
     assert float(first["lr"]) == pytest.approx(0.01 * (1 - 4 / 6) ** 0.5)
     assert float(last["val_miou"]) > 0 and (tmp_path / "best.ckpt").exists()
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_iou_is_that_of_all_pixels(processes, tmp_path):
-    """Against a plain count over the files; of five images, the first of two processes has three."""
+def test_iou_is_computed_over_all_pixels(processes, tmp_path):
+    """Compares with pixel counts over all files; five images are split unevenly across two processes."""
     root, folder = tmp_path / "maps", tmp_path / "run"
     maps(root, images=8)
     maps(root, "validation", images=5)
-    options = f"--data.root {root} --run.folder {folder} --trainer.max_epochs 1 --trainer.devices {processes}"
+    options = f"--data.root {root} --run.dir {folder} --trainer.max_epochs 1 --trainer.devices {processes}"
     options += f" --trainer.strategy {'ddp' if processes > 1 else 'auto'}"
-    options += " --trainer.precision 32"  # as the predictor computes
+    options += " --trainer.precision 32"  # same precision as the predictor
     threads = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([CROSSFORMER, "train", *SEGMENTATION, *options.split()], check=True, env=threads)
     predictor = load_predictor(folder / "best.ckpt")
@@ -107,7 +107,7 @@ def test_iou_is_that_of_all_pixels(processes, tmp_path):
         assert results[name] == pytest.approx(figure, abs=1e-6)
 
 
-def test_what_is_ignored_is_not_learned_from():
+def test_ignored_pixels_have_no_gradient():
     logits = torch.randn(2, 3, 8, 8, requires_grad=True)
     labels = torch.randint(0, 3, (2, 8, 8))
     nothing = torch.full_like(labels, 255)
@@ -120,28 +120,28 @@ def test_what_is_ignored_is_not_learned_from():
         assert torch.isclose(loss(logits, half), loss(logits[:, :, 4:], labels[:, 4:]))
         (gradient,) = torch.autograd.grad(loss(logits, half), logits)
         assert (gradient[:, :, :4] == 0).all() and (gradient[:, :, 4:] != 0).any()
-    # As published: the sum over labelled pixels, divided by the number of all.
+    # As in the paper: the sum over labeled pixels divided by the number of all pixels.
     assert torch.isclose(cross_entropy(logits, half, avg_non_ignore=False), cross_entropy(logits, half) / 2)
     right = torch.nn.functional.one_hot(labels, 3).movedim(3, 1) * 50.0
     assert float(dice_loss(right, labels)) == pytest.approx(0, abs=1e-5)
     assert float(dice_loss(right.roll(1, 1), labels)) == pytest.approx(1, abs=1e-5)
 
 
-def test_scores_of_classes():
+def test_class_scores():
     matrix = torch.tensor([[6.0, 2, 0, 0], [1, 3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
-    matrix[0, 3] = 4  # a class that is predicted, but does not occur
+    matrix[0, 3] = 4  # predicted class without ground truth
     iou, accuracy = class_scores(matrix)
     assert iou[:2].tolist() == pytest.approx([6 / 13, 3 / 6]) and iou[3] == 0 and iou[2].isnan()
     assert accuracy[:2].tolist() == pytest.approx([0.5, 0.75]) and accuracy[2:].isnan().all()
 
 
 @pytest.mark.parametrize("decoder", ["UPerNet", "FPN", "Unet", "PAN", "DeepLabV3", "DeepLabV3Plus"])
-def test_segmentation_models_pytorch_takes_the_backbone(decoder):
-    """Each decoder that docs/libraries.md lists; the last three need a stride of 8 or 16."""
+def test_segmentation_models_pytorch_backbone(decoder):
+    """Covers each decoder in docs/libraries.md; the last three require an output stride of 8 or 16."""
     import segmentation_models_pytorch as smp
 
     net = getattr(smp, decoder)("tu-crossformer_nano.cifar10", encoder_weights=True, classes=5).eval()
-    size = (128, 160) if decoder == "PAN" else (96, 64)  # PAN's pooling needs 128 pixels
+    size = (128, 160) if decoder == "PAN" else (96, 64)  # pooling in PAN requires 128 pixels
     with torch.no_grad():
         assert net(torch.zeros(1, 3, *size)).shape == (1, 5, *size)
 
@@ -150,5 +150,5 @@ def test_segmentation_models_pytorch_takes_the_backbone(decoder):
 def test_quickstart(tmp_path):
     folder = tmp_path / "run"
     config = "quickstart/semantic_segmentation.yaml"
-    subprocess.run([CROSSFORMER, "train", "--config", config, "--run.folder", str(folder)], check=True)
+    subprocess.run([CROSSFORMER, "train", "--config", config, "--run.dir", str(folder)], check=True)
     assert json.loads((folder / "results.json").read_text())["val_miou"] >= 0.8

@@ -1,4 +1,4 @@
-"""Grids of runs: cells done once, whoever dies or works beside; their table; searches; a real PostgreSQL."""
+"""Tests for grids of runs: failures, concurrent workers, result tables, searches and PostgreSQL storage."""
 
 import csv
 import importlib.util
@@ -19,8 +19,10 @@ from optuna.trial import TrialState
 
 from crossformer_vision import UserError
 from crossformer_vision.cli import main
-from crossformer_vision.cli.arguments import find_config
 from crossformer_vision.tools import compare
+from crossformer_vision.tools.compare_table import measure_throughput
+from crossformer_vision.tools.grid import folder_name, read_grid
+from crossformer_vision.training.recipes import find_config
 
 TINY = """
 recipe: quickstart/classification.yaml
@@ -50,8 +52,8 @@ def scores(out):
     return json.loads((out / "compare.json").read_text())["cells"]
 
 
-def test_rows_are_models_and_options(tmp_path):
-    grid = compare.read_grid(
+def test_grid_rows(tmp_path):
+    grid = read_grid(
         written(
             tmp_path / "grid.yaml",
             """
@@ -65,7 +67,7 @@ seeds: 2
     assert len(grid.rows) == 4 and grid.seeds == [0, 1]
     args = grid.arguments(grid.rows[list(grid.rows)[3]], 1)
     for option, value in (
-        ("--model.model", "pvt_v2_b0"),
+        ("--model.backbone", "pvt_v2_b0"),
         ("--model.lr", "0.2"),
         ("--seed_everything", "1"),
         ("--model.model_args", '{"depths": [1, 1, 1, 1]}'),
@@ -76,26 +78,26 @@ seeds: 2
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("rows: 3", "rows, vary, options and search are names with values"),
-        ("row: [a]", "not a grid: it has a recipe, and may have rows, vary, options, seeds, search"),
-        ("vary: {model.lr: 1}", "vary has a list of values for each option"),
-        ("seeds: many", "seeds is a number of them, or a list of whole numbers"),
+        ("rows: 3", "rows, vary, options and search must be mappings"),
+        ("row: [a]", "not a grid. It needs a recipe and may have rows, vary, options, seeds, search"),
+        ("vary: {model.lr: 1}", "vary needs a list of values for each option"),
+        ("seeds: many", "seeds must be a number of seeds, or a list of whole numbers"),
         ("rows: [", "cannot be read as a grid"),
     ],
 )
-def test_what_is_no_grid(text, message, tmp_path, capsys):
-    assert main(["compare", written(tmp_path / "grid.yaml", text), "--out", str(tmp_path / "out")]) == 1
+def test_invalid_grids(text, message, tmp_path, capsys):
+    assert main(["compare", written(tmp_path / "grid.yaml", text), "--output", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-def test_a_failed_cell_stops_no_other_and_is_tried_again(tmp_path, capsys):
+def test_failed_cell_is_retried_and_does_not_stop_others(tmp_path, capsys):
     grid = written(
         tmp_path / "grid.yaml",
-        "rows: {nano: {}, larger: {model.lr: 0.01}, broken: {model.model: nan0}}\nseeds: 2",
+        "rows: {nano: {}, larger: {model.lr: 0.01}, broken: {model.backbone: nan0}}\nseeds: 2",
     )
     out = tmp_path / "out"
-    assert main(["compare", grid, "--out", str(out)]) == 1
+    assert main(["compare", grid, "--output", str(out)]) == 1
     assert "2 cells failed, such as broken, seed 0: unknown model 'nan0'" in capsys.readouterr().err
     assert [state for _, state in states(out)] == [TrialState.COMPLETE] * 4 + [TrialState.FAIL] * 2
     table = {row["row"]: row for row in csv.DictReader((out / "compare.csv").open())}
@@ -109,21 +111,21 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again(tmp_path, capsys):
     assert "| nano | 0." in (out / "compare.md").read_text()
     before = (out / "nano/seed-0/last.ckpt").stat().st_mtime
     grid = written(tmp_path / "grid.yaml", "rows: {nano: {}, larger: {model.lr: 0.01}}\nseeds: 2")
-    assert main(["compare", grid, "--out", str(out)]) == 0
+    assert main(["compare", grid, "--output", str(out)]) == 0
     assert scores(out) == {k: v for k, v in found.items() if k != "broken"}
     assert (out / "nano/seed-0/last.ckpt").stat().st_mtime == before
 
 
 def worker(grid, out, *options):
-    command = [sys.executable, "-m", "crossformer_vision", "compare", grid, "--out", str(out), *options]
+    command = [sys.executable, "-m", "crossformer_vision", "compare", grid, "--output", str(out), *options]
     return subprocess.Popen(
         [*command, "--heartbeat", "1"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
 @pytest.mark.slow
-def test_a_killed_worker_and_two_that_share(tmp_path):
-    """SIGKILL in the middle of a cell, then two workers: the same table as one that nobody disturbed."""
+def test_killed_worker_and_concurrent_workers(tmp_path):
+    """After SIGKILL within a cell, two workers produce the same table as an undisturbed worker."""
     text = "rows: {nano: {}, larger: {model.lr: 0.01}}\nseeds: 2"
     calm, out = tmp_path / "calm", tmp_path / "out"
     grid = written(tmp_path / "grid.yaml", text + "\n")
@@ -145,85 +147,87 @@ def test_a_killed_worker_and_two_that_share(tmp_path):
     done = [cell for cell, state in states(out) if state == TrialState.COMPLETE]
     assert len(done) == len(set(done)) == 4
     trained = [text.count("training crossformer_nano") for text in said[:2]]
-    assert sum(trained) == 4 and min(trained) > 0  # the killed one's cell once more, none twice
+    assert sum(trained) == 4 and min(trained) > 0  # only the interrupted cell is repeated
 
 
-def test_twins_are_left_out(tmp_path):
-    """Two workers that enqueue at once leave a cell twice: the later trial of it is nobody's."""
+def test_duplicate_trials_are_skipped(tmp_path):
+    """If two workers enqueue the same cell concurrently, the later trial is pruned."""
     grid = written(tmp_path / "grid.yaml", "seeds: 1")
     out = tmp_path / "out"
     study = compare.open_study("grid", out, None, 20)
     for _ in range(2):
-        digest = compare.read_grid(grid).digest("recipe", 0)
+        digest = read_grid(grid).digest("recipe", 0)
         study.enqueue_trial({}, user_attrs={"cell": "recipe, seed 0", "digest": digest})
-    content = compare.compare(grid, out)
+    content = compare.run_grid(grid, out)
     assert [t.state for t in study.trials] == [TrialState.COMPLETE, TrialState.PRUNED]
     assert list(content["cells"]) == ["recipe"]
 
 
 @pytest.mark.slow
-def test_a_score_is_never_taken_for_that_of_other_options(tmp_path, capsys):
-    """The grid or its recipe is edited after a cell was run."""
+def test_scores_of_edited_grid_or_recipe_are_not_reused(tmp_path, capsys):
+    """Edits the grid or its recipe after a cell has run."""
     out, grid = str(tmp_path / "out"), written(tmp_path / "grid.yaml", "rows: {nano: {}}")
-    assert main(["compare", grid, "--out", out]) == 0
+    assert main(["compare", grid, "--output", out]) == 0
     written(tmp_path / "grid.yaml", "rows: {nano: {model.lr: 0.5}}")
-    assert main(["compare", grid, "--out", out]) == 1
+    assert main(["compare", grid, "--output", out]) == 1
     assert "'nano, seed 0' was run with other options, or of another recipe" in capsys.readouterr().err
     recipe = tmp_path / "recipe.yaml"
     shutil.copy(find_config("quickstart/classification.yaml"), recipe)
     text = (TINY + "rows: {nano: {}}").replace("quickstart/classification.yaml", str(recipe))
     (tmp_path / "grid.yaml").write_text(text)
     out = str(tmp_path / "other")
-    assert main(["compare", grid, "--out", out]) == 0
+    assert main(["compare", grid, "--output", out]) == 0
     recipe.write_text(recipe.read_text() + "\n# edited\n")
-    assert main(["compare", grid, "--out", out]) == 1
-    written(tmp_path / "grid.yaml", "rows: {other: {model.lr: 0.5}}")  # another name is another cell
-    assert main(["compare", grid, "--out", str(tmp_path / "out")]) == 0
+    assert main(["compare", grid, "--output", out]) == 1
+    written(tmp_path / "grid.yaml", "rows: {other: {model.lr: 0.5}}")  # a new name is a new cell
+    assert main(["compare", grid, "--output", str(tmp_path / "out")]) == 0
 
 
-def test_a_folder_is_of_one_cell(tmp_path):
-    """Two rows of one folder are refused; a folder that another grid has filled is not taken for this one's."""
+def test_each_cell_has_its_own_directory(tmp_path):
+    """Rows that map to the same directory are rejected, and so are directories of another grid."""
     with pytest.raises(UserError, match=r"rows 'A x' and 'A \(x\)' would share the folder A_x"):
-        compare.read_grid(written(tmp_path / "grid.yaml", "rows: {A x: {}, A (x): {model.lr: 0.5}}"))
-    grid = compare.read_grid(written(tmp_path / "grid.yaml", ""))
+        read_grid(written(tmp_path / "grid.yaml", "rows: {A x: {}, A (x): {model.lr: 0.5}}"))
+    grid = read_grid(written(tmp_path / "grid.yaml", ""))
     args = grid.arguments(grid.rows["recipe"], 0)
     folder = tmp_path / "out/recipe/seed-0"
-    assert compare.train(args, folder, digest="one")["cell"] == "one"
-    assert compare.train(args, folder, digest="one")["cell"] == "one"
-    with pytest.raises(UserError, match="seed-0: holds the run of another grid"):
-        compare.train(args, folder, digest="another")
+    assert compare.train_cell(args, folder, digest="one")["cell"] == "one"
+    assert compare.train_cell(args, folder, digest="one")["cell"] == "one"
+    with pytest.raises(UserError, match="seed-0: contains the run of another grid"):
+        compare.train_cell(args, folder, digest="another")
 
 
-def test_a_grid_is_the_same_wherever_its_recipe_lies(tmp_path):
+def test_digest_is_independent_of_recipe_location(tmp_path):
     found = set()
     for place in ("a", "b"):
         (tmp_path / place).mkdir()
         shutil.copy(find_config("quickstart/classification.yaml"), tmp_path / place / "recipe.yaml")
         (tmp_path / place / "grid.yaml").write_text(f"recipe: {tmp_path / place / 'recipe.yaml'}\n")
-        found.add(compare.read_grid(str(tmp_path / place / "grid.yaml")).digest("recipe", 0))
+        found.add(read_grid(str(tmp_path / place / "grid.yaml")).digest("recipe", 0))
     assert len(found) == 1
 
 
-def test_what_cannot_be_timed_is_left_out(tmp_path, capsys, monkeypatch):
-    grid = compare.read_grid(written(tmp_path / "grid.yaml", ""))
-    compare.train(grid.arguments(grid.rows["recipe"], 0), tmp_path / "run")
+def test_failed_timing_is_skipped(tmp_path, capsys, monkeypatch):
+    grid = read_grid(written(tmp_path / "grid.yaml", ""))
+    compare.train_cell(grid.arguments(grid.rows["recipe"], 0), tmp_path / "run")
     runs = {"fits": (tmp_path / "run", (32, 32)), "does not": (tmp_path / "run", (0, 32))}
-    assert list(compare.throughput(runs, batch=2)) == ["fits"]
+    assert list(measure_throughput(runs, batch_size=2)) == ["fits"]
     assert "does not: not timed (" in capsys.readouterr().out
 
 
 def test_search_with_pruning(tmp_path):
     search = "search: {model.lr: {low: 1.0e-4, high: 1.0e-2, log: true}, data.hflip: {choices: [0.0, 0.5]}}"
-    found = compare.search(written(tmp_path / "grid.yaml", search), tmp_path / "out", 2)
+    found = compare.run_search(written(tmp_path / "grid.yaml", search), tmp_path / "out", 2)
     assert 1e-4 <= found["best"]["model.lr"] <= 1e-2 and found["best"]["data.hflip"] in (0.0, 0.5)
     assert json.loads((tmp_path / "out/search.json").read_text()) == found
     with pytest.raises(UserError, match="has no search"):
-        compare.search(written(tmp_path / "grid.yaml", ""), tmp_path / "out", 1)
-    with pytest.raises(UserError, match=r"model.lr: is {low, high, log} or {choices}"):
-        compare.search(written(tmp_path / "grid.yaml", "search: {model.lr: {low: a}}"), tmp_path / "bad", 1)
+        compare.run_search(written(tmp_path / "grid.yaml", ""), tmp_path / "out", 1)
+    with pytest.raises(UserError, match=r"model.lr: must be {low, high, log} or {choices}"):
+        compare.run_search(
+            written(tmp_path / "grid.yaml", "search: {model.lr: {low: a}}"), tmp_path / "bad", 1
+        )
 
 
-def test_a_database_that_is_not_there(tmp_path):
+def test_unreachable_database_raises(tmp_path):
     with pytest.raises(UserError, match="the study's database cannot be opened") as error:
         compare.open_study("x", tmp_path, "postgresql+psycopg://me:secret@127.0.0.1:1/x", 20)
     assert "secret" not in str(error.value)
@@ -237,9 +241,9 @@ def postgresql():
     if not initdb or importlib.util.find_spec("psycopg") is None:
         pytest.skip("PostgreSQL or psycopg is not installed")
     bin = Path(initdb).parent
-    folder = Path(tempfile.mkdtemp(prefix="pg"))  # short: sockets have short paths
+    folder = Path(tempfile.mkdtemp(prefix="pg"))  # socket paths have a short length limit
     as_user = []
-    if os.geteuid() == 0:  # which the server refuses to be
+    if os.geteuid() == 0:  # the server does not run as root
         try:
             shutil.chown(folder, "postgres")
         except LookupError:
@@ -261,8 +265,8 @@ def postgresql():
 
 
 @pytest.mark.slow
-def test_workers_that_share_a_postgresql_server(postgresql, tmp_path):
-    """Two with folders of their own, as two machines have: each cell once, one table."""
+def test_workers_sharing_postgresql_server(postgresql, tmp_path):
+    """Two workers with separate output directories run each cell once and share one table."""
     grid = written(tmp_path / "grid.yaml", "rows: {nano: {}, larger: {model.lr: 0.01}}\nseeds: 2")
     outs = [tmp_path / "one", tmp_path / "other"]
     both = [worker(grid, out, "--storage", postgresql) for out in outs]
@@ -276,20 +280,20 @@ def test_workers_that_share_a_postgresql_server(postgresql, tmp_path):
 @pytest.mark.parametrize(
     "name", ["..", ".", "a/b", "../up", "x" * 300, "é" * 200, "drop [/b]", "with [mixup]", ""]
 )
-def test_rows_of_any_name_have_a_folder_below_the_grids(name, tmp_path):
-    folder = compare.slug(name)
+def test_row_names_map_to_valid_directory_names(name, tmp_path):
+    folder = folder_name(name)
     assert len(folder.encode()) <= 120 and (tmp_path / folder).resolve().parent == tmp_path.resolve()
     assert folder not in (".", "..")
     if len(name) > 150:
-        assert compare.slug(name + "y") != folder
+        assert folder_name(name + "y") != folder
 
 
-def test_names_in_brackets_are_printed_as_they_are(tmp_path, capsys):
+def test_names_with_brackets_are_printed_verbatim(tmp_path, capsys):
     grid = written(tmp_path / "grid.yaml", "rows: {'with [mixup]': {}, 'drop [/b]': {}}")
-    assert main(["compare", grid, "--out", str(tmp_path / "out?#1")]) == 0
+    assert main(["compare", grid, "--output", str(tmp_path / "out?#1")]) == 0
     printed = capsys.readouterr().out
     assert "with [mixup]" in printed and "drop [/b]" in printed
-    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["out?#1"]  # the study lies in it, too
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["out?#1"]  # also contains the study
 
 
 @pytest.mark.parametrize(
@@ -302,8 +306,8 @@ def test_names_in_brackets_are_printed_as_they_are(tmp_path, capsys):
         ),
     ],
 )
-def test_grids_that_cannot_run_are_refused_once(text, message, tmp_path, capsys):
-    assert main(["compare", written(tmp_path / "grid.yaml", text), "--out", str(tmp_path / "out")]) == 1
+def test_invalid_grid_is_reported_once(text, message, tmp_path, capsys):
+    assert main(["compare", written(tmp_path / "grid.yaml", text), "--output", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.count(message) == 1
 
 
@@ -312,7 +316,7 @@ def test_grids_that_cannot_run_are_refused_once(text, message, tmp_path, capsys)
     [
         (
             ("max_epochs: 1", "max_epochs: 2"),
-            "trial 0 ran with other options or recipes. Choose another folder",
+            "trial 0 ran with other options or recipes. Choose another --output",
         ),
         (
             ("[0.0, 0.2]", "[0.0, 0.2, 0.8]"),
@@ -320,10 +324,10 @@ def test_grids_that_cannot_run_are_refused_once(text, message, tmp_path, capsys)
         ),
     ],
 )
-def test_a_search_goes_on_with_its_own_trials_alone(change, message, tmp_path, capsys):
+def test_search_rejects_trials_with_other_options(change, message, tmp_path, capsys):
     path = tmp_path / "grid.yaml"
     grid = written(path, "search: {model.mixup: {choices: [0.0, 0.2]}}")
-    assert main(["compare", grid, "--out", str(tmp_path / "out"), "--search", "1"]) == 0
+    assert main(["compare", grid, "--output", str(tmp_path / "out"), "--search", "1"]) == 0
     path.write_text(path.read_text().replace(*change))
-    assert main(["compare", grid, "--out", str(tmp_path / "out"), "--search", "2"]) == 1
+    assert main(["compare", grid, "--output", str(tmp_path / "out"), "--search", "2"]) == 1
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The page in a real browser: upload, example, click, a picture that changes, errors, a narrow screen."""
+"""Browser tests for the demo page: uploads, examples, clicks, errors and a narrow screen."""
 
 import os
 import re
@@ -85,20 +85,20 @@ def test_upload_click_and_errors(url, console, browser, tmp_path):
     wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#photo input[type=file]"))
     assert browser.title == "CrossFormer"
 
-    # An example, by a click.
+    # Click an example.
     wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, ".gallery-item img, .gallery img"))
     browser.find_elements(By.CSS_SELECTOR, ".gallery-item img, .gallery img")[1].click()
     first = wait(browser, lambda: shown(browser, "result"))
     words = browser.find_element(By.CSS_SELECTOR, "#words textarea, #words input")
     wait(browser, lambda: "%" in words.get_attribute("value"))
 
-    # A click on the photo: what that point attends to, and another for another point.
+    # Click the photo: the attention map depends on the point.
     photo = wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#photo img"))[0]
     photo.click()
     middle = wait(browser, lambda: shown(browser, "attention"))
     ActionChains(browser).move_to_element_with_offset(photo, -60, -40).click().perform()
     corner = wait(browser, lambda: (new := shown(browser, "attention")) not in (None, middle) and new)
-    # Another stage shows the same point without a click.
+    # Changing the stage keeps the selected point.
     slider = browser.find_element(By.CSS_SELECTOR, "#stage input[type=range]")
     slider.send_keys(Keys.ARROW_LEFT)
     wait(browser, lambda: shown(browser, "attention") not in (None, corner))
@@ -112,7 +112,7 @@ def test_upload_click_and_errors(url, console, browser, tmp_path):
     upload(browser, tmp_path / "mine.jpg")
     wait(browser, lambda: shown(browser, "result") not in (None, first))
 
-    # A file that is no image: one line, and the page goes on.
+    # An invalid image file gives a one-line error and the page stays usable.
     (tmp_path / "broken.png").write_bytes(b"this is no image")
     upload(browser, tmp_path / "broken.png")
     toast = wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, ".toast-body"))[0]
@@ -120,14 +120,14 @@ def test_upload_click_and_errors(url, console, browser, tmp_path):
     assert "cannot read this image" in toast.text and "Traceback" not in toast.text
     if folder:
         browser.save_screenshot(str(folder / "demo-error.png"))
-    # An image of one pixel is no error.
+    # A one-pixel image is valid.
     Image.new("RGB", (1, 1)).save(tmp_path / "pixel.png")
     upload(browser, tmp_path / "pixel.png")
     wait(browser, lambda: "%" in words.get_attribute("value"))
     upload(browser, tmp_path / "mine.jpg")
     wait(browser, lambda: shown(browser, "result"))
 
-    # Nothing hangs over the edge of a telephone.
+    # The page does not overflow a phone screen.
     browser.set_window_size(420, 900)
     time.sleep(1)
     if folder:
@@ -139,7 +139,7 @@ def test_upload_click_and_errors(url, console, browser, tmp_path):
     assert not [e for e in severe if "127.0.0.1" not in e["message"] and "http" in e["message"]]
 
 
-def test_what_cannot_be(tmp_path, capsys):
+def test_invalid_arguments(tmp_path, capsys):
     import socket
 
     from crossformer_vision.cli import main
@@ -150,13 +150,13 @@ def test_what_cannot_be(tmp_path, capsys):
         port = taken.getsockname()[1]
         assert main(["demo", "--port", str(port)]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert f"--port {port} on 127.0.0.1: cannot be served" in line
+    assert f"--port {port} on 127.0.0.1: in use, or not an address" in line
     assert main(["demo", str(tmp_path / "absent.ckpt")]) == 1
     assert "absent.ckpt: no such checkpoint file" in capsys.readouterr().err
 
 
 @needs_a_browser
-def test_other_files_of_the_machine_are_not_shown(url, tmp_path):
+def test_arbitrary_files_are_not_served(url, tmp_path):
     import json
     from urllib.request import Request, urlopen
 
@@ -165,10 +165,10 @@ def test_other_files_of_the_machine_are_not_shown(url, tmp_path):
     def asked(path):
         sent = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
         body = json.dumps({"data": [sent, "crossformer_nano.cifar10", 0.5]}).encode()
-        call = Request(f"{url}/gradio_api/call/predicted", body, {"Content-Type": "application/json"})
+        call = Request(f"{url}/gradio_api/call/predict", body, {"Content-Type": "application/json"})
         with urlopen(call) as answer:
             event = json.load(answer)["event_id"]
-        with urlopen(f"{url}/gradio_api/call/predicted/{event}") as answer:
+        with urlopen(f"{url}/gradio_api/call/predict/{event}") as answer:
             return answer.read().decode()
 
     said = asked(tmp_path / "secret.png")

@@ -1,4 +1,4 @@
-"""Sharing: what is written opens in timm and in transformers as it was, with a card; nothing is written over."""
+"""Tests for sharing models with timm and transformers: weights, model card and file protection."""
 
 import json
 
@@ -19,7 +19,7 @@ ARGS = '{"embed_dim": 16, "depths": [1, 2, 1, 1], "num_heads": [1, 2, 4, 8]}'
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("share") / "run"
-    one = ["--trainer.max_epochs", "1", "--model.model_args", ARGS, "--run.folder", str(folder)]
+    one = ["--trainer.max_epochs", "1", "--model.model_args", ARGS, "--run.dir", str(folder)]
     assert main(["train", *CLASSIFICATION, *one]) == 0
     return folder
 
@@ -32,18 +32,18 @@ def photo(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_opens_in_timm_and_transformers(run, photo, tmp_path, capsys, monkeypatch):
+def test_shared_model_loads_in_timm_and_transformers(run, photo, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = tmp_path / "below/model"
     assert main(["share", str(run), "--to", str(folder)]) == 0
     assert f'timm.create_model("local-dir:{folder}", pretrained=True)' in capsys.readouterr().out
     predictor = load_predictor(run, "cpu")
     net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    images = torch.randn(2, *predictor.image["input_size"])
+    images = torch.randn(2, *predictor.info.image["input_size"])
     with torch.no_grad():
         assert torch.equal(net(images), predictor.net(images))
     prepared = timm.data.resolve_model_data_config(net)
-    for key, value in predictor.image.items():
+    for key, value in predictor.info.image.items():
         assert prepared[key] == (list(value) if isinstance(value, tuple) else value), key
     from transformers import pipeline
 
@@ -55,7 +55,7 @@ def test_opens_in_timm_and_transformers(run, photo, tmp_path, capsys, monkeypatc
     (folder / "new.txt").touch()
     usual = (folder / "new.txt").stat().st_mode
     (folder / "new.txt").unlink()
-    assert {file.stat().st_mode for file in folder.iterdir()} == {usual}  # as the umask has it
+    assert {file.stat().st_mode for file in folder.iterdir()} == {usual}  # permissions follow the umask
     card = (folder / "README.md").read_text()
     accuracy = json.loads((run / "results.json").read_text())["val_accuracy"]
     assert f"{accuracy:.2%}" in card and "![curves](curves.png)" in card and card.startswith("---\ntags:")
@@ -66,8 +66,8 @@ def test_opens_in_timm_and_transformers(run, photo, tmp_path, capsys, monkeypatc
     assert not list(folder.parent.glob(".share-*"))
 
 
-def test_a_card_has_no_other_checkpoints_figures(run, tmp_path):
-    """`results.json` is of best.ckpt."""
+def test_model_card_omits_metrics_of_other_checkpoints(run, tmp_path):
+    """``results.json`` contains the metrics of best.ckpt."""
     assert main(["share", str(run / "last.ckpt"), "--to", str(tmp_path / "last")]) == 0
     card = (tmp_path / "last/README.md").read_text()
     assert "Accuracy" not in card and "curves" not in card
@@ -75,9 +75,9 @@ def test_a_card_has_no_other_checkpoints_figures(run, tmp_path):
     assert "Accuracy" in (tmp_path / "best/README.md").read_text()
 
 
-def test_published_weights(tmp_path, monkeypatch):
+def test_share_published_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "results.json").write_text('{"val_accuracy": 0.123}')  # of something else
+    (tmp_path / "results.json").write_text('{"val_accuracy": 0.123}')  # unrelated results
     assert main(["share", "crossformer_nano.cifar10", "--to", str(tmp_path / "nano")]) == 0
     net = timm.create_model(f"local-dir:{tmp_path / 'nano'}", pretrained=True).eval()
     assert "12.3" not in (tmp_path / "nano/README.md").read_text()
@@ -87,15 +87,15 @@ def test_published_weights(tmp_path, monkeypatch):
         assert torch.equal(net(images), theirs(images))
 
 
-def test_what_cannot_be(run, tmp_path, capsys):
+def test_invalid_arguments(run, tmp_path, capsys):
     def said(*args):
         assert main(["share", *args]) == 1
         return capsys.readouterr().err.strip().splitlines()[-1]
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/README.md").write_text("mine")
-    assert "is there already; name a new folder" in said(str(run), "--to", str(tmp_path / "mine"))
-    assert "is there already" in said(str(run), "--to", str(tmp_path / "mine/README.md"))
+    assert "exists already. Choose a new folder" in said(str(run), "--to", str(tmp_path / "mine"))
+    assert "exists already" in said(str(run), "--to", str(tmp_path / "mine/README.md"))
     assert (tmp_path / "mine/README.md").read_text() == "mine"
     assert "a repository is hf:owner/name" in said(str(run), "--to", "hf:mine")
     torch.save(segmenter_checkpoint("crossformer_nano"), tmp_path / "best.ckpt")

@@ -1,4 +1,4 @@
-"""Tasks without the command: in Lightning's Trainer, with data of one's own, checked and seeded."""
+"""Tests for tasks in Lightning's Trainer: custom data, custom losses, argument validation and seeding."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from crossformer_vision import (
     Classification,
     ClassificationData,
-    Classified,
+    ClassificationResult,
     Detection,
     DetectionData,
     Segmentation,
@@ -25,7 +25,7 @@ from crossformer_vision import (
     load_checkpoint,
     load_predictor,
 )
-from crossformer_vision.training.run_directory import Patience
+from crossformer_vision.training.checkpointing import PatienceInEpochs
 
 SMALL = {"depths": [1, 1, 1, 1]}
 
@@ -52,7 +52,7 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     "data", [loader(), Own(), DataLoader(Stream(), 4)], ids=["loader", "module", "stream"]
 )
-def test_own_data_train_and_predict(data, tmp_path):
+def test_train_and_predict_with_custom_data(data, tmp_path):
     steps = (
         {"max_steps": 6, "max_epochs": -1}
         if isinstance(data, DataLoader) and isinstance(data.dataset, Stream)
@@ -79,7 +79,7 @@ TASKS = {
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_lightnings_test_and_predict(name, tmp_path):
+def test_trainer_test_and_predict(name, tmp_path):
     kind, data, options, sizes = TASKS[name]
     data = data(train_images=4, val_images=5, batch_size=2, num_workers=0, **sizes)
     task = kind(num_classes=data.num_classes, **options)
@@ -99,8 +99,8 @@ def test_lightnings_test_and_predict(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_devices_by_the_trainer_as_it_comes(tmp_path):
-    """Its own sampler stays out: each process has its half of the images, once."""
+def test_two_devices_with_default_trainer(tmp_path):
+    """Lightning's distributed sampler is not added: each process sees its half of the images once."""
     (tmp_path / "run.py").write_text(
         """
 import lightning as L, torch
@@ -125,8 +125,8 @@ trainer.fit(Counting(num_classes=10, model_args={"depths": [1, 1, 1, 1]}), data)
     assert len(seen[0]) == len(seen[1]) == 8 and len({*seen[0], *seen[1]}) == 16
 
 
-def test_own_losses(tmp_path):
-    """One public method; the validation's loss is comparable among them."""
+def test_custom_losses(tmp_path):
+    """Overriding ``compute_loss`` changes the training loss; the validation loss stays comparable."""
 
     class Focal(Classification):
         def compute_loss(self, logits, targets):
@@ -171,7 +171,7 @@ class Seen(Dataset):
         return torch.zeros(3, 32, 32), i % 2
 
 
-def test_seeds_are_the_users_and_a_step_takes_nothing_from_them(tmp_path):
+def test_training_preserves_user_seed(tmp_path):
     def run(seed):
         L.seed_everything(seed, verbose=False)
         data, task = Seen(), Classification(num_classes=2, model_args=SMALL, drop_path_rate=0.2)
@@ -197,12 +197,12 @@ class Rates(L.Callback):
         self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
-def test_a_second_fit_begins_anew_and_so_does_one_after_a_test(tmp_path):
+def test_fit_after_fit_or_test_restarts_schedule(tmp_path):
     def rates(task, **options):
         seen = Rates()
         run = trainer(tmp_path, max_epochs=2, callbacks=[seen], **options)
         run.fit(task, loader(), loader())
-        assert task.images_seen == 4  # batches, of a loader that is not ours
+        assert task.images_seen == 4  # a custom loader counts batches
         return seen.seen, run
 
     options = dict(num_classes=2, model_args=SMALL, lr=1e-3, warmup_epochs=0)
@@ -233,37 +233,37 @@ class Weighted(Classification):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_a_subclass_trains_its_own_way_and_predicts(tmp_path):
+def test_subclass_with_custom_loss_and_optimizer(tmp_path):
     fit = trainer(tmp_path)
     options = dict(num_classes=2, model_args=SMALL, label_smoothing=0.0, image_size=96)
     fit.fit(Weighted([1.0, 2.0], **options), loader())
     predictor = load_predictor(fit.checkpoint_callback.best_model_path, device="cpu")
-    assert predictor.image["input_size"] == (3, 96, 96)  # as the task has it: the loader is not ours
+    assert predictor.info.image["input_size"] == (3, 96, 96)  # from the task, since the loader is custom
     assert predictor(Image.new("RGB", (50, 40))).probabilities.shape == (2,)
 
 
-def test_a_schedule_needs_an_end(tmp_path):
+def test_schedule_requires_finite_run_length(tmp_path):
     stream = DataLoader(Stream(), 4)
     quick = dict(enable_checkpointing=False)
     with pytest.raises(
-        UserError, match="schedule 'cosine' needs to know how long the run is: give the Trainer"
+        UserError, match="schedule 'cosine' depends on the length of the run: give the Trainer"
     ):
         trainer(tmp_path, **quick).fit(Classification(num_classes=2, model_args=SMALL), stream)
-    with pytest.raises(UserError, match="schedule 'poly' needs to know how long the run is"):
+    with pytest.raises(UserError, match="schedule 'poly' depends on the length of the run"):
         endless = dict(max_epochs=-1, max_time="00:00:01:00")
         task = Classification(num_classes=2, model_args=SMALL, schedule="poly")
         trainer(tmp_path, **endless, **quick).fit(task, loader())
     trainer(tmp_path, **quick).fit(Classification(num_classes=2, model_args=SMALL, schedule="step"), stream)
 
 
-def test_segmentation_takes_plain_batches(tmp_path):
+def test_segmentation_accepts_tensor_batches(tmp_path):
     pairs = DataLoader(TensorDataset(torch.randn(4, 3, 64, 64), torch.randint(3, (4, 64, 64))), 2)
     task = Segmentation(num_classes=3, width=16, model_args=SMALL)
     trainer(tmp_path, enable_checkpointing=False).fit(task, pairs, pairs)
     assert task.eval()(torch.randn(2, 3, 64, 64)).shape == (2, 3, 64, 64)
 
 
-def test_other_peoples_schedulers(tmp_path):
+def test_lr_finder_and_stochastic_weight_averaging(tmp_path):
     data = ClassificationData(train_images=40, val_images=8, batch_size=8, num_workers=0, image_size=32)
     options = dict(enable_checkpointing=False)
     found = Tuner(trainer(tmp_path, **options)).lr_find(
@@ -277,46 +277,46 @@ def test_other_peoples_schedulers(tmp_path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Classification(schedule="cosin"), "schedule='cosin': it is one of 'cosine', 'poly', 'step'; did you mean"),
+        (lambda: Classification(schedule="cosin"), "schedule='cosin': must be one of 'cosine', 'poly', 'step'; did you mean"),
         (lambda: Classification(optimizer="adamww"), "unknown optimizer 'adamww'; did you mean adamw"),
-        (lambda: Classification(lr=-1.0), "lr=-1.0: it is a number from 0"),
-        (lambda: Classification(mix_prob=1.5), "mix_prob=1.5: it is a number from 0 to 1"),
+        (lambda: Classification(lr=-1.0), "lr=-1.0: must be a number at least 0"),
+        (lambda: Classification(mix_prob=1.5), "mix_prob=1.5: must be a number from 0 to 1"),
         (lambda: Classification("vgg11", drop_path_rate=0.1), "model 'vgg11' has no stochastic depth"),
         (lambda: ClassificationData(crop="paded"), "crop='paded': .* did you mean 'padded'"),
-        (lambda: ClassificationData(hflip=2), "hflip=2: it is a number from 0 to 1"),
-        (lambda: ClassificationData(batch_size=0), "batch_size=0: it is a number from 1"),
-        (lambda: Classification(classes=["cat", " "]), "classes: a class without a name"),
-        (lambda: ClassificationData(classes=["cat", "cat"]), "or two of one name: 'cat', 'cat'"),
-        (lambda: Classification("crossformer_nano", image_size=20), "'crossformer_nano' takes no images of 20 pixels"),
-        (lambda: Classification("hrnet_w18_small", image_size=50), "takes no images of 50 pixels .* its own image_size is 224"),
-        (lambda: Segmentation(model="tnt_s_patch16_224"), "takes no image of 64x96 .* give the model an img_size"),
-        (lambda: Detection(model="crossvit_tiny_240"), r"has maps at strides \[12, 17\]; of 8, 16 or 32 one is needed"),
-        (lambda: load_predictor("x.ckpt", score=50), "score=50: it is a number from 0 to 1"),
+        (lambda: ClassificationData(hflip=2), "hflip=2: must be a number from 0 to 1"),
+        (lambda: ClassificationData(batch_size=0), "batch_size=0: must be a number at least 1"),
+        (lambda: Classification(classes=["cat", " "]), "classes: a class has no name"),
+        (lambda: ClassificationData(classes=["cat", "cat"]), "or two classes have the same: 'cat', 'cat'"),
+        (lambda: Classification("crossformer_nano", image_size=20), "'crossformer_nano' does not accept images of 20 pixels"),
+        (lambda: Classification("hrnet_w18_small", image_size=50), "does not accept images of 50 pixels .* Its own image_size is 224"),
+        (lambda: Segmentation(backbone="tnt_s_patch16_224"), "cannot process an image of 64x96 .* pass img_size to the model"),
+        (lambda: Detection(backbone="crossvit_tiny_240"), r"has feature maps at strides \[12, 17\]. One of 8, 16 or 32 is needed"),
+        (lambda: load_predictor("x.ckpt", score_threshold=50), "score_threshold=50: must be a number from 0 to 1"),
     ],
 )  # fmt: skip
-def test_arguments_are_checked(make, message):
+def test_invalid_arguments_raise(make, message):
     with pytest.raises(UserError, match=message):
         make()
 
 
-def test_class_counts_that_differ(tmp_path):
+def test_num_classes_mismatch_raises(tmp_path):
     data = ClassificationData(train_images=4, val_images=4, batch_size=2, num_workers=0)
-    with pytest.raises(UserError, match="the task has num_classes=3, its data 10 classes"):
+    with pytest.raises(UserError, match="the task has num_classes=3, but its data have 10 classes"):
         trainer(tmp_path).fit(Classification(num_classes=3, model_args=SMALL), data)
 
 
-def test_fixed_sizes_are_set():
-    """In a classifier by `image_size`, in a segmenter by the user, with windows of it."""
+def test_fixed_size_models():
+    """Classifiers set the size from ``image_size``; segmenters use ``img_size`` and sliding windows."""
     net = Classification("vit_tiny_patch16_224", image_size=96).net.eval()
     assert net.patch_embed.img_size == (96, 96) and net(torch.zeros(1, 3, 96, 96)).shape == (1, 10)
     task = Segmentation(
-        model="nest_tiny", num_classes=3, width=16, window=128, model_args={"img_size": 128}
+        backbone="nest_tiny", num_classes=3, width=16, window=128, model_args={"img_size": 128}
     ).eval()
     with torch.no_grad():
         assert task([torch.zeros(1, 3, 150, 200)]).shape == (1, 3, 150, 200)
 
 
-def test_predictors_take_lists_and_everything_has_a_short_repr(tmp_path):
+def test_predictor_accepts_lists_and_reprs_are_short(tmp_path):
     trainer(tmp_path).fit(Classification(num_classes=2, model_args=SMALL), loader())
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     with pytest.raises(UserError, match="device 'gpu': "):
@@ -324,13 +324,13 @@ def test_predictors_take_lists_and_everything_has_a_short_repr(tmp_path):
     predictor = load_predictor(checkpoint, device="cpu")
     images = [Image.new("RGB", (40, 40), (200, 9, 9)), np.zeros((30, 60, 3), np.uint8)]
     found = predictor(images)
-    for result, image in zip(found, images, strict=True):  # a list is a batch
+    for result, image in zip(found, images, strict=True):  # a list is processed as a batch
         np.testing.assert_allclose(result.probabilities, predictor(image).probabilities, atol=1e-6)
-    assert repr(predictor) == "<Predictor of classification: 2 classes, on cpu>"
-    assert repr(found[0]).startswith("<Classified image: ")
+    assert repr(predictor) == "<ClassificationPredictor: 2 classes, on cpu>"
+    assert repr(found[0]).startswith("<ClassificationResult image: ")
     assert Image.open(__import__("io").BytesIO(found[0]._repr_png_())).width >= 320
     names = [f"class number {i}" for i in range(1000)]
-    many = Classified("x.jpg", images[0], names, np.full(1000, 1e-3, np.float32))
+    many = ClassificationResult("x.jpg", images[0], names, np.full(1000, 1e-3, np.float32))
     report = load_checkpoint(predictor.net, predictor.net.state_dict())
     assert max(len(repr(many)), len(repr(report))) < 300
 
@@ -338,26 +338,21 @@ def test_predictors_take_lists_and_everything_has_a_short_repr(tmp_path):
 @pytest.mark.parametrize(
     "options, checks", [({"check_val_every_n_epoch": 2}, 3), ({"val_check_interval": 0.5}, 12)]
 )
-def test_patience_counts_epochs(options, checks, tmp_path):
+def test_patience_is_measured_in_epochs(options, checks, tmp_path):
     task = Classification(num_classes=2, model_args=SMALL)
-    patience = Patience(6, task)
-
-    class Count(L.Callback):
-        def on_train_start(self, trainer, task):
-            patience.count(trainer)
-
-    fit = trainer(tmp_path, callbacks=[patience, Count()], enable_checkpointing=False, **options)
+    patience = PatienceInEpochs(6, task)
+    fit = trainer(tmp_path, callbacks=[patience], enable_checkpointing=False, **options)
     fit.fit(task, loader(), loader())
     assert patience.patience == checks
 
 
 @pytest.mark.parametrize("size", [5, 1, 4])
-def test_odd_batches_are_mixed_too(size):
+def test_mixup_with_odd_batch_sizes(size):
     torch.manual_seed(0)
     np.random.seed(0)
     task = Classification(num_classes=3, mixup=1.0, label_smoothing=0.1, model_args=SMALL)
     images, labels = torch.rand(size, 3, 32, 32), torch.arange(size) % 3
-    mixed, targets = task.mixed(images, labels)
+    mixed, targets = task.apply_mix(images, labels)
     assert mixed.shape == images.shape and targets.shape == (size, 3)
     assert torch.allclose(targets.sum(1), torch.ones(size))
     assert ((mixed != images).flatten(1).any(1)).sum() >= size // 2 * 2 - 1
@@ -372,20 +367,20 @@ from crossformer_vision import CrossFormer, LoadReport
 model = CrossFormer(num_classes=3)
 report: LoadReport = cv.load_checkpoint(model, "x.pth")
 print(len(report.loaded))
-predictor = cv.load_predictor("runs/x", device="cpu", score=0.3)
+predictor = cv.load_predictor("runs/x", device="cpu", score_threshold=0.3)
 result = predictor("photo.jpg")
 print(result.plot().size, [r.to_dict() for r in predictor(["a.jpg", "b.jpg"])])
 detector = cv.create_detector("mask_rcnn", "crossformer_nano", num_classes=3)
 segmenter = cv.create_segmenter("upernet", num_classes=3)
 frozen = cv.freeze_position_bias(model, 64, 64)
-wrong = cv.load_predictor(5, score="high")
+wrong = cv.load_predictor(5, score_threshold="high")
 wronger = cv.create_detector("mask_rcn", nclasses=3)
 wrongest = cv.no_such_name
 """
 
 
-@pytest.mark.slow  # mypy reads torch's types anew
-def test_type_checkers_see_the_package(tmp_path):
+@pytest.mark.slow  # mypy re-analyzes torch
+def test_package_is_typed(tmp_path):
     (tmp_path / "client.py").write_text(CLIENT)
     root = Path(__file__).parents[2]
     command = [

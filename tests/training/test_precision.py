@@ -1,12 +1,12 @@
-"""The precision of a run follows its device: nothing is computed in a format that the device emulates."""
+"""Tests for automatic precision: runs avoid dtypes that the device emulates."""
 
 import pytest
 import torch
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from crossformer_vision import devices
 from crossformer_vision.cli import main
-from crossformer_vision.training import devices
 
 TINY = """
   --data.train_images 4 --data.val_images 2 --data.batch_size 2 --data.num_workers 0 --data.image_size 64
@@ -40,11 +40,9 @@ def cpu_with_bfloat16(monkeypatch, native):
 
 @pytest.mark.parametrize("native", [False, True], ids=["emulated", "native"])
 @pytest.mark.parametrize("task", TASKS)
-def test_products_of_a_run_are_in_dtypes_that_the_device_computes(
-    task, native, tmp_path, monkeypatch, capsys
-):
+def test_products_use_native_dtypes(task, native, tmp_path, monkeypatch, capsys):
     cpu_with_bfloat16(monkeypatch, native)
-    options = [*TASKS[task], *TINY, "--run.folder", str(tmp_path / "run")]
+    options = [*TASKS[task], *TINY, "--run.dir", str(tmp_path / "run")]
     if "data.crop_size" in " ".join(options):
         at = options.index("--data.image_size")
         options = options[:at] + options[at + 2 :]
@@ -57,13 +55,11 @@ def test_products_of_a_run_are_in_dtypes_that_the_device_computes(
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["trainer"]["precision"] == precision
 
 
-def test_a_resumed_run_keeps_its_precision_and_a_validation_takes_the_fast_one(
-    tmp_path, monkeypatch, capsys, caplog
-):
+def test_precision_on_resume_and_validation(tmp_path, monkeypatch, capsys, caplog):
     cpu_with_bfloat16(monkeypatch, True)
     run = str(tmp_path / "run")
-    assert main(["train", *TINY, "--run.folder", run]) == 0
-    cpu_with_bfloat16(monkeypatch, False)  # moved to another machine
+    assert main(["train", *TINY, "--run.dir", run]) == 0
+    cpu_with_bfloat16(monkeypatch, False)  # simulates a move to another machine
     capsys.readouterr()
     with ProductDtypes() as products:
         assert main(["validate", run]) == 0
@@ -74,23 +70,21 @@ def test_a_resumed_run_keeps_its_precision_and_a_validation_takes_the_fast_one(
     assert line.startswith(
         "--trainer.precision bf16-mixed: this CPU emulates bfloat16: a matrix product takes "
     )
-    assert main(["train", *TINY, "--run.folder", run, "--resume", "auto", "--trainer.max_epochs", "2"]) == 0
+    assert main(["train", *TINY, "--run.dir", run, "--resume", "auto", "--trainer.max_epochs", "2"]) == 0
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
-def test_mixed_precision_that_is_emulated_is_accepted_with_a_warning(
-    precision, tmp_path, monkeypatch, caplog
-):
+def test_emulated_mixed_precision_warns(precision, tmp_path, monkeypatch, caplog):
     cpu_with_bfloat16(monkeypatch, False)
-    options = [*TINY, "--trainer.precision", precision, "--run.folder", str(tmp_path / "run")]
+    options = [*TINY, "--trainer.precision", precision, "--run.dir", str(tmp_path / "run")]
     assert main(["train", *options]) == 0
     (line,) = caplog.messages
     assert f"--trainer.precision {precision}: this CPU emulates bfloat16" in line and "times as long" in line
 
 
-def test_weights_in_16_bits_that_are_emulated_are_refused(tmp_path, monkeypatch, capsys):
+def test_emulated_16_bit_weights_are_rejected(tmp_path, monkeypatch, capsys):
     cpu_with_bfloat16(monkeypatch, False)
-    options = [*TINY, "--trainer.precision", "bf16-true", "--run.folder", str(tmp_path / "run")]
+    options = [*TINY, "--trainer.precision", "bf16-true", "--run.dir", str(tmp_path / "run")]
     assert main(["train", *options]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("crossformer: error: --trainer.precision bf16-true: this CPU emulates bfloat16")
@@ -104,6 +98,6 @@ def test_weights_in_16_bits_that_are_emulated_are_refused(tmp_path, monkeypatch,
         ("true", "'True' is not one of auto, 32-true"),
     ],
 )
-def test_unknown_precisions_are_refused(value, line, capsys):
+def test_unknown_precision_is_rejected(value, line, capsys):
     assert main(["train", *TINY, "--trainer.precision", value]) == 2
     assert line in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Several processes and machines, schedulers, full disks: one answer, one line, and the way on."""
+"""Tests for multi-process and multi-node runs, job schedulers and full disks."""
 
 import json
 import os
@@ -80,9 +80,9 @@ def two_machines(tmp_path, *args):
 
 
 @pytest.mark.slow
-def test_two_machines_that_share_no_folder(tmp_path):
-    """The first one's best weights reach the other."""
-    folders, codes, said = two_machines(tmp_path, "--run.folder", "run")
+def test_multi_node_without_shared_file_system(tmp_path):
+    """The best weights of the first node are sent to the second node."""
+    folders, codes, said = two_machines(tmp_path, "--run.dir", "run")
     assert codes == [0, 0], said
     results = json.loads((folders[0] / "run/results.json").read_text())
     assert results["processes"] == results["nodes"] == 2 and results["global_batch"] == 2 * 16
@@ -90,12 +90,12 @@ def test_two_machines_that_share_no_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_machines_go_on_in_a_shared_folder_alone(tmp_path):
-    """The second would need what only the first has, and both are told before they train."""
-    folders, codes, said = two_machines(tmp_path, "--run.folder", "run")
+def test_multi_node_resume_requires_shared_file_system(tmp_path):
+    """Both nodes fail before training if the second node cannot read the run directory."""
+    folders, codes, said = two_machines(tmp_path, "--run.dir", "run")
     assert codes == [0, 0], said
-    (folders[0] / "run/results.json").unlink()  # as if it had been stopped
-    _, codes, said = two_machines(tmp_path, "--run.folder", "run", "--resume", "auto")
+    (folders[0] / "run/results.json").unlink()  # simulates an interrupted run
+    _, codes, said = two_machines(tmp_path, "--run.dir", "run", "--resume", "auto")
     assert 0 not in codes and any("not every machine sees what it holds" in text for text in said), said
 
 
@@ -109,7 +109,7 @@ def test_fewer_validation_images_than_processes(tmp_path):
         1,
         "--trainer.max_epochs",
         1,
-        "--run.folder",
+        "--run.dir",
         "run",
         cwd=tmp_path,
     )
@@ -118,25 +118,25 @@ def test_fewer_validation_images_than_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_upernet_without_its_auxiliary_loss(tmp_path, capsys):
+def test_upernet_without_auxiliary_loss(tmp_path, capsys):
     upernet = [*SEGMENTATION, "--model.segmenter", "upernet", "--trainer.max_epochs", "1"]
-    without = ["--model.auxiliary_weight", "0", "--run.folder", "two"]
+    without = ["--model.auxiliary_weight", "0", "--run.dir", "two"]
     code, said = run("train", *upernet, *TWO, *without, cwd=tmp_path)
     assert code == 0, said
     code, said = run("train", *upernet, *TWO, "--data.batch_size", 1, cwd=tmp_path)
     assert code != 0 and "upernet normalises over a batch: take --data.batch_size 2 or more" in said
 
 
-def test_strategies_that_lose_what_they_trained_are_refused(tmp_path, monkeypatch, capsys):
+def test_unsupported_strategies_are_rejected(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train", *CLASSIFICATION, "--trainer.strategy", "ddp_spawn", "--trainer.devices", "2"]) == 1
-    assert "take ddp, which starts processes of its own" in capsys.readouterr().err
+    assert "Use ddp, which starts processes of its own" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_a_slurm_job_that_is_put_back_into_the_queue(tmp_path):
-    """SLURM's warning saves and asks for a requeue; the same command then goes on, with no word of a folder."""
+def test_slurm_requeue(tmp_path):
+    """The SLURM signal saves a checkpoint and requeues the job; the same command then resumes the run."""
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "scontrol").write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/asked\n')
@@ -160,19 +160,19 @@ def test_a_slurm_job_that_is_put_back_into_the_queue(tmp_path):
     said, _ = job.communicate(timeout=120)
     assert job.returncode == 128 + signal.SIGUSR1 and "SLURM has it in its queue again" in said, said
     assert (tmp_path / "asked").read_text() == "requeue 4711\n" and not list(tmp_path.glob("hpc_ckpt*"))
-    (tmp_path / "runs/classification-crossformer_nano-2").mkdir()  # another job's
+    (tmp_path / "runs/classification-crossformer_nano-2").mkdir()  # belongs to another job
     code, said = run(*args, cwd=tmp_path, **env, SLURM_RESTART_COUNT="1")
-    assert code == 0 and "goes on after step" in said, said
+    assert code == 0 and "resuming after step" in said, said
     assert (folder / "results.json").exists() and len(list(tmp_path.glob("runs/*/results.json"))) == 1
 
 
 @pytest.mark.slow
-def test_validation_in_slurm_is_of_the_weights_it_names(tmp_path, monkeypatch, capsys):
-    """Not of a checkpoint that a job before has left in the working directory."""
+def test_slurm_validation_uses_requested_checkpoint(tmp_path, monkeypatch, capsys):
+    """A checkpoint of an earlier job in the working directory is ignored."""
     monkeypatch.chdir(tmp_path)
     one = ["train", *CLASSIFICATION, "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
     for seed in ("0", "5"):
-        assert main([*one, "--seed_everything", seed, "--run.folder", seed]) == 0
+        assert main([*one, "--seed_everything", seed, "--run.dir", seed]) == 0
     shutil.move("5/last.ckpt", "hpc_ckpt_1.ckpt")
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
@@ -194,8 +194,8 @@ def test_validation_in_slurm_is_of_the_weights_it_names(tmp_path, monkeypatch, c
     ],
     ids=["SIGTERM", "Ctrl-C", "SIGTERM to two processes", "SIGTERM to two that accumulate"],
 )
-def test_a_signal_to_all_processes_of_a_job(number, more, tmp_path):
-    """As a terminal and a scheduler send it: to the loaders' workers, too."""
+def test_signal_to_process_group(number, more, tmp_path):
+    """Terminals and schedulers also send the signal to data loader workers."""
     command = [
         *CROSSFORMER,
         "train",
@@ -203,7 +203,7 @@ def test_a_signal_to_all_processes_of_a_job(number, more, tmp_path):
         *more,
         "--data.train_images",
         "3200",
-        "--run.folder",
+        "--run.dir",
         "run",
     ]
     job = subprocess.Popen(
@@ -220,12 +220,12 @@ def test_a_signal_to_all_processes_of_a_job(number, more, tmp_path):
     os.killpg(job.pid, number)
     said, _ = job.communicate(timeout=120)
     assert job.returncode == 128 + number, said
-    assert "go on with" in said and "--resume run" in said and "error" not in said, said
+    assert "continue with" in said and "--resume run" in said and "error" not in said, said
     assert not (tmp_path / "run/results.json").exists()
 
 
 def test_resume_auto(tmp_path, monkeypatch, capsys):
-    """Starts, goes on with the same configuration, is done when it is done, refuses another."""
+    """Starts a run, resumes it, exits if it is finished and rejects a different configuration."""
     monkeypatch.chdir(tmp_path)
     command = [
         "train",
@@ -245,18 +245,18 @@ def test_resume_auto(tmp_path, monkeypatch, capsys):
     job.wait()
     assert not (folder / "results.json").exists()
     assert main(command) == 0
-    assert "goes on after step" in capsys.readouterr().out and (folder / "results.json").exists()
+    assert "resuming after step" in capsys.readouterr().out and (folder / "results.json").exists()
     assert main(command) == 0
     assert "is finished" in capsys.readouterr().out
     assert main([*command, "--model.lr", "0.5"]) == 1
     said = capsys.readouterr().err
-    assert "holds a run of another configuration: model.lr is" in said and "0.5 here" in said
+    assert "holds a run with another configuration: model.lr is" in said and "0.5 here" in said
     assert [p.name for p in Path("runs").iterdir()] == ["classification-crossformer_nano"]
 
 
 @pytest.mark.slow
-def test_a_command_that_torchrun_starts_again_goes_on(tmp_path):
-    """A process that dies is started anew by `--max-restarts`; the run ends as if it had not."""
+def test_torchrun_restart_resumes(tmp_path):
+    """A killed process is restarted by ``--max-restarts`` and the run completes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "1", "-m", "crossformer_vision", "train", *CLASSIFICATION, *TWO]
     command += ["--trainer.max_epochs", "1", "--run.save_every", "2", "--data.train_images", "1600"]
@@ -269,16 +269,14 @@ def test_a_command_that_torchrun_starts_again_goes_on(tmp_path):
     ).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
     said, _ = job.communicate(timeout=300)
-    assert job.returncode == 0 and "goes on after step" in said, said
+    assert job.returncode == 0 and "resuming after step" in said, said
     assert len(list(tmp_path.glob("runs/*"))) == 1 and (folder / "results.json").exists()
 
 
 @pytest.mark.slow
-def test_a_small_file_that_cannot_be_written(tmp_path):
-    """A disk that is full when a run goes on: the file is named, and is as it was."""
-    code, said = run(
-        "train", *CLASSIFICATION, "--trainer.max_epochs", "1", "--run.folder", "run", cwd=tmp_path
-    )
+def test_failed_config_write_keeps_previous_file(tmp_path):
+    """If the disk is full on resume, the error names the file and its contents are unchanged."""
+    code, said = run("train", *CLASSIFICATION, "--trainer.max_epochs", "1", "--run.dir", "run", cwd=tmp_path)
     assert code == 0, said
     before = (tmp_path / "run/config.yaml").read_bytes()
     limited = (

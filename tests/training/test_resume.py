@@ -1,4 +1,4 @@
-"""A run that was interrupted, or is to go on otherwise: nothing is lost, and what changed means something."""
+"""Tests for resuming interrupted runs, with the same or with changed options."""
 
 import json
 import math
@@ -13,8 +13,8 @@ import torch
 from small_runs import CLASSIFICATION, read_metrics, read_weights
 
 from crossformer_vision.cli import main
-from crossformer_vision.files import new_folder
-from crossformer_vision.weights.checkpoints import read_checkpoint
+from crossformer_vision.files import create_run_dir
+from crossformer_vision.weights.reading import read_checkpoint
 
 
 class Interrupt(L.Callback):
@@ -37,7 +37,7 @@ def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume") / "alone"
     options = ["--data.val_images", "40", "--data.num_workers", "0", "--trainer.accumulate_grad_batches", "2"]
     options += ["--run.ema", "0.9", "--data.train_images", "100"]
-    assert main(["train", *CLASSIFICATION, *options, "--run.folder", str(folder)]) == 0
+    assert main(["train", *CLASSIFICATION, *options, "--run.dir", str(folder)]) == 0
     return folder, options
 
 
@@ -50,28 +50,28 @@ def alone(tmp_path_factory):
         ("epoch: 2", 2),
     ],
 )
-def test_interrupted_and_resumed_is_as_left_alone(where, number, alone, tmp_path, capsys):
-    """In the first epoch, in a later one, in the first validation and in the last."""
+def test_interrupted_run_matches_uninterrupted_run(where, number, alone, tmp_path, capsys):
+    """Interrupts in the first epoch, a later epoch, the first validation and the last validation."""
     (left, options), folder = alone, tmp_path / "run"
-    callback = f"[{{class_path: tasks.test_resume.Interrupt, init_args: {{{where}, number: {number}}}}}]"
+    callback = f"[{{class_path: training.test_resume.Interrupt, init_args: {{{where}, number: {number}}}}}]"
     command = [
         "train",
         *CLASSIFICATION,
         *options,
-        "--run.folder",
+        "--run.dir",
         str(folder),
         "--trainer.callbacks",
         callback,
     ]
     assert main(command) == 128 + number
     said = capsys.readouterr().err
-    step = int(re.search(r"stopped after step (\d+); go on with: (.*)", said)[1])
+    step = int(re.search(r"stopped after step (\d+); continue with: (.*)", said)[1])
     assert f"train --resume {folder}" in said and "Traceback" not in said
     assert read_checkpoint(folder / "last.ckpt")["global_step"] == step
-    assert step == (int(where[-1]) + 1 if "step" in where else 3 * (int(where[-1]) + 1))  # of which it was at
+    assert step == (int(where[-1]) + 1 if "step" in where else 3 * (int(where[-1]) + 1))  # interrupted step
     assert main(["train", "--resume", str(folder), "--trainer.callbacks", "null"]) == 0
     printed = capsys.readouterr().out
-    assert (f"goes on after step {step}" in printed and "epoch 3/3" in printed) or step == 9
+    assert (f"resuming after step {step}" in printed and "epoch 3/3" in printed) or step == 9
     a, b = read_weights(left / "last.ckpt"), read_weights(folder / "last.ckpt")
     assert all(torch.equal(a[k], b[k]) for k in a)
     same = ("epoch", "step", "lr", "val_accuracy", "val_loss")
@@ -82,35 +82,35 @@ def test_interrupted_and_resumed_is_as_left_alone(where, number, alone, tmp_path
     assert results["images_seen"] == 3 * 96
 
 
-def test_stopped_before_the_first_step_leaves_nothing(tmp_path, capsys):
+def test_failure_before_first_step_leaves_no_files(tmp_path, capsys):
     tree = tmp_path / "images"
     for name in ("a", "b"):
         for split in ("train", "val"):
             (tree / split / name).mkdir(parents=True)
             (tree / split / name / "x.jpg").write_bytes(b"rubbish")
     folder = tmp_path / "run"
-    options = ["--data.root", str(tree), "--data.num_workers", "0", "--run.folder", str(folder)]
+    options = ["--data.root", str(tree), "--data.num_workers", "0", "--run.dir", str(folder)]
     assert main(["train", *options]) == 1
     assert "cannot read this image" in capsys.readouterr().err and not folder.exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("kept")
-    assert main(["train", *options, "--run.folder", str(tmp_path / "mine")]) == 1
+    assert main(["train", *options, "--run.dir", str(tmp_path / "mine")]) == 1
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
-def test_a_folder_that_cannot_be_made_costs_nothing(tmp_path, monkeypatch, capsys):
-    """What lies where the command is called stays, whatever becomes of the run's folder."""
+def test_invalid_run_dir_preserves_existing_files(tmp_path, monkeypatch, capsys):
+    """Files in the working directory are kept if the run directory cannot be created."""
     monkeypatch.chdir(tmp_path)
     Path("precious.txt").write_text("kept")
     Path("a_file").write_text("not a folder")
     for folder in ("a_file/run", "a_file", "/proc/run"):
-        assert main(["train", *CLASSIFICATION, "--run.folder", folder]) == 1
+        assert main(["train", *CLASSIFICATION, "--run.dir", folder]) == 1
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert f"{folder}: " in line
         assert sorted(p.name for p in tmp_path.iterdir()) == ["a_file", "precious.txt"]
 
 
-def test_a_run_without_a_checkpoint_begins_anew(alone, tmp_path):
+def test_resume_without_checkpoint_starts_from_scratch(alone, tmp_path):
     (left, _), folder = alone, tmp_path / "run"
     folder.mkdir()
     shutil.copy(left / "config.yaml", folder)
@@ -118,7 +118,7 @@ def test_a_run_without_a_checkpoint_begins_anew(alone, tmp_path):
     assert len(read_metrics(folder)) == 1
 
 
-def test_what_may_change_and_what_not(alone, tmp_path, capsys):
+def test_option_changes_on_resume(alone, tmp_path, capsys):
     (left, _), folder = alone, tmp_path / "run"
     shutil.copytree(left, folder)
     before = (folder / "results.json").read_bytes(), (folder / "best.ckpt").read_bytes()
@@ -127,7 +127,7 @@ def test_what_may_change_and_what_not(alone, tmp_path, capsys):
     assert before == ((folder / "results.json").read_bytes(), (folder / "best.ckpt").read_bytes())
 
     for option, value in (
-        ("--model.model", "resnet18"), ("--model.optimizer", "sgd"), ("--model.model_args", '{"depths":[2,1,1,1]}'),
+        ("--model.backbone", "resnet18"), ("--model.optimizer", "sgd"), ("--model.model_args", '{"depths":[2,1,1,1]}'),
     ):  # fmt: skip
         assert main(["train", "--resume", str(folder), "--trainer.max_epochs", "4", option, value]) == 1
         (line,) = capsys.readouterr().err.strip().splitlines()
@@ -143,7 +143,7 @@ def test_what_may_change_and_what_not(alone, tmp_path, capsys):
     table = read_metrics(folder)
     assert [int(r["epoch"]) for r in table] == list(range(6))
     assert [int(r["step"]) for r in table] == [3, 6, 9, 19, 29, 39]  # whole epochs of ten batches
-    # The schedule goes on by images: 288 of 588 are seen, and its last rate is the smallest.
+    # The schedule counts images: 288 of 588 were seen, and the last learning rate is the smallest.
     cosine = [1e-5 + (0.01 - 1e-5) * (1 + math.cos(math.pi * seen / 588)) / 2 for seen in (388, 488, 588)]
     assert [float(r["lr"]) for r in table[3:]] == pytest.approx(cosine)
     results = json.loads((folder / "results.json").read_text())
@@ -151,8 +151,8 @@ def test_what_may_change_and_what_not(alone, tmp_path, capsys):
     assert "lr: 0.01" in (folder / "config.yaml").read_text()
 
 
-def test_another_batch_in_the_middle_of_an_epoch(tmp_path, capsys):
-    """64 of 160 images are seen in batches of 16; the other 96 come in batches of 8, once."""
+def test_batch_size_change_within_epoch(tmp_path, capsys):
+    """64 of 160 images are seen in batches of 16, the remaining 96 once in batches of 8."""
     folder = tmp_path / "run"
     options = [
         *CLASSIFICATION,
@@ -163,8 +163,8 @@ def test_another_batch_in_the_middle_of_an_epoch(tmp_path, capsys):
         "--trainer.max_epochs",
         "1",
     ]
-    callback = "[{class_path: tasks.test_resume.Interrupt, init_args: {step: 3}}]"
-    assert main(["train", *options, "--run.folder", str(folder), "--trainer.callbacks", callback]) == 130
+    callback = "[{class_path: training.test_resume.Interrupt, init_args: {step: 3}}]"
+    assert main(["train", *options, "--run.dir", str(folder), "--trainer.callbacks", callback]) == 130
     resumed = ["--trainer.callbacks", "null", "--data.batch_size", "8"]
     assert main(["train", "--resume", str(folder), *resumed]) == 0
     (row,) = read_metrics(folder)
@@ -172,20 +172,20 @@ def test_another_batch_in_the_middle_of_an_epoch(tmp_path, capsys):
     assert read_checkpoint(folder / "last.ckpt")["images_seen"] == 160
 
 
-def test_one_folder_for_one_run(tmp_path, monkeypatch, capsys):
+def test_run_dirs_are_unique(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert [new_folder(Path("runs/x")).name for _ in range(3)] == ["x", "x-2", "x-3"]
+    assert [create_run_dir(Path("runs/x")).name for _ in range(3)] == ["x", "x-2", "x-3"]
     one = [*CLASSIFICATION, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1"]
     for _ in range(2):
         assert main(["train", *one]) == 0
     assert {p.name for p in Path("runs").iterdir()} >= {"classification-crossformer_nano", "classification-crossformer_nano-2"}  # fmt: skip
-    assert "run folder: runs/classification-crossformer_nano-2" in capsys.readouterr().out
+    assert "run directory: runs/classification-crossformer_nano-2" in capsys.readouterr().out
     for n in ("", "-2"):
         assert main(["validate", "runs/classification-crossformer_nano"]) == 0
         assert (Path("runs/classification-crossformer_nano") / f"validate{n}/results.json").exists()
 
 
-def test_options_of_lightning_do_what_they_say(tmp_path, capsys, caplog):
+def test_trainer_options(tmp_path, capsys, caplog):
     one = [*CLASSIFICATION, "--data.num_workers", "0", "--trainer.max_epochs", "2"]
     theirs = [
         "--trainer.callbacks+=lightning.pytorch.callbacks.ModelSummary",
@@ -193,11 +193,11 @@ def test_options_of_lightning_do_what_they_say(tmp_path, capsys, caplog):
         "2",
     ]
     theirs += ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", str(tmp_path / "logs")]  # fmt: skip
-    assert main(["train", *one, *theirs, "--run.folder", str(tmp_path / "run")]) == 0
+    assert main(["train", *one, *theirs, "--run.dir", str(tmp_path / "run")]) == 0
     assert list((tmp_path / "logs").rglob("metrics.csv")) and (tmp_path / "run/tensorboard").exists()
     assert [int(r["step"]) for r in read_metrics(tmp_path / "run")] == [2, 4]
     assert "Params" in caplog.text + capsys.readouterr().err
-    none = ["--trainer.logger", "false", "--trainer.max_epochs", "1", "--run.folder", str(tmp_path / "none")]
+    none = ["--trainer.logger", "false", "--trainer.max_epochs", "1", "--run.dir", str(tmp_path / "none")]
     assert main(["train", *one, *none]) == 0
     assert not (tmp_path / "none/tensorboard").exists()
     for option in (
@@ -207,4 +207,4 @@ def test_options_of_lightning_do_what_they_say(tmp_path, capsys, caplog):
         "log_every_n_steps 3",
     ):
         assert main(["train", *one, *f"--trainer.{option}".split()]) == 1
-        assert "is not an option of this command" in capsys.readouterr().err
+        assert "is not supported: runs always save" in capsys.readouterr().err

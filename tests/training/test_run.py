@@ -1,4 +1,4 @@
-"""Real training runs in miniature, through the command."""
+"""End-to-end tests of small classification runs on the command line."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -21,8 +22,8 @@ from crossformer_vision.cli import main
 from crossformer_vision.data.classification import ClassificationData
 from crossformer_vision.files import AtomicCheckpoints
 from crossformer_vision.tasks.classification import Classification
-from crossformer_vision.training.run_directory import BestCheckpoint
-from crossformer_vision.weights.checkpoints import read_checkpoint
+from crossformer_vision.training.checkpointing import BestCheckpoint
+from crossformer_vision.weights.reading import read_checkpoint
 
 CROSSFORMER = str(Path(sys.executable).with_name("crossformer"))
 EVERYTHING = """
@@ -32,9 +33,9 @@ EVERYTHING = """
 """.split()
 
 
-def test_a_run_leaves_its_folder(tmp_path, capsys):
+def test_run_outputs(tmp_path, capsys):
     folder = tmp_path / "run"
-    assert main(["train", *CLASSIFICATION, *EVERYTHING, "--run.folder", str(folder)]) == 0
+    assert main(["train", *CLASSIFICATION, *EVERYTHING, "--run.dir", str(folder)]) == 0
     printed = capsys.readouterr().out
     assert "epoch 3/3" in printed and "images/s" in printed and f"{folder}/best.ckpt" in printed
     for name in ("curves.png", "confusion_matrix.png", "predictions.png"):
@@ -50,28 +51,28 @@ def test_a_run_leaves_its_folder(tmp_path, capsys):
     assert list((folder / "tensorboard").iterdir())
     assert not list(folder.glob("*.part"))
 
-    # what it left is enough to validate, to start from, and not to be overwritten by mistake
+    # The outputs support validation and fine-tuning, and are protected from being overwritten.
     assert main(["validate", str(folder)]) == 0
     assert f"accuracy {results['val_accuracy']:.4f}" in capsys.readouterr().out
-    assert main(["train", *CLASSIFICATION, "--run.folder", str(folder)]) == 1
-    assert "there is a run in it" in capsys.readouterr().err
-    other = [*CLASSIFICATION, "--trainer.max_epochs", "1", "--run.folder", str(tmp_path / "other")]
+    assert main(["train", *CLASSIFICATION, "--run.dir", str(folder)]) == 1
+    assert "contains a run" in capsys.readouterr().err
+    other = [*CLASSIFICATION, "--trainer.max_epochs", "1", "--run.dir", str(tmp_path / "other")]
     assert main(["train", *other, "--model.checkpoint", str(folder / "best.ckpt")]) == 0
 
 
-def test_early_stop_half_precision_and_any_timm_model(tmp_path):
+def test_early_stopping_half_precision_and_timm_model(tmp_path):
     folder = tmp_path / "run"
-    options = "--run.patience 1 --trainer.precision bf16-mixed --model.model resnet18 --model.lr 0".split()
+    options = "--run.patience 1 --trainer.precision bf16-mixed --model.backbone resnet18 --model.lr 0".split()
     args = [a for a in CLASSIFICATION if "depths" not in a and a != "--model.model_args"]
-    assert main(["train", *args, *options, "--trainer.max_epochs", "9", "--run.folder", str(folder)]) == 0
+    assert main(["train", *args, *options, "--trainer.max_epochs", "9", "--run.dir", str(folder)]) == 0
     assert len(read_metrics(folder)) < 9
 
 
 @pytest.mark.parametrize(
     "save_every", [pytest.param(0, marks=pytest.mark.slow), 1], ids=["at epochs", "every step"]
 )
-def test_killed_and_resumed_is_as_left_alone(tmp_path, save_every):
-    """SIGKILL in the middle of an epoch; the resumed run ends with the same weights, bit for bit."""
+def test_killed_run_matches_uninterrupted_run(tmp_path, save_every):
+    """After SIGKILL within an epoch, the resumed run ends with bitwise identical weights."""
     threads = {**os.environ, "OMP_NUM_THREADS": "1"}
     options = [
         *CLASSIFICATION,
@@ -83,15 +84,15 @@ def test_killed_and_resumed_is_as_left_alone(tmp_path, save_every):
     ]
     options += ["--trainer.max_epochs", "2"]
     alone, killed = tmp_path / "alone", tmp_path / "killed"
-    assert main(["train", *options, "--run.folder", str(alone)]) == 0
+    assert main(["train", *options, "--run.dir", str(alone)]) == 0
     process = subprocess.Popen(
-        [CROSSFORMER, "train", *options, "--run.folder", str(killed)], env=threads, start_new_session=True
+        [CROSSFORMER, "train", *options, "--run.dir", str(killed)], env=threads, start_new_session=True
     )
-    while not (killed / "metrics.csv").exists():  # the first epoch is done
+    while not (killed / "metrics.csv").exists():  # the first epoch is complete
         assert process.poll() is None
         time.sleep(0.02)
     step = 0
-    while save_every and step < 10:  # of 8 an epoch: some steps into the second
+    while save_every and step < 10:  # 8 steps per epoch: within the second epoch
         time.sleep(0.05)
         step = read_checkpoint(killed / "last.ckpt")["global_step"]
     time.sleep(0.3)
@@ -102,7 +103,7 @@ def test_killed_and_resumed_is_as_left_alone(tmp_path, save_every):
     for name in ("last.ckpt", "best.ckpt"):
         a, b = read_weights(alone / name), read_weights(killed / name)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
-    # Resumed inside an epoch, that epoch's train_loss is of the steps since.
+    # After a resume within an epoch, train_loss covers only the remaining steps of that epoch.
     ignored = ("images_per_second", "train_loss") if save_every else ("images_per_second",)
     kept, expected = (
         [{k: r[k] for k in r if k not in ignored} for r in read_metrics(run)] for run in (killed, alone)
@@ -110,14 +111,14 @@ def test_killed_and_resumed_is_as_left_alone(tmp_path, save_every):
     assert kept == expected
 
 
-def test_two_processes_train_as_one(tmp_path):
-    """Two processes with half the batch each: the same losses and weights as one process."""
+def test_two_processes_match_one_process(tmp_path):
+    """Two processes with half the batch size each match the losses and weights of one process."""
     threads = {**os.environ, "OMP_NUM_THREADS": "1"}
     for folder, devices, batch in (("one", 1, 16), ("two", 2, 8)):
         options = f"--trainer.devices {devices} --trainer.strategy {'ddp' if devices > 1 else 'auto'}"
-        options += f" --data.batch_size {batch} --data.val_images 21 --run.folder {tmp_path / folder}"
-        options += " --model.optimizer adamw"  # Muon magnifies the rounding of small gradients,
-        options += " --trainer.precision 32"  # as bfloat16 does
+        options += f" --data.batch_size {batch} --data.val_images 21 --run.dir {tmp_path / folder}"
+        options += " --model.optimizer adamw"  # Muon amplifies rounding errors of small gradients,
+        options += " --trainer.precision 32"  # and so does bfloat16
         command = ["train", *CLASSIFICATION, "--trainer.max_epochs", "2", *options.split()]
         if devices == 1:
             assert main(command) == 0
@@ -132,13 +133,13 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_of_version_0_1_is_built_as_it_was_trained(tmp_path, capsys, caplog):
-    """Its checkpoints name no `lda_span`: LDA was in regions alone, whatever the default is now."""
+def test_version_0_1_checkpoint_keeps_lda_span(tmp_path, capsys, caplog):
+    """Version 0.1 checkpoints have no ``lda_span`` and are built with ``region``."""
     new, old = tmp_path / "new", tmp_path / "old"
-    groups = '{"depths":[2,2,1,1],"group_size":[2,2,2,2],"interval":[2,2,2,1]}'  # the forms differ at 64x64
+    groups = '{"depths":[2,2,1,1],"group_size":[2,2,2,2],"interval":[2,2,2,1]}'  # LDA spans differ at 64x64
     one = [
         *CLASSIFICATION,
-        "--model.model",
+        "--model.backbone",
         "crossformer_tiny",
         "--trainer.max_epochs",
         "1",
@@ -146,7 +147,7 @@ def test_a_run_of_version_0_1_is_built_as_it_was_trained(tmp_path, capsys, caplo
         "0.02",
     ]
     one += ["--data.image_size", "64", "--data.val_images", "8", "--model.model_args", groups]
-    assert main(["train", *one, "--run.folder", str(new)]) == 0
+    assert main(["train", *one, "--run.dir", str(new)]) == 0
     assert read_checkpoint(new / "best.ckpt")["lda_span"] == "map"
     shutil.copytree(new, old)
     for name in ("best.ckpt", "last.ckpt"):
@@ -166,10 +167,10 @@ def test_a_run_of_version_0_1_is_built_as_it_was_trained(tmp_path, capsys, caplo
     torch.save(named, tmp_path / "named.ckpt")
     assert load_predictor(tmp_path / "named.ckpt").net.stages[0].blocks[1].attn.lda_span == "map"
 
-    # `validate` and `--resume` build it likewise, and a resumed run says so from then on
+    # `validate` and `--resume` use the same span, and a resumed run stores it.
     losses = []
     for folder in (new, old):
-        assert main(["validate", str(folder), "--run.folder", str(tmp_path / "out")]) == 0
+        assert main(["validate", str(folder), "--run.dir", str(tmp_path / "out")]) == 0
         losses.append(re.search(r"loss ([\d.]+)", capsys.readouterr().out)[1])
     assert losses[0] != losses[1]
     assert main(["train", "--resume", str(old), "--trainer.max_epochs", "2"]) == 0
@@ -197,14 +198,8 @@ class Scored(L.LightningModule):
 
 def best_of(folder, scores):
     """The epoch that `best.ckpt` is of."""
-    best = BestCheckpoint(
-        folder,
-        "best",
-        monitor="val_accuracy",
-        mode="max",
-        enable_version_counter=False,
-        save_on_train_epoch_end=False,
-    )
+    best = BestCheckpoint(SimpleNamespace(monitor="val_accuracy", monitor_mode="max"))
+    best.dirpath = str(folder)
     quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
     batches = torch.utils.data.DataLoader(torch.ones(2, 1))
     trainer = L.Trainer(max_epochs=len(scores), callbacks=[best], num_sanity_val_steps=0, **quiet)
@@ -212,17 +207,16 @@ def best_of(folder, scores):
     return read_checkpoint(folder / "best.ckpt")["epoch"]
 
 
-def test_ties_go_to_the_lower_loss_then_to_the_later(tmp_path):
+def test_best_checkpoint_tie_breaking(tmp_path):
     assert best_of(tmp_path / "a", [(0.5, 0.7), (0.5, 0.2), (0.5, 0.4)]) == 1
     assert best_of(tmp_path / "b", [(0.5, 0.7), (0.6, 0.9), (0.5, 0.1)]) == 1
     assert best_of(tmp_path / "c", [(0.5, 0.3), (0.5, 0.3), (0.4, 0.1)]) == 1
 
 
-def test_a_renamed_run_keeps_its_best(tmp_path):
-    """`--resume` of a folder that was moved: a worse epoch does not replace the best weights."""
+def test_moved_run_keeps_best_checkpoint(tmp_path):
+    """After resuming a moved run, a worse epoch does not replace the best weights."""
     assert (
-        main(["train", *CLASSIFICATION, "--trainer.max_epochs", "1", "--run.folder", str(tmp_path / "one")])
-        == 0
+        main(["train", *CLASSIFICATION, "--trainer.max_epochs", "1", "--run.dir", str(tmp_path / "one")]) == 0
     )
     (tmp_path / "one").rename(tmp_path / "two")
     path = tmp_path / "two/last.ckpt"
@@ -230,7 +224,7 @@ def test_a_renamed_run_keeps_its_best(tmp_path):
     (state,) = (
         v for k, v in content["callbacks"].items() if "'monitor': 'val_accuracy'" in k and "best_loss" in v
     )
-    state["best_model_score"] = torch.tensor(2.0)  # cannot be reached
+    state["best_model_score"] = torch.tensor(2.0)  # unreachable accuracy
     torch.save(content, path)
     before = (tmp_path / "two/best.ckpt").read_bytes()
     assert main(["train", "--resume", str(tmp_path / "two"), "--trainer.max_epochs", "2"]) == 0
@@ -241,8 +235,8 @@ def test_a_renamed_run_keeps_its_best(tmp_path):
     "options, epochs",
     [("--trainer.limit_val_batches 0", 3), ("--trainer.check_val_every_n_epoch 2", 3)],
 )
-def test_what_was_trained_is_saved_without_a_validation(options, epochs, tmp_path, capsys):
-    assert main(["train", *CLASSIFICATION, *options.split(), "--run.folder", str(tmp_path)]) == 0
+def test_checkpoint_is_saved_without_validation(options, epochs, tmp_path, capsys):
+    assert main(["train", *CLASSIFICATION, *options.split(), "--run.dir", str(tmp_path)]) == 0
     assert read_checkpoint(tmp_path / "last.ckpt")["epoch"] + 1 == epochs
     results = json.loads((tmp_path / "results.json").read_text())
     assert ("val_accuracy" in results) == ("check_val" in options) and Path(results["checkpoint"]).exists()
@@ -250,17 +244,15 @@ def test_what_was_trained_is_saved_without_a_validation(options, epochs, tmp_pat
         assert "not validated" in capsys.readouterr().out
 
 
-def test_one_batch_to_try(tmp_path, capsys):
-    assert (
-        main(["train", *CLASSIFICATION, "--trainer.fast_dev_run", "true", "--run.folder", str(tmp_path)]) == 0
-    )
+def test_fast_dev_run(tmp_path, capsys):
+    assert main(["train", *CLASSIFICATION, "--trainer.fast_dev_run", "true", "--run.dir", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "results.json").read_text())["checkpoint"] is None
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):
+def test_non_finite_loss_stops_training(tmp_path, capsys):
     options = "--model.optimizer sgd --model.lr 1e12 --model.warmup_lr 1e12 --model.warmup_epochs 0"
     options += " --trainer.gradient_clip_val null"
-    assert main(["train", *CLASSIFICATION, *options.split(), "--run.folder", str(tmp_path)]) == 1
+    assert main(["train", *CLASSIFICATION, *options.split(), "--run.dir", str(tmp_path)]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert (
         re.search(r"the loss is (nan|inf) at step \d+, learning rate 9\.\d+e\+11", line)
@@ -269,15 +261,15 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):
     assert not (tmp_path / "best.ckpt").exists()
 
 
-def test_validate_without_weights_is_refused(capsys):
+def test_validate_without_weights_is_rejected(capsys):
     for task in ("classification", "detection", "segmentation"):
         assert main(["validate", "--task", task, "--model.pretrained", "false"]) == 1
-        assert "validate needs weights: a run's folder" in capsys.readouterr().err
+        assert "validate needs weights: a run directory" in capsys.readouterr().err
 
 
-def test_the_last_weights_can_be_validated(tmp_path, capsys):
-    """The papers report the last iteration."""
-    assert main(["train", *CLASSIFICATION, "--model.lr", "0.01", "--run.folder", str(tmp_path)]) == 0
+def test_validate_last_checkpoint(tmp_path, capsys):
+    """Papers report metrics of the last iteration."""
+    assert main(["train", *CLASSIFICATION, "--model.lr", "0.01", "--run.dir", str(tmp_path)]) == 0
     capsys.readouterr()
     last = read_metrics(tmp_path)[-1]
     assert main(["validate", str(tmp_path), "--checkpoint", str(tmp_path / "last.ckpt")]) == 0
@@ -285,19 +277,19 @@ def test_the_last_weights_can_be_validated(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("decay_on", ["weights", "all_but_norms", "all"])
-def test_what_weight_decay_falls_on(decay_on):
+def test_weight_decay_parameter_groups(decay_on):
     task = Classification("crossformer_nano", optimizer="sgd", weight_decay=0.1, decay_on=decay_on)
-    decayed = {id(p) for g in task._optimizer().param_groups if g["weight_decay"] for p in g["params"]}
+    decayed = {id(p) for g in task.create_optimizer().param_groups if g["weight_decay"] for p in g["params"]}
     block = task.net.stages[0].blocks[0]
     assert id(block.mlp.fc1.weight) in decayed
     assert (id(block.mlp.fc1.bias) in decayed) == (decay_on != "weights")
     assert (id(block.norm1.weight) in decayed) == (decay_on == "all")
-    groups = task._optimizer().param_groups
+    groups = task.create_optimizer().param_groups
     assert sum(len(g["params"]) for g in groups) == len(list(task.net.parameters()))
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
-    """A limit on the size of files stands in for the disk: the write fails half way."""
+def test_full_disk_keeps_previous_checkpoint(tmp_path):
+    """A file size limit simulates a full disk: the write fails partway."""
     script = """
 import resource, signal, sys, torch
 from crossformer_vision.files import AtomicCheckpoints
@@ -314,8 +306,8 @@ io.save_checkpoint({"x": torch.ones(1_000_000)}, path)
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_each_epoch_has_an_order_and_augmentation_of_its_own():
-    """Once, nothing told the sampler of a new epoch: the first one's images came again and again."""
+def test_order_and_augmentation_differ_between_epochs():
+    """Regression test: the sampler epoch was not set, so every epoch repeated the first."""
     seen = []
 
     class Watch(L.Callback):

@@ -1,4 +1,4 @@
-"""What a run does with its directory and its callbacks: nobody's files are lost, and stopped runs go on."""
+"""Tests for run directories and callbacks: file protection, patience, weight averaging and locks."""
 
 import errno
 import fcntl
@@ -15,31 +15,32 @@ from small_runs import CLASSIFICATION, read_metrics
 from crossformer_vision.cli import main
 from crossformer_vision.data.classification import ClassificationData
 from crossformer_vision.tasks.classification import Classification
-from crossformer_vision.training.run_directory import RUN_FILES, AverageWeights
-from crossformer_vision.weights.checkpoints import read_checkpoint
+from crossformer_vision.training.checkpointing import AverageWeights
+from crossformer_vision.training.run_directory import RUN_FILES
+from crossformer_vision.weights.reading import read_checkpoint
 
 ADAMW = ["--model.optimizer", "adamw"]
 
 
 @pytest.mark.parametrize("epochs", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_run_with_patience_is_resumed_from_an_epochs_end(epochs, tmp_path, capsys):
+def test_resume_with_patience_at_end_of_epoch(epochs, tmp_path, capsys):
     run = str(tmp_path / "run")
     one = [*CLASSIFICATION, *ADAMW, "--run.patience", "2", "--trainer.max_epochs", "1"]
-    assert main(["train", *one, "--run.folder", run]) == 0
+    assert main(["train", *one, "--run.dir", run]) == 0
     assert main(["train", "--resume", run, "--trainer.max_epochs", str(epochs)]) == 0
     assert len(read_metrics(tmp_path / "run")) == epochs
 
 
-def test_patience_counts_on_in_a_resumed_run(tmp_path, capsys):
-    """At a learning rate of 0 nothing improves: stopped after 1 + 3 epochs, in one go or in two."""
+def test_patience_is_preserved_on_resume(tmp_path, capsys):
+    """Without improvement (learning rate 0), a run stops after 1 + 3 epochs, resumed or not."""
     run, still = tmp_path / "run", ["--model.lr", "0", "--model.warmup_lr", "0", "--model.min_lr", "0"]
-    options = [*CLASSIFICATION, *ADAMW, *still, "--run.patience", "3", "--run.folder", str(run)]
+    options = [*CLASSIFICATION, *ADAMW, *still, "--run.patience", "3", "--run.dir", str(run)]
     assert main(["train", *options, "--trainer.max_epochs", "2"]) == 0
     assert main(["train", "--resume", str(run), "--trainer.max_epochs", "9"]) == 0
     assert len(read_metrics(run)) == 4
     capsys.readouterr()
-    assert main(["train", "--resume", str(run)]) == 0  # is over
-    assert "is finished; to train longer, pass" in capsys.readouterr().out and len(read_metrics(run)) == 4
+    assert main(["train", "--resume", str(run)]) == 0  # already finished
+    assert "is finished. To train longer, pass" in capsys.readouterr().out and len(read_metrics(run)) == 4
     again = [*options, "--resume", "auto", "--trainer.max_epochs", "9"]
     assert main(["train", *again]) == 0 and len(read_metrics(run)) == 4
     assert main(["train", "--resume", str(run), "--run.patience", "5"]) == 0
@@ -47,15 +48,15 @@ def test_patience_counts_on_in_a_resumed_run(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", sorted(RUN_FILES))
-def test_a_directory_with_files_of_somebody_else_is_refused(name, tmp_path, capsys):
+def test_directory_with_foreign_files_is_rejected(name, tmp_path, capsys):
     (tmp_path / name).write_text("of another program")
-    assert main(["train", *CLASSIFICATION, "--run.folder", str(tmp_path)]) == 1
-    assert f"holds {name}, which a run would overwrite. Choose another" in capsys.readouterr().err
+    assert main(["train", *CLASSIFICATION, "--run.dir", str(tmp_path)]) == 1
+    assert f"a run would overwrite {name}. Choose another" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "of another program"
 
 
-def test_a_run_that_does_not_start_removes_its_own_files_alone(tmp_path, capsys):
+def test_failed_run_preserves_foreign_files(tmp_path, capsys):
     theirs = tmp_path / "project/tensorboard/last_year"
     theirs.parent.mkdir(parents=True)
     theirs.write_text("three weeks of training")
@@ -63,12 +64,12 @@ def test_a_run_that_does_not_start_removes_its_own_files_alone(tmp_path, capsys)
         for name in "ab":
             (tmp_path / f"images/{split}/{name}").mkdir(parents=True)
             (tmp_path / f"images/{split}/{name}/0.png").write_bytes(b"no image")
-    options = ["--data.root", str(tmp_path / "images"), "--run.folder", str(tmp_path / "project")]
+    options = ["--data.root", str(tmp_path / "images"), "--run.dir", str(tmp_path / "project")]
     assert main(["train", *options, "--data.image_size", "32", "--data.num_workers", "0"]) == 1
     assert sorted(p.name for p in (tmp_path / "project").rglob("*")) == ["last_year", "tensorboard"]
 
 
-def test_a_disk_without_locks_is_trained_on_with_a_warning(tmp_path, monkeypatch, caplog):
+def test_file_system_without_locks_warns(tmp_path, monkeypatch, caplog):
     def lockf(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
@@ -81,17 +82,17 @@ def test_a_disk_without_locks_is_trained_on_with_a_warning(tmp_path, monkeypatch
                 *ADAMW,
                 "--trainer.max_epochs",
                 "1",
-                "--run.folder",
+                "--run.dir",
                 str(tmp_path / "run"),
             ]
         )
         == 0
     )
-    assert "this disk has no file locks (Function not implemented)" in caplog.text
+    assert "this file system has no locks (Function not implemented)" in caplog.text
 
 
-def test_averages_follow_the_weights_of_a_short_run():
-    """After 10 updates the decay is 11/20, not 0.9999: the first steps hardly count."""
+def test_ema_warmup_in_short_runs():
+    """After 10 updates the decay is 11/20 instead of 0.9999, so the first steps have little weight."""
     averaging = AverageWeights(0.9999)
     averaged = torch.zeros(3)
     for n in range(1, 11):
@@ -103,23 +104,23 @@ def test_averages_follow_the_weights_of_a_short_run():
     torch.testing.assert_close(late, torch.full((3,), 1e-4), rtol=1e-2, atol=0)
 
 
-def test_averages_that_would_not_be_kept_are_refused(tmp_path, capsys):
+def test_stochastic_weight_averaging_is_rejected(tmp_path, capsys):
     swa = "--trainer.callbacks+=lightning.pytorch.callbacks.StochasticWeightAveraging"
     options = [
         *CLASSIFICATION,
         swa,
         "--trainer.callbacks.swa_lrs=0.01",
-        "--run.folder",
+        "--run.dir",
         str(tmp_path / "run"),
     ]
     assert main(["train", *options]) == 1
-    assert "its weights would not reach best.ckpt. Use --run.ema" in capsys.readouterr().err
+    assert "its weights would not be in best.ckpt. Use --run.ema" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "schedule", ["cosine", *(pytest.param(name, marks=pytest.mark.slow) for name in ("poly", "step"))]
 )
-def test_a_learning_rate_that_is_found_is_used(schedule, tmp_path):
+def test_lr_finder_result_is_used(schedule, tmp_path):
     class Found(LearningRateFinder):
         largest = 0.0
 
@@ -140,8 +141,8 @@ def test_a_learning_rate_that_is_found_is_used(schedule, tmp_path):
     assert task.lr != 0.3 and finder.largest == pytest.approx(task.lr, rel=0.05)
 
 
-def test_a_caught_error_does_not_keep_a_program_from_ending(tmp_path):
-    """Workers ignore SIGTERM, by which Python ends them at its exit."""
+def test_program_exits_after_caught_worker_error(tmp_path):
+    """Workers ignore SIGTERM, which Python sends at exit."""
     for name in "ab":
         for split in ("train", "val"):
             (tmp_path / split / name).mkdir(parents=True)
@@ -166,15 +167,16 @@ gc.collect()
 @pytest.mark.parametrize(
     "option, value", [("--run.patience", "-1"), ("--run.ema", "1.5"), ("--run.save_every", "-2")]
 )
-def test_options_of_a_run_out_of_range(option, value, capsys):
+def test_run_options_out_of_range(option, value, capsys):
     assert main(["train", *CLASSIFICATION, option, value]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert f"{option}={float(value) if '.' in value else int(value)}: it is a number from 0" in line
+    limits = "from 0 to 1" if option == "--run.ema" else "at least 0"
+    assert f"{option}={value}: must be a number {limits}" in line
 
 
-def test_a_checkpoint_holds_the_averaged_weights(tmp_path):
+def test_checkpoint_contains_averaged_weights(tmp_path):
     run = tmp_path / "run"
-    assert main(["train", *CLASSIFICATION, *ADAMW, "--run.ema", "0.9", "--run.folder", str(run)]) == 0
+    assert main(["train", *CLASSIFICATION, *ADAMW, "--run.ema", "0.9", "--run.dir", str(run)]) == 0
     best, last = (read_checkpoint(run / f"{name}.ckpt") for name in ("best", "last"))
     assert "current_model_state" in last and best["state_dict"].keys() == last["state_dict"].keys()
     assert json.loads((run / "results.json").read_text())["epochs"] == 3

@@ -1,4 +1,4 @@
-"""Files of every form load, wrong ones are refused with one line, downloads are resumed and never half there."""
+"""Checkpoint formats, errors for invalid files, and resumable atomic downloads."""
 
 import gzip
 import http.server
@@ -22,8 +22,8 @@ from published_files import FILE_2021, state_dict_of_2021, write_file_of_2021
 
 from crossformer_vision import UserError, create_detector, create_segmenter, load_checkpoint
 from crossformer_vision.cli import main
-from crossformer_vision.weights.checkpoints import read_checkpoint
 from crossformer_vision.weights.published import PUBLISHED, cached_path, fetch_published, how_to_build
+from crossformer_vision.weights.reading import read_checkpoint
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -59,7 +59,7 @@ def ours(state):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_loads_the_same(form, published, model, tmp_path):
+def test_every_checkpoint_format_loads_same_weights(form, published, model, tmp_path):
     for p in model.parameters():
         torch.nn.init.zeros_(p)
     path = tmp_path / "weights.pth"
@@ -76,7 +76,7 @@ def test_safetensors(published, model, tmp_path):
     assert len(load_checkpoint(model, path).loaded) == len(published)
 
 
-def test_safetensors_under_another_name_and_in_shards(published, model, tmp_path):
+def test_renamed_and_sharded_safetensors(published, model, tmp_path):
     safetensors.torch.save_file(published, tmp_path / "weights.bin")
     assert len(load_checkpoint(model, tmp_path / "weights.bin").loaded) == len(published)
     names = list(published)
@@ -101,7 +101,7 @@ def test_safetensors_under_another_name_and_in_shards(published, model, tmp_path
         read_checkpoint(index)
 
 
-def test_backbone_alone_into_classifier_and_features(published, model, tmp_path):
+def test_backbone_weights_into_classifier_and_features(published, model, tmp_path):
     backbone = {f"backbone.{k}": v for k, v in published.items() if not k.startswith(("norm.", "head."))}
     report = load_checkpoint(model, {"state_dict": backbone})
     assert report.missing == ["head.fc.bias", "head.fc.weight", "norm.bias", "norm.weight"]
@@ -110,14 +110,14 @@ def test_backbone_alone_into_classifier_and_features(published, model, tmp_path)
     assert len(report.loaded) == len(backbone) and len(report.unused) == 4 and not report.missing
 
 
-def test_classifier_of_another_class_count(published, caplog):
+def test_other_class_count(published, caplog):
     model = timm.create_model("crossformer_tiny", num_classes=10)
     before = model.head.fc.weight.clone()
     with caplog.at_level(logging.WARNING, "crossformer_vision"):
         report = load_checkpoint(model, {"model": published})
     assert report.dropped == ["head.fc.weight", "head.fc.bias"]
     assert "head.fc.weight" in caplog.text and torch.equal(model.head.fc.weight, before)
-    with pytest.raises(UserError, match="has 1000 classes, 10 are wanted"):
+    with pytest.raises(UserError, match="has 1000 classes, 10 are needed"):
         load_checkpoint(model, {"model": published}, adapt_classifier=False)
 
 
@@ -129,19 +129,19 @@ def test_other_channel_counts_are_adapted(published):
 
 
 @pytest.mark.parametrize("other", ["crossformer_small", "crossformer_base", "crossformer_pp_small"])
-def test_wrong_model_is_refused_and_changes_nothing(other, published, classifier_keys):
+def test_wrong_model_raises_and_keeps_weights(other, published, classifier_keys):
     model = timm.create_model(other)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(UserError, match="belongs to another model"):
         load_checkpoint(model, {"model": published})
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     base, small = (timm.create_model(f"crossformer_{size}") for size in ("base", "small"))
-    for a, b in ((base, small), (small, base)):  # one's names are a part of the other's
+    for a, b in ((base, small), (small, base)):  # parameter names of one are a subset of the other
         with pytest.raises(UserError, match="belongs to another model"):
             load_checkpoint(a, b.state_dict())
 
 
-def test_nothing_matching_is_refused(model):
+def test_checkpoint_without_matching_weights_raises(model):
     with pytest.raises(UserError, match="none of its weights fits"):
         load_checkpoint(model, timm.create_model("resnet18").state_dict())
     with pytest.raises(UserError, match="none of its weights fits"):
@@ -149,13 +149,13 @@ def test_nothing_matching_is_refused(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The published classification files, whole
+# Complete published classification checkpoints
 # ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def file_2021(tmp_path, monkeypatch):
-    """CrossFormer-T's, where `pretrained` looks for it."""
+    """Write the CrossFormer-T checkpoint to the cache path used by `pretrained`."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     path = cached_path("crossformer_tiny")
@@ -165,7 +165,7 @@ def file_2021(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*meta parameter")
 @pytest.mark.parametrize("name", FILE_2021)
-def test_the_entries_of_2021_are_the_networks_and_buffers(name):
+def test_2021_checkpoint_keys_are_weights_and_buffers(name):
     with torch.device("meta"):
         model = timm.create_model(name)
     report = load_checkpoint(model, {"model": state_dict_of_2021(name)})
@@ -174,10 +174,10 @@ def test_the_entries_of_2021_are_the_networks_and_buffers(name):
     assert len(report.buffers) == 2 * blocks and len(report.loaded) + len(report.buffers) == len(
         FILE_2021[name]
     )
-    assert f"{2 * blocks} index buffers in the file, which are no weights" in str(report)
+    assert f"{2 * blocks} index buffers in the file ignored" in str(report)
 
 
-def test_a_file_of_2021_serves_every_classifier(file_2021):
+def test_2021_checkpoint_loads_into_every_classifier(file_2021):
     images = formula_images(2, 224, 224)
     expected = torch.from_numpy(np.load(PARITY / "classifier_logits.npz")["crossformer_tiny"])
     by_hand = timm.create_model("crossformer_tiny")
@@ -198,7 +198,7 @@ def test_a_file_of_2021_serves_every_classifier(file_2021):
     torch.testing.assert_close(other.stages[0].embed.convs[1].weight, conv)
 
 
-def test_a_file_of_2021_serves_every_backbone(file_2021):
+def test_2021_checkpoint_loads_into_every_backbone(file_2021):
     images = torch.randn(1, 3, 96, 160)
     plain = timm.create_model("crossformer_tiny", pretrained=True).eval()
     by_hand = timm.create_model("crossformer_tiny", features_only=True)
@@ -221,22 +221,22 @@ def test_a_file_of_2021_serves_every_backbone(file_2021):
 
 
 @pytest.mark.slow
-def test_recipes_start_from_a_file_of_2021(file_2021, tmp_path):
-    """`pretrained: true`, through the command."""
-    tiny = "--model.model crossformer_tiny --data.train_images 8 --data.val_images 4 --data.batch_size 4"
+def test_recipes_start_from_2021_checkpoint(file_2021, tmp_path):
+    """Train with `pretrained: true` on the command line."""
+    tiny = "--model.backbone crossformer_tiny --data.train_images 8 --data.val_images 4 --data.batch_size 4"
     tiny += " --data.num_workers 0 --trainer.max_epochs 1 --trainer.accelerator cpu --model.lr 0"
     weights = read_checkpoint(file_2021)["model"]
     for task in ("detection", "segmentation"):
         folder = tmp_path / task
-        options = f"--task {task} --model.pretrained true --model.width 16 --run.folder {folder}"
+        options = f"--task {task} --model.pretrained true --model.width 16 --run.dir {folder}"
         assert main(["train", *tiny.split(), *options.split()]) == 0
         state = read_checkpoint(folder / "last.ckpt")["state_dict"]
         (name,) = (key for key in state if key.endswith("stages.2.blocks.0.attn.qkv.weight"))
         assert torch.equal(state[name], weights["layers.2.blocks.0.attn.qkv.weight"])
 
 
-def test_numbers_of_numpy_are_read(tmp_path, published, model):
-    """Best scores in files of OpenMMLab and of users, as NumPy 2 and NumPy 1 pickle them."""
+def test_numpy_scalars_are_loaded(tmp_path, published, model):
+    """NumPy scalars, such as best scores of OpenMMLab, pickled by NumPy 1 and NumPy 2."""
     scores = {kind: np.dtype(kind).type(1) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")}
     torch.save({"state_dict": published, "meta": {"best": scores}}, tmp_path / "two.pth")
     with zipfile.ZipFile(tmp_path / "two.pth") as two, zipfile.ZipFile(tmp_path / "one.pth", "w") as one:
@@ -256,7 +256,7 @@ class Evil:
         return (Path.touch, (Path("pwned"),))
 
 
-def test_bad_files_are_named(tmp_path, published, monkeypatch):
+def test_invalid_file_errors_name_the_file(tmp_path, published, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="gone.pth: no such checkpoint file"):
         read_checkpoint("gone.pth")
@@ -287,17 +287,17 @@ def test_bad_files_are_named(tmp_path, published, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Downloads, from a server that behaves as Google Drive does
+# Downloads from a server that mimics Google Drive
 # ---------------------------------------------------------------------------------------------------------------
 
 
 class Drive(http.server.BaseHTTPRequestHandler):
-    """Redirects, then shows the "too large to scan" page, then sends the file, with ranges and on demand cut off."""
+    """Redirect, show the "too large to scan" page, then send the file; supports ranges and truncation."""
 
     body = b""
     mode = "whole"
     ranges: list[str] = []
-    sent = 0  # bytes
+    sent = 0  # sent bytes
 
     def do_GET(self):
         url = urllib.parse.urlparse(self.path)
@@ -349,7 +349,7 @@ def drive(tmp_path, monkeypatch, published):
     server.shutdown()
 
 
-def test_a_pretrained_model_keeps_its_weights_once():
+def test_pretrained_model_stores_weights_once():
     plain, pretrained = (
         timm.create_model("crossformer_nano", pretrained=p, num_classes=10) for p in (False, True)
     )
@@ -369,7 +369,7 @@ def test_download_through_redirect_and_warning_page(drive):
     )
 
 
-def test_processes_that_want_one_file_share_a_download(drive):
+def test_concurrent_requests_share_one_download(drive):
     handler, url = drive
     with ThreadPoolExecutor(4) as pool:
         paths = list(pool.map(lambda _: fetch_published("crossformer_tiny", url), range(4)))
@@ -377,12 +377,12 @@ def test_processes_that_want_one_file_share_a_download(drive):
     assert not list(paths[0].parent.glob("*.part"))
 
 
-def test_truncated_download_is_said_and_resumed(drive):
+def test_truncated_download_raises_and_resumes(drive):
     handler, url = drive
     handler.mode = "truncated"
     with pytest.raises(UserError, match="truncated|IncompleteRead") as caught:
         fetch_published("crossformer_tiny", url)
-    assert caught.value.__suppress_context__ and caught.value.__cause__ is None  # one error, not a chain
+    assert caught.value.__suppress_context__ and caught.value.__cause__ is None  # one error without a cause
     part = cached_path("crossformer_tiny").with_name("crossformer-t.pth.part")
     assert not cached_path("crossformer_tiny").exists() and part.stat().st_size > 0
     handler.mode = "whole"
@@ -390,31 +390,31 @@ def test_truncated_download_is_said_and_resumed(drive):
     assert handler.ranges[-1].startswith("bytes=") and not part.exists()
 
 
-def test_pages_and_rubbish_are_not_kept(drive):
+def test_invalid_downloads_are_removed(drive):
     handler, url = drive
     handler.mode = "quota"
     with pytest.raises(UserError, match="answered with a web page"):
         fetch_published("crossformer_tiny", url)
     handler.mode, handler.body = "whole", b"rubbish" * 1000
-    with pytest.raises(UserError, match="not the weights of crossformer_tiny, and removed"):
+    with pytest.raises(UserError, match="not the weights of crossformer_tiny .*The file was removed"):
         fetch_published("crossformer_tiny", url)
-    (left,) = cached_path("crossformer_tiny").parent.iterdir()  # of the processes that would wait
+    (left,) = cached_path("crossformer_tiny").parent.iterdir()  # lock file for concurrent processes
     assert left.suffix == ".lock" and not left.read_bytes()
 
 
-def test_weights_of_another_model_are_not_kept(drive, tmp_path):
-    """Neither a file nor a part of one that came from a server with another model's weights."""
+def test_download_of_wrong_model_is_removed(drive, tmp_path):
+    """Weights of another model leave neither a complete nor a partial file in the cache."""
     handler, url = drive
     torch.save({"model": {"fc.weight": torch.zeros(10, 4)}}, tmp_path / "other.pth")
     handler.body = (tmp_path / "other.pth").read_bytes()
-    with pytest.raises(UserError, match="not the weights of crossformer_tiny, and removed"):
+    with pytest.raises(UserError, match="not the weights of crossformer_tiny .*The file was removed"):
         fetch_published("crossformer_tiny", url)
     assert not cached_path("crossformer_tiny").exists()
     assert not list(cached_path("crossformer_tiny").parent.glob("*.part"))
 
 
-def test_a_complete_part_is_used_and_not_fetched_again(drive):
-    """A process that was killed between the last byte and the renaming."""
+def test_complete_partial_file_is_not_downloaded_again(drive):
+    """Covers a process killed between the last byte and the rename."""
     handler, url = drive
     cached_path("crossformer_tiny").parent.mkdir(parents=True)
     cached_path("crossformer_tiny").with_name("crossformer-t.pth.part").write_bytes(handler.body)
@@ -422,8 +422,8 @@ def test_a_complete_part_is_used_and_not_fetched_again(drive):
     assert handler.sent == 0
 
 
-def test_no_connection_and_what_only_a_person_can_fetch(drive):
-    by_hand = r"try again.*; or get it in a browser from https://pan\.baidu\.com/s/1M45YXZgVvp6Ew9DO8UhdlA .code nkju."
+def test_errors_give_manual_download_instructions(drive):
+    by_hand = r"Try again.*; or get it in a browser from https://pan\.baidu\.com/s/1M45YXZgVvp6Ew9DO8UhdlA .code nkju."
     with pytest.raises(UserError, match=by_hand + r" and save it as .*crossformer-t\.pth"):
         fetch_published("crossformer_tiny", "http://127.0.0.1:9/none")
     with pytest.raises(UserError, match=r"pan\.baidu\.com.*save it as .*crossformer-pp-s\.pth"):
@@ -437,8 +437,8 @@ def test_no_connection_and_what_only_a_person_can_fetch(drive):
     assert len({published.filename for published in PUBLISHED.values()}) == len(PUBLISHED)
 
 
-def test_what_is_said_of_building_a_published_model(tmp_path):
-    """It runs as printed, and gives the groups of the published configuration."""
+def test_how_to_build_published_models(tmp_path):
+    """The printed code runs and builds the groups of the published configuration."""
     for name, groups in (
         ("semantic_fpn_crossformer_small", (14, 8)),
         ("upernet_crossformer_base", (7, 4)),
@@ -454,8 +454,8 @@ def test_what_is_said_of_building_a_published_model(tmp_path):
     assert how_to_build("crossformer_tiny", path).startswith('model = timm.create_model("crossformer_tiny")')
 
 
-def test_names_of_other_models_are_not_taken_for_published_ones():
-    """Swin's begin with `layers.`, as the published CrossFormers' do."""
+def test_swin_keys_are_not_treated_as_published_crossformer():
+    """Swin keys start with `layers.`, like those of the published CrossFormer."""
     args = dict(img_size=64, embed_dim=8, depths=(1, 1), num_heads=(1, 1), window_size=4, num_classes=3)
     source, model = (timm.create_model("swin_tiny_patch4_window7_224", **args) for _ in range(2))
     report = load_checkpoint(model, {"state_dict": {f"net.{k}": v for k, v in source.state_dict().items()}})
@@ -463,7 +463,7 @@ def test_names_of_other_models_are_not_taken_for_published_ones():
     assert all(torch.equal(v, source.state_dict()[k]) for k, v in model.state_dict().items())
 
 
-def test_weights_of_the_whole_network_into_its_first_stages(tmp_path):
+def test_full_weights_load_into_first_stages(tmp_path):
     whole = timm.create_model("crossformer_nano.cifar10", pretrained=True).eval()
     torch.save(whole.state_dict(), tmp_path / "whole.pth")
     first = timm.create_model("crossformer_nano", features_only=True, out_indices=(0, 1)).eval()
@@ -486,8 +486,8 @@ def test_weights_of_the_whole_network_into_its_first_stages(tmp_path):
         "deit_tiny_patch16_224",
     ],
 )
-def test_a_classifier_of_any_family_starts_a_dense_model(name: str):
-    # timm calls the stages of a backbone otherwise than the classifier's, by family.
+def test_classifier_of_any_family_initializes_dense_model(name: str):
+    # timm names backbone stages differently from classifier stages in some families.
     classifier = timm.create_model(name, num_classes=3)
     dense = create_segmenter("semantic_fpn", name, 2, width=16)
     report = load_checkpoint(dense, classifier.state_dict())
@@ -497,8 +497,8 @@ def test_a_classifier_of_any_family_starts_a_dense_model(name: str):
     assert {float(p.double().sum()) for n, p in dense.backbone.body.named_parameters() if n in body} <= values
 
 
-def test_swin_of_small_images_starts_a_dense_model():
-    """Its last window is cut to the map of 2 x 2, and so is its table; a dense model has the window whole."""
+def test_small_image_swin_initializes_dense_model():
+    """The bias table of the clipped 2x2 window is resized to the full window of the dense model."""
     tiny = dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), window_size=4)
     classifier = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, num_classes=3, **tiny)
     name = "layers.3.blocks.0.attn.relative_position_bias_table"
@@ -508,5 +508,5 @@ def test_swin_of_small_images_starts_a_dense_model():
     load_checkpoint(dense, classifier.state_dict())
     resized = dense.backbone.body.state_dict()[name.replace("layers.3", "layers_3")]
     assert table.shape == (9, 1) and resized.shape == (49, 1)
-    assert resized.view(7, 7)[3, 3] == pytest.approx(4, abs=1e-4)  # no offset, as before
+    assert resized.view(7, 7)[3, 3] == pytest.approx(4, abs=1e-4)  # zero offset keeps its value
     assert (resized.view(7, 7).diff(dim=0) > 0).all() and (resized.view(7, 7).diff(dim=1) > 0).all()

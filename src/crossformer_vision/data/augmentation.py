@@ -1,4 +1,4 @@
-"""Augmentation that torchvision does not have, and that of users."""
+"""Augmentation that torchvision lacks, and checks of user-defined augmentation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,19 +8,20 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
+from typing_extensions import override
 
 from crossformer_vision.errors import UserError
 
 Steps = Callable[..., Any] | list[Callable[..., Any]]
 
 
-def composed(steps: Steps) -> Callable[..., Any]:
-    """One callable of a user's augmentation, or of a list of them, whose images are checked."""
+def compose_checked(steps: Steps) -> Callable[..., Any]:
+    """Compose a user-defined augmentation, a callable or a list of them, and check its images."""
     return CheckedAugmentation(steps if callable(steps) else v2.Compose(steps))
 
 
 class CheckedAugmentation:
-    """A user's augmentation; images that it has normalized already are refused.
+    """A user-defined augmentation that must not normalize images.
 
     Args:
         augmentation: Callable from an image, or an image and its target, to the same.
@@ -41,25 +42,23 @@ class CheckedAugmentation:
             low, high = (float(value) for value in image.aminmax())
             if not -0.01 <= low <= high <= 1.01:
                 raise UserError(
-                    f"data.augmentation returned an image of values from {low:.2g} to {high:.2g}. Return "
+                    f"data.augmentation returned an image with values from {low:.2g} to {high:.2g}. Return "
                     "bytes, or floats in 0..1 without normalization, which comes afterwards"
                 )
         return found
 
 
 class PhotometricDistortion(v2.Transform):
-    """Brightness, contrast, saturation and hue, each changed with probability one half.
+    """Changes brightness, contrast, saturation and hue of bytes ``(3, H, W)``, each with probability 1/2.
 
-    As the published segmenters were trained (OpenMMLab's distortion, after SSD, arXiv 1512.02325).
-    torchvision's own scales the brightness, blends with grey, and shuffles the channels.
+    As in the training of the published segmenters (OpenMMLab's distortion, after SSD, arXiv 1512.02325).
+    torchvision's distortion scales the brightness, blends with gray, and permutes channels.
 
     Args:
-        brightness: most that is added, of 255.
-        contrast: least and greatest factor of all values.
-        saturation: least and greatest factor of it, in HSV.
-        hue: greatest turn, of a whole one.
-
-    Shape: bytes (3, H, W) -> the same.
+        brightness: Maximum change, of 255.
+        contrast: Minimum and maximum factor of all values.
+        saturation: Minimum and maximum factor of the saturation in HSV.
+        hue: Maximum rotation of the hue, as a share of the circle.
     """
 
     _transformed_types = (tv_tensors.Image,)
@@ -74,18 +73,20 @@ class PhotometricDistortion(v2.Transform):
         super().__init__()
         self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
 
+    @override
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        def drawn(low: float, high: float) -> float | None:
+        def draw(low: float, high: float) -> float | None:
             return float(torch.empty(1).uniform_(low, high)) if torch.rand(()) < 0.5 else None
 
         return {
-            "brightness": drawn(-self.brightness, self.brightness),
-            "contrast": drawn(*self.contrast),
-            "saturation": drawn(*self.saturation),
-            "hue": drawn(-self.hue, self.hue),
+            "brightness": draw(-self.brightness, self.brightness),
+            "contrast": draw(*self.contrast),
+            "saturation": draw(*self.saturation),
+            "hue": draw(-self.hue, self.hue),
             "contrast_first": bool(torch.rand(()) < 0.5),
         }
 
+    @override
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         x = inpt.as_subclass(Tensor)
         if params["brightness"] is not None:
@@ -102,12 +103,12 @@ class PhotometricDistortion(v2.Transform):
 
 
 def saturate(x: Tensor, factor: float) -> Tensor:
-    """The saturation of HSV times `factor`, at most one; hue and value stay. Bytes (3, H, W) -> the same."""
+    """Multiply the saturation in HSV of bytes ``(3, H, W)`` by a factor. Hue and value stay."""
     values = x.float()
     brightest = values.amax(0, keepdim=True)
     below = brightest - values
-    most = brightest / below.amax(0, keepdim=True).clamp(min=1)  # brings the least channel to zero
-    return _bytes(brightest - below * most.clamp(max=factor))
+    max_factor = brightest / below.amax(0, keepdim=True).clamp(min=1)  # brings the darkest channel to zero
+    return _bytes(brightest - below * max_factor.clamp(max=factor))
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -32,7 +32,13 @@ class ClassList:
 
 
 def value_table(classes: int, first: int = 0, ignored: int = IGNORED) -> NDArray[np.uint8]:
-    """Index by value of class maps that number classes from ``first``; 255 and ``ignored`` are ignored."""
+    """Index by value of class maps that number classes from ``first``; 255 and ``ignored`` are ignored.
+
+    Args:
+        classes: Number of classes.
+        first: Value of the first class.
+        ignored: Further value that is ignored, besides 255.
+    """
     values = np.full(256, UNKNOWN, np.uint8)
     values[first : first + classes] = np.arange(classes)
     values[[IGNORED, ignored]] = IGNORED

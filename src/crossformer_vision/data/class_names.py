@@ -1,10 +1,10 @@
-"""Names of the classes that published weights know."""
+"""Class names of published weights."""
 
 from collections.abc import Sequence
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-# The 150 classes of ADE20K's scene parsing benchmark, by index, as OpenMMLab calls them.
+# The 150 classes of ADE20K's scene parsing benchmark, by index, as in OpenMMLab.
 ADE20K = tuple(
     """wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,
     person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf,
@@ -32,7 +32,12 @@ def coco() -> list[str]:
 
 
 def of_weights(tag: str, count: int) -> Sequence[str]:
-    """The classes of a timm model's weights: ImageNet-1k's from timm, CIFAR-10's; or else numbers."""
+    """Class names of a timm model's weights: ImageNet-1k, CIFAR-10, or else numbers.
+
+    Args:
+        tag: Tag of the weights.
+        count: Number of classes.
+    """
     if count == 1000:
         from timm.data import ImageNetInfo
 

@@ -1,4 +1,4 @@
-"""One image on disk, or in memory, as a person sees it: upright, in RGB, 8 bits."""
+"""Reading of images: upright, RGB, 8 bits. Listing of image files."""
 
 import os
 from array import array
@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from crossformer_vision.errors import UserError
 
-ORIENTATION = 0x0112  # EXIF's tag
+EXIF_ORIENTATION = 0x0112
 # fmt: off
 EXTENSIONS = {
     ".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif", ".jp2", ".ppm", ".pgm",
@@ -21,39 +21,46 @@ EXTENSIONS = {
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether it, or a folder on its way, is what tools leave behind: `.ipynb_checkpoints`, `._x.jpg`, …"""
+    """Whether a path has a hidden component, such as ``.ipynb_checkpoints`` or ``._x.jpg``."""
     return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
 def names_below(folder: Path) -> Iterator[str]:
-    """Names below a folder, with slashes, of all files that are not hidden, sorted; linked folders once."""
-    seen: set[str] = set()
+    """Relative paths of all files below a folder that are not hidden, sorted. Linked folders occur once."""
+    visited: set[str] = set()
 
-    def walk(at: str, before: str) -> Iterator[str]:
-        real = os.path.realpath(at)
-        if real in seen:  # a link to a folder above
+    def walk(directory: str, prefix: str) -> Iterator[str]:
+        real = os.path.realpath(directory)
+        if real in visited:  # a link to a parent folder
             return
-        seen.add(real)
-        with os.scandir(at) as entries:
-            found = sorted((entry.name, entry.is_dir()) for entry in entries)
-        for name, is_folder in found:
+        visited.add(real)
+        with os.scandir(directory) as entries:
+            children = sorted((entry.name, entry.is_dir()) for entry in entries)
+        for name, is_folder in children:
             if name.startswith(".") or name == "__MACOSX":
                 continue
             if is_folder:
-                yield from walk(f"{at}/{name}", f"{before}{name}/")
+                yield from walk(f"{directory}/{name}", f"{prefix}{name}/")
             else:
-                yield before + name
+                yield prefix + name
 
     yield from walk(str(folder), "")
 
 
 def files_below(folder: Path) -> list[Path]:
-    """The files of `names_below`."""
+    """Paths of all files below a folder that are not hidden, sorted."""
     return [folder / name for name in names_below(folder)]
 
 
-class Names(Sequence[str]):
-    """Many strings in one array: a Python object each would be copied into every worker, as it is touched."""
+class StringArray(Sequence[str]):
+    """Immutable sequence of strings in one array.
+
+    Worker processes share its memory. A list of Python strings would be copied into each of them, because
+    reading a string changes its reference count.
+
+    Args:
+        names: Strings.
+    """
 
     def __init__(self, names: Iterable[str]) -> None:
         joined, ends = bytearray(), array("q")
@@ -73,36 +80,36 @@ class Names(Sequence[str]):
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF orientation of an image, 1 to 8; 1, upright, where it has none or its EXIF is damaged."""
+    """EXIF orientation of an image, 1 to 8. 1 (upright) if it is missing or damaged."""
     try:
-        orientation = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # damaged EXIF does not hide the picture
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # an image with damaged EXIF is still readable
         return 1
     return orientation if orientation in range(1, 9) else 1
 
 
-def upright(image: Image.Image, labelled: tuple[int, int] | None = None) -> Image.Image:
-    """The image turned as its EXIF orientation says, as viewers show it.
+def apply_orientation(image: Image.Image, label_size: tuple[int, int] | None = None) -> Image.Image:
+    """Rotate and flip an image by its EXIF orientation, as image viewers do.
 
     Args:
-        image: as PIL has opened it.
-        labelled: width and height that its labels refer to. An image whose stored size alone fits them stays
-            as it is stored.
+        image: Opened image.
+        label_size: Width and height that its labels refer to. If only the stored size matches, the image is
+            returned unchanged.
     """
     orientation = orientation_of(image)
     if orientation == 1:
         return image
-    turned = (image.height, image.width) if orientation >= 5 else image.size
-    if labelled is not None and turned != labelled and image.size == labelled:
+    upright_size = (image.height, image.width) if orientation >= 5 else image.size
+    if label_size is not None and upright_size != label_size and image.size == label_size:
         return image
     return ImageOps.exif_transpose(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The decoded image in RGB: greyscale, palettes, transparency (dropped), 16 and 32 bits, floats too.
+    """Convert an image of any mode to 8-bit RGB. Transparency is dropped.
 
-    Values of more than 8 bits are scaled to 8; PIL would clip them at 255. 32-bit integers and floats have no
-    fixed range: those up to 1 (floats), 255 or 65535 are taken for parts of these.
+    16- and 32-bit values are scaled, whereas PIL clips them at 255. The range of 32-bit integers and floats
+    is guessed from their maximum: 1 (floats only), 255, 65535 or the full range.
     """
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -110,31 +117,31 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
         largest = values.max(initial=0)
         ranges = (1, 255, 65535, 2**32 - 1) if image.mode == "F" else (255, 65535, 2**31 - 1)
-        top = next((top for top in ranges if largest <= top), largest)
-        image = Image.fromarray((values * (255 / top)).round().clip(0, 255).astype(np.uint8))
+        maximum = next((maximum for maximum in ranges if largest <= maximum), largest)
+        image = Image.fromarray((values * (255 / maximum)).round().clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 
-def reason(error: Exception) -> str:
-    """Why an image cannot be read, in some words. Decoders raise errors of any kind."""
+def error_summary(error: Exception) -> str:
+    """Short reason why an image cannot be read. Decoders raise errors of any type."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
-    if isinstance(error, UnidentifiedImageError):  # whose own words repeat the path
-        return "it is of no kind that is known, or damaged"
+    if isinstance(error, UnidentifiedImageError):  # its message would repeat the path
+        return "unknown format, or damaged"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def read(image: Any, name: str) -> Image.Image:
-    """An image, upright and in RGB.
+def load_image(image: Any, name: str) -> Image.Image:
+    """Load an image upright and in RGB.
 
     Args:
-        image: a path, or an image that PIL has opened.
-        name: for errors.
+        image: Path or file, or an opened image.
+        name: Name for error messages.
 
     Raises:
-        UserError: a file that is missing or no image.
+        UserError: If the file is missing or is not an image.
     """
     try:
-        return to_rgb(upright(image if isinstance(image, Image.Image) else Image.open(image)))
+        return to_rgb(apply_orientation(image if isinstance(image, Image.Image) else Image.open(image)))
     except Exception as error:
-        raise UserError(f"{name}: cannot read this image ({reason(error)})") from error
+        raise UserError(f"{name}: cannot read this image ({error_summary(error)})") from error

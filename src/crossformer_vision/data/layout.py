@@ -16,7 +16,7 @@ def infer_task(root: Path) -> tuple[str, str]:
 
     Returns:
         ``"classification"``, ``"detection"`` or ``"segmentation"``, and the reason as the name of what was
-        found. Folders of no known layout are taken for class folders.
+        found. Folders of no known layout are treated as class folders.
 
     Raises:
         UserError: If the layout is one of a detection format that cannot be read.
@@ -39,7 +39,7 @@ def infer_task(root: Path) -> tuple[str, str]:
             f"{root}: {file.relative_to(root)} holds detection labels in Pascal VOC's format, which cannot "
             f"be read. {CONVERT}"
         )
-    return "classification", "its folders are taken for classes"
+    return "classification", "its folders are treated as classes"
 
 
 def has_class_maps(root: Path) -> bool:

@@ -1,6 +1,6 @@
-"""Polygons that are resized, cropped and flipped as such, and drawn once, at an image's last size.
+"""Transform polygons, then rasterize them once in the final size of the image.
 
-Masks drawn at the image's own size and then resized would cost several times as much, and be coarser.
+Rasterizing in the original size and resizing masks would cost several times as much and be coarser.
 """
 
 from typing import Any
@@ -15,27 +15,32 @@ from crossformer_vision.data.readers.coco_masks import decode_mask
 
 
 class Outlines(tv_tensors.KeyPoints):
-    """The corners of all polygons of an image, (corners, 2) x, y.
+    """Corners of all polygons of an image as x, y, shape ``(N, 2)``.
 
-    torchvision flips key points as centres of pixels, of which the last lies at `width - 1`; corners lie at
-    pixels' edges, from 0 to `width`, as those of boxes do.
+    torchvision flips key points as pixel centers, which end at ``width - 1``. Corners lie on pixel edges,
+    from 0 to ``width``, as those of boxes.
     """
 
 
-@functional.register_kernel(functional.horizontal_flip, Outlines)
-def _flipped(corners: Outlines) -> Any:
+@functional.register_kernel(functional.horizontal_flip, Outlines)  # type: ignore[untyped-decorator]
+def _flip_horizontally(corners: Outlines) -> Any:
     x, y = corners.as_subclass(Tensor).unbind(1)
     return tv_tensors.wrap(torch.stack([corners.canvas_size[1] - x, y], 1), like=corners)
 
 
-@functional.register_kernel(functional.vertical_flip, Outlines)
-def _upside_down(corners: Outlines) -> Any:
+@functional.register_kernel(functional.vertical_flip, Outlines)  # type: ignore[untyped-decorator]
+def _flip_vertically(corners: Outlines) -> Any:
     x, y = corners.as_subclass(Tensor).unbind(1)
     return tv_tensors.wrap(torch.stack([x, corners.canvas_size[0] - y], 1), like=corners)
 
 
-def outlines_of(shapes: list[list[list[float]]], canvas: tuple[int, int]) -> Outlines:
-    """The corners of objects' polygons, as COCO has them, one after another."""
+def create_outlines(shapes: list[list[list[float]]], canvas: tuple[int, int]) -> Outlines:
+    """Corners of the polygons of objects.
+
+    Args:
+        shapes: Polygons of each object, as in COCO files.
+        canvas: Height and width of the image.
+    """
     corners = np.concatenate([np.zeros(0), *(np.asarray(polygon) for shape in shapes for polygon in shape)])
     return Outlines(torch.from_numpy(corners.astype(np.float32)).view(-1, 2), canvas_size=canvas)
 
@@ -69,30 +74,39 @@ def clip_polygon(polygon: list[float], width: int, height: int) -> list[float]:
 
 
 def clip_shape(shape: list[list[float]], width: int, height: int) -> list[list[float]]:
-    """The parts of an object's polygons inside its image; the polygons as they are if none is."""
+    """Parts of an object's polygons inside the image; the polygons themselves if no part is inside.
+
+    Args:
+        shape: Polygons as ``[x1, y1, x2, y2, ...]`` in pixels.
+        width: Width of the image.
+        height: Height of the image.
+    """
     clipped = [clip_polygon(polygon, width, height) for polygon in shape]
     return [polygon for polygon in clipped if len(polygon) >= 6] or shape
 
 
-def drawn(
+def rasterize(
     corners: Tensor, shapes: list[list[list[float]]], objects: list[int], size: tuple[int, int]
 ) -> Tensor:
-    """Masks (n, H, W) of 0 and 1 of some objects.
+    """Rasterize the polygons of objects.
 
     Args:
-        corners: of `outlines_of`, transformed.
-        shapes: the polygons as they were, for how many corners each has.
-        objects: numbers of those that are drawn.
-        size: H, W of the image now.
+        corners: Transformed corners of ``create_outlines``.
+        shapes: Polygons before the transform, for their numbers of corners.
+        objects: Indices of the objects to rasterize.
+        size: Height and width of the image.
+
+    Returns:
+        Masks of 0 and 1, shape ``(len(objects), H, W)``.
     """
     counts = [sum(len(polygon) for polygon in shape) // 2 for shape in shapes]
     first = np.cumsum([0, *counts])
-    of_all = corners.numpy()
+    points = corners.numpy()
     H, W = size
     masks = np.zeros((len(objects), H, W), np.uint8)
     for mask, n in zip(masks, objects, strict=True):
-        own = of_all[first[n] : first[n + 1]]
-        # Within its box alone: most objects are small beside the image.
+        own = points[first[n] : first[n + 1]]
+        # Only within its box, since most objects are small.
         left, top = np.floor(own.min(0)).astype(int).clip(0, (W, H)).tolist()
         right, bottom = (np.ceil(own.max(0)).astype(int) + 1).clip(0, (W, H)).tolist()
         if right <= left or bottom <= top:

@@ -1,4 +1,4 @@
-"""Exported networks in 8 bits for CPUs, by NNCF: quantised after training, with ranges that images show."""
+"""Post-training quantization of exported networks to 8 bits for CPUs, by NNCF."""
 
 import json
 from pathlib import Path
@@ -8,52 +8,61 @@ import torch
 from torch import Tensor
 
 from crossformer_vision.errors import UserError
-from crossformer_vision.inference.exported import KEY, OpenVinoNetwork
+from crossformer_vision.export.formats import Metadata
+from crossformer_vision.inference.exported import METADATA_KEY, OpenVinoRuntime
 from crossformer_vision.inference.files import find_images
 from crossformer_vision.inference.predictor import Predictor
+from crossformer_vision.models.grouping import ceil_div
 
-IMAGES = 300  # of which ranges are taken
+MAX_IMAGES = 300  # images that value ranges are measured on
 
 
-def recorded(predictor: Predictor, folder: str) -> list[Tensor]:
-    """What a network is given of the images of a folder, evenly chosen: (B, 3, H, W) each.
+def record_inputs(predictor: Predictor, folder: str) -> list[Tensor]:
+    """Inputs that the network gets for images of a folder, evenly spread over it.
+
+    Args:
+        predictor: Predictor of the network.
+        folder: Folder of images.
+
+    Returns:
+        Normalized images, shape ``(B, 3, H, W)`` each.
 
     Raises:
-        UserError: no image there, or one that cannot be read.
+        UserError: If there is no image, or one cannot be read.
     """
-    found = [str(file) for file, _ in find_images([folder])]
-    given: list[Tensor] = []
-    hook = predictor.net.register_forward_pre_hook(lambda _, args: given.append(args[0].cpu()))
+    files = [str(file) for file, _ in find_images([folder])]
+    inputs: list[Tensor] = []
+    hook = predictor.net.register_forward_pre_hook(lambda _, args: inputs.append(args[0].cpu()))
     try:
-        for file in found[:: -(-len(found) // IMAGES)]:
+        for file in files[:: ceil_div(len(files), MAX_IMAGES)]:
             predictor(file)
     finally:
         hook.remove()
-    return given
+    return inputs
 
 
-def quantize(path: Path, predictor: Predictor, inputs: list[Tensor], said: dict[str, Any]) -> dict[str, Any]:
-    """Turn an exported OpenVINO network, `path`, into one that computes in 8 bits what gains by it.
+def quantize(path: Path, predictor: Predictor, inputs: list[Tensor], metadata: Metadata) -> dict[str, Any]:
+    """Quantize an OpenVINO file in place, where it is faster in 8 bits.
 
     Args:
-        inputs: of `recorded`.
-        said: what the file says of itself.
+        path: The ``.xml`` file.
+        predictor: Predictor of the PyTorch model.
+        inputs: Inputs from ``record_inputs``, whose value ranges are used.
+        metadata: What the file tells about the network.
 
     Returns:
-        `layers`, how many convolutions and matrix products are in 8 bits, of `all_layers`;
-        `images`, how many the ranges come from; `agreement`, the share of them, or of their pixels, whose
-        class stays.
+        ``layers``: convolutions and matrix products in 8 bits, of ``all_layers``; ``images``: number of
+        inputs; ``agreement``: share of them, or of their pixels, whose class stays the same.
 
     Raises:
-        UserError: nothing was quantised.
+        UserError: If no layer was quantized, or the network does not run on this CPU.
     """
     import nncf
     import openvino
 
     nncf.set_log_level("ERROR")
     core = openvino.Core()
-    core.set_property({"ENABLE_MMAP": False})  # or the file that is written over would be in use
-    data = nncf.Dataset(inputs, lambda x: {"images": x.numpy()})
+    core.set_property({"ENABLE_MMAP": False})  # the file is overwritten while the network is open
     network = core.read_model(path)
     # Quantized depthwise convolutions, as in ACL, run at one image size only (OpenVINO 2026.4: "Eltwise shape
     # infer input shapes dim index: 1 mismatch").
@@ -62,41 +71,51 @@ def quantize(path: Path, predictor: Predictor, inputs: list[Tensor], said: dict[
     ]
     model = nncf.quantize(
         network,
-        data,
+        nncf.Dataset(inputs, lambda x: {"images": x.numpy()}),
         subset_size=len(inputs),
         model_type=nncf.ModelType.TRANSFORMER,
         ignored_scope=nncf.IgnoredScope(names=depthwise, validate=False),
     )
-    layers = [
-        op for op in model.get_ops() if op.get_type_name() in ("MatMul", "Convolution", "GroupConvolution")
-    ]
-    quantised = [op for op in layers if op.input_value(0).get_node().get_type_name() == "FakeQuantize"]
-    if not quantised:
-        raise UserError("no layer of this network was quantised")
-    model.set_rt_info(json.dumps(said), [KEY])
+    kinds = ("MatMul", "Convolution", "GroupConvolution")
+    layers = [op for op in model.get_ops() if op.get_type_name() in kinds]
+    quantized = [op for op in layers if op.input_value(0).get_node().get_type_name() == "FakeQuantize"]
+    if not quantized:
+        raise UserError("no layer of this network was quantized")
+    model.set_rt_info(json.dumps(metadata), [METADATA_KEY])
     openvino.save_model(model, path, compress_to_fp16=False)
-    call = OpenVinoNetwork(path)
-    check_sizes(call, inputs[0], path)
+    runtime = OpenVinoRuntime(path)
+    check_sizes(runtime, inputs[0], path)
+    return {
+        "layers": len(quantized),
+        "all_layers": len(layers),
+        "images": len(inputs),
+        "agreement": measure_agreement(runtime, predictor, inputs),
+    }
+
+
+def measure_agreement(runtime: OpenVinoRuntime, predictor: Predictor, inputs: list[Tensor]) -> float:
+    """Share of images, or of their pixels, that get the same class from both networks.
+
+    Args:
+        runtime: Quantized network.
+        predictor: Predictor of the original network.
+        inputs: Normalized images.
+    """
     same = total = 0
     for images in inputs:
         with torch.no_grad():
             expected = predictor.net(images)
-        one = expected.argmax(1) == call(images)[0].argmax(1)
-        same, total = same + int(one.sum()), total + one.numel()
-    return {
-        "layers": len(quantised),
-        "all_layers": len(layers),
-        "images": len(inputs),
-        "agreement": same / total,
-    }
+        is_same = expected.argmax(1) == runtime(images)[0].argmax(1)
+        same, total = same + int(is_same.sum()), total + is_same.numel()
+    return same / total
 
 
-def check_sizes(call: OpenVinoNetwork, images: Tensor, path: Path) -> None:
+def check_sizes(runtime: OpenVinoRuntime, images: Tensor, path: Path) -> None:
     """Run a quantized network at several sizes and batch sizes. OpenVINO may fail at all but the first.
 
     Args:
-        call: The quantized network.
-        images: Images that it was quantized with, ``(B, 3, H, W)``.
+        runtime: The quantized network.
+        images: Images that it was quantized with, shape ``(B, 3, H, W)``.
         path: File of the network, for the message.
 
     Raises:
@@ -105,11 +124,11 @@ def check_sizes(call: OpenVinoNetwork, images: Tensor, path: Path) -> None:
     height, width = images.shape[2:]
     for batch, h, w in ((1, height, width), (2, height + 33, width + 66), (1, 2 * height, 2 * width)):
         try:
-            finite = all(bool(torch.isfinite(out).all()) for out in call(torch.rand(batch, 3, h, w)))
-            reason = "an output is not finite"
+            outputs = runtime(torch.rand(batch, 3, h, w))
+            is_finite, reason = all(bool(torch.isfinite(x).all()) for x in outputs), "an output is not finite"
         except RuntimeError as error:
-            finite, reason = False, str(error).strip().splitlines()[-1]
-        if not finite:
+            is_finite, reason = False, str(error).strip().splitlines()[-1]
+        if not is_finite:
             raise UserError(
                 f"{path.name}: the 8-bit network fails on this CPU at {batch}x3x{h}x{w} ({reason}). "
                 "Export it without --int8"

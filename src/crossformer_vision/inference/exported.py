@@ -1,4 +1,4 @@
-"""Files of `crossformer export` as networks to predict with."""
+"""Files of ``crossformer export`` as networks to predict with."""
 
 import json
 from pathlib import Path
@@ -7,15 +7,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from crossformer_vision.errors import UserError
-from crossformer_vision.models.dense.openmmlab import Transform
+from crossformer_vision.errors import UserError, error_line, missing_extra
+from crossformer_vision.inference.predictor import ModelInfo
+from crossformer_vision.models.dense.transform import DetectorTransform
 
-KEY = "crossformer_vision"  # of what a file says of itself
+METADATA_KEY = "crossformer_vision"  # of the metadata in an exported file
 
 
-class OnnxNetwork(nn.Module):
-    """An ONNX file as a network on the CPU, by ONNX Runtime."""
+class OnnxRuntime(nn.Module):
+    """An ONNX file, executed by ONNX Runtime on the CPU.
+
+    Args:
+        path: The file.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -25,18 +31,24 @@ class OnnxNetwork(nn.Module):
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
-    def said(self) -> str | None:
-        return self.session.get_modelmeta().custom_metadata_map.get(KEY)
+    def metadata(self) -> str | None:
+        """JSON that ``crossformer export`` has stored in the file, if any."""
+        text: str | None = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        return text
 
+    @override
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        found = self.session.run(None, {"images": np.ascontiguousarray(images.cpu().numpy())})
-        return tuple(map(torch.from_numpy, found))
+        outputs = self.session.run(None, {"images": np.ascontiguousarray(images.cpu().numpy())})
+        return tuple(map(torch.from_numpy, outputs))
 
 
-class OpenVinoNetwork(nn.Module):
-    """An OpenVINO file as a network on the CPU.
+class OpenVinoRuntime(nn.Module):
+    """An OpenVINO file, executed on the CPU.
 
-    It computes in float32: left to itself OpenVINO takes bfloat16 where the CPU has it.
+    It computes in float32: by default OpenVINO uses bfloat16 if the CPU has it.
+
+    Args:
+        path: The ``.xml`` file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,72 +59,103 @@ class OpenVinoNetwork(nn.Module):
         self.model = core.read_model(path)
         self.compiled = core.compile_model(self.model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
-    def said(self) -> str | None:
-        return str(self.model.get_rt_info([KEY]).value) if self.model.has_rt_info([KEY]) else None
+    def metadata(self) -> str | None:
+        """JSON that ``crossformer export`` has stored in the file, if any."""
+        has_metadata = self.model.has_rt_info([METADATA_KEY])
+        return str(self.model.get_rt_info([METADATA_KEY]).value) if has_metadata else None
 
+    @override
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        request = self.compiled.create_infer_request()  # a call of its own, from any thread
-        found = request.infer({"images": np.ascontiguousarray(images.cpu().numpy())})
-        return tuple(torch.from_numpy(found[output].copy()) for output in self.compiled.outputs)
+        request = self.compiled.create_infer_request()  # one per call, so that threads can share the network
+        outputs = request.infer({"images": np.ascontiguousarray(images.cpu().numpy())})
+        return tuple(torch.from_numpy(outputs[output].copy()) for output in self.compiled.outputs)
 
 
-class OneOutput(nn.Module):
-    """An exported classifier or segmenter: (B, 3, H, W) -> logits."""
+Runtime = OnnxRuntime | OpenVinoRuntime
 
-    def __init__(self, network: nn.Module) -> None:
+
+class ExportedNetwork(nn.Module):
+    """An exported classifier or segmenter.
+
+    Args:
+        runtime: Runtime of the graph.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
         super().__init__()
-        self.network = network
+        self.runtime = runtime
 
+    @override
     def forward(self, images: Tensor) -> Tensor:
-        (logits,) = self.network(images)
-        found: Tensor = logits
-        return found
+        (logits,) = self.runtime(images)
+        return logits
 
 
 class ExportedDetector(nn.Module):
-    """An exported detector with the ways of those in torch: images of any size, objects in their pixels."""
+    """An exported detector with the interface of torchvision's: images of any size, objects in their pixels.
 
-    def __init__(self, network: nn.Module, image: dict[str, Any]) -> None:
+    Args:
+        runtime: Runtime of the graph.
+        image: Resizing and normalization of images.
+    """
+
+    def __init__(self, runtime: Runtime, image: dict[str, Any]) -> None:
         super().__init__()
-        self.network = network
-        self.transform = Transform(image["min_size"], image["max_size"], image["mean"], image["std"])
+        self.runtime = runtime
+        self.transform = DetectorTransform(image["min_size"], image["max_size"], image["mean"], image["std"])
         self.eval()
 
+    @override
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         results = []
         for image in images:
             resized, _ = self.transform.resize(self.transform.normalize(image))
-            found = dict(
-                zip(("boxes", "labels", "scores", "masks"), self.network(resized[None]), strict=False)
-            )
-            there = found["scores"][0] > 0
-            one = {name: value[0][there] for name, value in found.items()}
-            if "masks" in one:
-                one["masks"] = one["masks"][:, None]
+            outputs = dict(zip(("boxes", "labels", "scores", "masks"), self.runtime(resized[None])))
+            is_object = outputs["scores"][0] > 0
+            objects = {name: value[0][is_object] for name, value in outputs.items()}
+            if "masks" in objects:
+                objects["masks"] = objects["masks"][:, None]
             size = (int(image.shape[1]), int(image.shape[2]))
-            of_resized = (int(resized.shape[1]), int(resized.shape[2]))
-            results += self.transform.postprocess([one], [of_resized], [size])
+            resized_size = (int(resized.shape[1]), int(resized.shape[2]))
+            results += self.transform.postprocess([objects], [resized_size], [size])
         return results
 
 
-def read_exported(path: Path) -> dict[str, Any]:
-    """An exported file in the form of a run's checkpoint, with its network.
+def load_exported(path: Path) -> tuple[nn.Module, ModelInfo]:
+    """Load an exported file.
+
+    Args:
+        path: ``.onnx`` file or OpenVINO's ``.xml``.
+
+    Returns:
+        The network, and what the file tells about it.
 
     Raises:
-        UserError: a file that is damaged, or not of `export`; a library that is not installed.
+        UserError: If the file is damaged or not from ``crossformer export``, or its runtime is not installed.
     """
+    runtime: Runtime
     try:
-        network = OnnxNetwork(path) if path.suffix == ".onnx" else OpenVinoNetwork(path)
-        content = json.loads(network.said() or "{}")
+        runtime = OnnxRuntime(path) if path.suffix == ".onnx" else OpenVinoRuntime(path)
+        content = json.loads(runtime.metadata() or "{}")
     except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed: pip install 'crossformer-vision[export]'") from None
-    except Exception as error:  # of other libraries
-        line = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise UserError(f"{path}: cannot be read as an exported network ({line})") from None
+        raise missing_extra(error, "export") from None
+    except Exception as error:  # runtimes raise errors of any kind
+        raise UserError(f"{path}: cannot be read as an exported network ({error_line(error)})") from None
     if not isinstance(content, dict) or "task" not in content:
-        raise UserError(f"{path}: does not say what it is; predict takes files of crossformer export")
+        raise UserError(f"{path}: has no metadata of crossformer export, and so cannot be used to predict")
     if content["task"] == "features":
-        raise UserError(f"{path}: holds the features of a backbone, from which nothing is predicted")
-    if content["task"] == "detection":
-        return {**content, "net": ExportedDetector(network, content["image"])}
-    return {**content, "net": OneOutput(network)}
+        raise UserError(f"{path}: returns feature maps of a backbone, which predict nothing by themselves")
+    info = ModelInfo(
+        task=content["task"],
+        classes=content["classes"],
+        source=str(path),
+        image=content.get("image") or {},
+        category_ids=content.get("category_ids") or None,
+        values=content.get("values") or None,
+        test=content.get("test") or {},
+        test_scales=tuple(content.get("test_scales") or (1.0,)),
+        min_score=content.get("min_score") or 0.0,
+    )
+    if info.task == "detection":
+        return ExportedDetector(runtime, info.image), info
+    return ExportedNetwork(runtime), info

@@ -1,7 +1,6 @@
-"""Predicting files, folders and videos: pictures and results below a folder of their own."""
+"""Predict files, folders and videos, and write pictures and results."""
 
 import glob
-import itertools
 import json
 import logging
 import os
@@ -11,386 +10,324 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
 
-from crossformer_vision.data import images
-from crossformer_vision.data.readers.coco_json import coco_id
-from crossformer_vision.errors import UserError
+from crossformer_vision.data.images import EXTENSIONS, error_summary, files_below
+from crossformer_vision.errors import UserError, counted
 from crossformer_vision.inference import video
-from crossformer_vision.inference.predictor import Predictor
-from crossformer_vision.inference.results import Result, Segmented
+from crossformer_vision.inference.inputs import open_image
+from crossformer_vision.inference.output import (
+    MANIFEST,
+    CocoIds,
+    OutputFolder,
+    earlier_predictions,
+    print_line,
+    write_results,
+)
+from crossformer_vision.inference.predictor import NamedImage, Predictor
+from crossformer_vision.inference.results import Result, SegmentationResult
 
 log = logging.getLogger("crossformer_vision")
 
-LARGEST = 2048  # longer side of a picture that is written, in pixels
-DRAWING = 4  # pictures that wait for a thread to draw them, in memory
-OURS = ".crossformer-predictions"  # in a folder of predictions: the files that the last call wrote
-
-
-def _written(folder: Path) -> list[Path]:
-    """The files of earlier predictions in a folder, if it is one of predictions."""
-    try:
-        lines = (folder / OURS).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return []
-    paths = [folder / line for line in lines if line]
-    return [path for path in paths if path.resolve().is_relative_to(folder.resolve())]
+MAX_SIDE = 2048  # longer side of pictures that are written, in pixels
+MAX_WAITING = 4  # pictures in memory that wait for a thread to draw them
+READERS = 4  # threads that read and draw images
+SUFFIXES = EXTENSIONS | video.EXTENSIONS
 
 
 def find_images(paths: Iterable[str]) -> Iterator[tuple[Path, Path]]:
-    """(file, its name below the folder that was given) of images and videos, sorted; folders, patterns too.
+    """Find images and videos in files, folders and patterns. Skips hidden files and earlier predictions.
 
-    In folders, what is hidden and what earlier predictions drew is left out.
+    Args:
+        paths: Paths and patterns.
+
+    Yields:
+        Each file, sorted within a folder, and its path below the folder.
+
+    Raises:
+        UserError: If a path does not exist or has no images.
     """
-    known = images.EXTENSIONS | video.EXTENSIONS
     for text in paths:
         path = Path(text)
-        if glob.has_magic(text) and not path.exists():  # a shell leaves patterns alone that are quoted
-            matches = [Path(match) for match in sorted(glob.glob(text, recursive=True))]  # noqa: PTH207
-            matches = [match for match in matches if match.is_file() and match.suffix.lower() in known]
-            if not matches:
-                raise UserError(f"{text}: no image or video has such a name")
-            yield from ((match, Path(match.name)) for match in matches)
-            continue
-        if path.is_dir():
-            drawn = {file.resolve() for mark in path.rglob(OURS) for file in _written(mark.parent)}
-            files = [
-                p for p in images.files_below(path) if p.suffix.lower() in known and p.resolve() not in drawn
-            ]
-            if not files:
-                raise UserError(f"{path}: no images in this folder")
-            yield from ((p, p.relative_to(path)) for p in files)
+        if glob.has_magic(text) and not path.exists():
+            yield from _match_pattern(text)
+        elif path.is_dir():
+            yield from _search_folder(path)
         elif path.exists():
             yield path, Path(path.name)
         else:
             raise UserError(f"{path}: no such file or folder")
 
 
-def say(text: str) -> None:
-    """Print a line; where nobody listens any more, as after `| head`, the work goes on."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _match_pattern(pattern: str) -> Iterator[tuple[Path, Path]]:
+    """Files that match a quoted pattern, which the shell has not expanded."""
+    matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
+    matches = [match for match in matches if match.is_file() and match.suffix.lower() in SUFFIXES]
+    if not matches:
+        raise UserError(f"{pattern}: matches no image or video")
+    yield from ((match, Path(match.name)) for match in matches)
 
 
-def were(count: int) -> str:
-    return "was" if count == 1 else "were"
+def _search_folder(folder: Path) -> Iterator[tuple[Path, Path]]:
+    predictions = {
+        file.resolve() for mark in folder.rglob(MANIFEST) for file in earlier_predictions(mark.parent)
+    }
+    files = [path for path in files_below(folder) if path.suffix.lower() in SUFFIXES]
+    files = [path for path in files if path.resolve() not in predictions]
+    if not files:
+        raise UserError(f"{folder}: no images in this folder")
+    yield from ((path, path.relative_to(folder)) for path in files)
 
 
-class CocoIds:
-    """Ids and file names of images as a COCO file has them that lies beside them, or else numbered from 1.
+class ImagePrefetcher:
+    """Reads images in threads while the network is busy.
 
-    Looked for where the data of a training are: `<folder>/_annotations.coco.json`, or
-    `annotations/instances_<split>.json` beside the folder or one above it. Where files of several splits have
-    one id, all are numbered.
+    Args:
+        pool: Threads.
+        batch_size: Images per batch.
+        files: Files and their names.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.known: dict[Path, tuple[Any, str]] = {}
-        folders: set[Path] = set()
-        for file in files:
-            folders |= set(list(file.parents)[:4])
-        for folder in sorted(folders):
-            near = (folder.parent, folder.parent.parent)
-            for path in (
-                folder / "_annotations.coco.json",
-                *(above / "annotations" / f"instances_{folder.resolve().name}.json" for above in near),
-            ):
-                if path.is_file():
-                    self._read(path, folder)
-        taken = [self.known[file][0] for file in files if file in self.known]
-        if len(set(taken)) < len(taken):
-            log.warning(
-                "several of these images have one id in their COCO files: they are numbered anew, from 1"
-            )
-            self.known, taken = {}, []
-        self.number = itertools.count(1 + max((i for i in taken if isinstance(i, int)), default=0))
-
-    def _read(self, path: Path, folder: Path) -> None:
-        try:
-            images = json.loads(path.read_bytes())["images"]
-            self.known |= {folder / i["file_name"]: (coco_id(i["id"]), i["file_name"]) for i in images}
-        except (OSError, ValueError, KeyError, TypeError):  # not what training reads; no reason to stop
-            return
-
-    def of(self, file: Path, name: Path) -> dict[str, Any]:
-        known = self.known.get(file)
-        number, file_name = known if known else (next(self.number), name.as_posix())
-        return {"id": number, "file_name": file_name}
-
-
-class OutFolder:
-    """A folder of predictions, in which nothing that is not ours is written over.
-
-    What the last call wrote there is removed at the start, so that the results of two calls do not mix.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            earlier = [path for path in _written(folder) if path.is_file()]
-            for path in earlier:
-                path.unlink()
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be a folder of predictions ({error.strerror})") from None
-        if len(earlier) > 1:  # the mark itself is no file of the person's
-            say(f"replaces the {len(earlier)} files of an earlier call in {folder}; --out names another")
-        self.mark = (folder / OURS).open("w", encoding="utf-8", errors="surrogateescape")
-
-    def claim(self, name: str | Path) -> Path:
-        """A path below the folder that no file has, of this name or with a number behind it."""
-        wanted = self.folder / name
-        path, n = wanted, 1
-        while path.exists():
-            n += 1
-            path = wanted.with_name(f"{wanted.stem}-{n}{wanted.suffix}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.mark.write(f"{path.relative_to(self.folder)}\n")
-        self.mark.flush()
-        path.touch()
-        return path
-
-
-class Ready:
-    """Images that threads read while the network is at work, in order: (file, name, picture or error)."""
-
-    def __init__(
-        self, pool: ThreadPoolExecutor, predictor: Predictor, files: Iterable[tuple[Path, Path]]
-    ) -> None:
-        self.pool, self.predictor = pool, predictor
+    def __init__(self, pool: ThreadPoolExecutor, batch_size: int, files: Iterable[tuple[Path, Path]]) -> None:
+        self.pool, self.batch_size = pool, batch_size
         self.files = iter(files)
-        self.waiting: deque[tuple[Path, Path, Future[Any]]] = deque()
+        self.pending: deque[tuple[Path, Path, Future[NamedImage | UserError | None]]] = deque()
 
-    def __iter__(self) -> Iterator[list[tuple[Path, Path, Any]]]:
-        """As many as the network takes at once; of a video None, as it is read frame by frame."""
-        size = self.predictor.together
+    def __iter__(self) -> Iterator[list[tuple[Path, Path, NamedImage | UserError | None]]]:
+        """Batches of file, name, and image or error; ``None`` for a video, which is read frame by frame."""
         while True:
-            while len(self.waiting) < 2 * size and (found := next(self.files, None)):
-                self.waiting.append((*found, self.pool.submit(self._read, found[0])))
-            if not self.waiting:
+            while len(self.pending) < 2 * self.batch_size and (item := next(self.files, None)):
+                self.pending.append((*item, self.pool.submit(read_file, item[0])))
+            if not self.pending:
                 return
-            batch: list[tuple[Path, Path, Any]] = []
-            while self.waiting and len(batch) < size:
-                file, name, reading = self.waiting.popleft()
-                batch.append((file, name, reading.result()))
-            yield batch
-
-    def _read(self, file: Path) -> Any:
-        if file.suffix.lower() in video.EXTENSIONS:
-            return None
-        try:
-            note_pages(file)
-            return self.predictor.opened(file)
-        except Exception as error:  # of this image; the rest is done
-            return _named(error, file)
+            count = min(self.batch_size, len(self.pending))
+            batch = [self.pending.popleft() for _ in range(count)]
+            yield [(file, name, future.result()) for file, name, future in batch]
 
 
-def note_pages(file: Path) -> None:
-    """Warn about an image of several pages or frames, of which the first is predicted."""
+def read_file(file: Path) -> NamedImage | UserError | None:
+    """An image and its name, an error, or ``None`` for a video."""
+    if file.suffix.lower() in video.EXTENSIONS:
+        return None
+    try:
+        warn_about_pages(file)
+        return open_image(file)
+    except Exception as error:  # decoders raise errors of any kind
+        return as_user_error(error, file)
+
+
+def warn_about_pages(file: Path) -> None:
+    """Warn about an image with several pages or frames, of which only the first is predicted."""
     if file.suffix.lower() not in (".tif", ".tiff", ".gif", ".webp"):
         return
     try:
         with Image.open(file) as image:
             pages = int(getattr(image, "n_frames", 1))
-    except Exception:  # reading the image will name it
+    except Exception:  # reported when the image is read
         return
     if pages > 1:
         log.warning("%s: has %d pages or frames; the first one is predicted", file, pages)
 
 
-def _named(error: Exception, file: Path) -> UserError:
-    return error if isinstance(error, UserError) else UserError(f"{file}: {images.reason(error)}")
+def as_user_error(error: Exception, file: Path) -> UserError:
+    """An error that names the file."""
+    return error if isinstance(error, UserError) else UserError(f"{file}: {error_summary(error)}")
 
 
-def _results(predictor: Predictor, opened: list[tuple[Image.Image, str]]) -> list[Any]:
-    """The results of a batch; if it fails, of each image by itself, or its error."""
+def predict_batch(predictor: Predictor, images: list[NamedImage]) -> list[Result | UserError]:
+    """Results of a batch. If it fails, each image is predicted by itself and gets its result or error."""
+    if not images:
+        return []
     try:
-        return list(predictor.results(opened))
+        return list(predictor.predict(images))
     except Exception as error:
-        if len(opened) == 1:
-            return [_named(error, Path(opened[0][1]))]
-        return [_results(predictor, [one])[0] for one in opened]
+        if len(images) == 1:
+            return [as_user_error(error, Path(images[0][1]))]
+        return [predict_batch(predictor, [image])[0] for image in images]
 
 
-class Writer:
-    """What becomes of results: pictures, class maps, a line of JSON each, a line for the person.
+class ResultWriter:
+    """Writes pictures, class maps and JSON, and prints one line per result.
 
     Args:
-        out: the folder; None to write nothing.
-        pictures: draw them.
-        as_json: print results as JSON, one a line, in place of words.
-        ids: of the images, for detections.
+        pool: Threads that draw pictures.
+        output_dir: Output folder. ``None`` to write nothing.
+        draw_pictures: Whether to draw pictures.
+        print_json: Print JSON instead of text.
+        ids: Ids of the images, for detections.
     """
 
     def __init__(
-        self, pool: ThreadPoolExecutor, out: Path | None, pictures: bool, as_json: bool, ids: CocoIds | None
+        self,
+        pool: ThreadPoolExecutor,
+        output_dir: Path | None,
+        draw_pictures: bool,
+        print_json: bool,
+        ids: CocoIds | None,
     ) -> None:
-        self.pool, self.pictures, self.as_json, self.ids = pool, pictures, as_json, ids
-        self.folder = OutFolder(out) if out else None
+        self.pool, self.draw_pictures, self.print_json, self.ids = pool, draw_pictures, print_json, ids
+        self.folder = OutputFolder(output_dir) if output_dir else None
         self.lines = self.folder.claim("predictions.jsonl") if self.folder else None
         self.stream = (
             self.lines.open("w", encoding="utf-8", errors="backslashreplace") if self.lines else None
         )
-        self.drawing: deque[Future[None]] = deque()
-        self.done = 0
+        self.pending: deque[Future[None]] = deque()
+        self.count = 0
 
     def add(self, result: Result, file: Path, name: Path) -> None:
-        """A result of an image."""
-        if self.folder and self.pictures:
-            jpeg = file.suffix.lower() in (".jpg", ".jpeg")
-            picture = self.folder.claim(name.with_suffix(".jpg" if jpeg else ".png"))
-            class_map = None
-            if isinstance(result, Segmented):
-                below = picture.relative_to(self.folder.folder).with_suffix(".png")
-                class_map = self.folder.claim(Path("class_maps") / below)
-            self.drawing.append(self.pool.submit(draw, result, picture, class_map))
-            while len(self.drawing) > DRAWING:
-                self.drawing.popleft().result()
-        self.say(result, file, name, {})
+        """Draw, write and print the result of an image.
 
-    def say(self, result: Result, file: Path, name: Path, more: dict[str, Any]) -> None:
-        """A result's lines; `more` goes into its JSON."""
-        self.done += 1
-        content = result.to_dict() | more
+        Args:
+            result: The result.
+            file: Image file.
+            name: Its path below the folder that is predicted.
+        """
+        if self.folder and self.draw_pictures:
+            is_jpeg = file.suffix.lower() in (".jpg", ".jpeg")
+            picture = self.folder.claim(name.with_suffix(".jpg" if is_jpeg else ".png"))
+            class_map = None
+            if isinstance(result, SegmentationResult):
+                below = picture.relative_to(self.folder.path).with_suffix(".png")
+                class_map = self.folder.claim(Path("class_maps") / below)
+            self.pending.append(self.pool.submit(save_pictures, result, picture, class_map))
+            while len(self.pending) > MAX_WAITING:
+                self.pending.popleft().result()
+        self.add_line(result, file, name)
+
+    def add_line(self, result: Result, file: Path, name: Path, **extra: Any) -> None:
+        """Write and print a result without a picture.
+
+        Args:
+            result: The result.
+            file: Image or video file.
+            name: Name of the image.
+            **extra: Further values for the JSON.
+        """
+        self.count += 1
+        content = {**result.to_dict(), **extra}
         if self.ids is not None:
-            content |= self.ids.of(file, name)
+            content |= self.ids.entry(file, name)
         line = json.dumps(content, ensure_ascii=False)
         if self.stream:
             self.stream.write(line + "\n")
             self.stream.flush()
-        say(line if self.as_json else str(result))
+        print_line(line if self.print_json else str(result))
 
     def close(self, predictor: Predictor) -> None:
-        """Put the results in place."""
-        for drawn in self.drawing:
-            drawn.result()
+        """Finish pictures and write ``predictions.json``."""
+        for future in self.pending:
+            future.result()
         if not (self.folder and self.stream and self.lines):
             return
         self.stream.close()
-        if self.done:
+        if self.count:
             target = self.folder.claim("predictions.json")
-            with target.open("w", encoding="utf-8", errors="backslashreplace") as whole:
-                write_results(self.lines, whole, predictor.classes, predictor.category_ids)
-            if not self.as_json:
-                pictures = f"{self.done} picture{'s' * (self.done != 1)} and " if self.pictures else ""
-                say(f"{pictures}{target.name} in {self.folder.folder}")
+            with target.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+                write_results(self.lines, stream, predictor.classes, predictor.info.category_ids)
+            if not self.print_json:
+                pictures = f"{counted(self.count, 'picture')} and " if self.draw_pictures else ""
+                print_line(f"{pictures}{target.name} in {self.folder.path}")
         self.lines.unlink()
 
 
-def draw(result: Result, picture: Path, class_map: Path | None) -> None:
-    drawn = result.plot()
-    drawn.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-    drawn.save(picture, quality=90)  # of JPEG; PNG has none
-    if class_map and isinstance(result, Segmented):
+def save_pictures(result: Result, picture: Path, class_map: Path | None) -> None:
+    """Save the plot of a result, and its class map.
+
+    Args:
+        result: The result.
+        picture: File of the plot.
+        class_map: File of the class map, for segmentation.
+    """
+    plot = result.plot()
+    plot.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    plot.save(picture, quality=90)  # of JPEG
+    if class_map and isinstance(result, SegmentationResult):
         result.to_png().save(class_map)
 
 
-def predict_video(predictor: Predictor, file: Path, name: Path, writer: Writer) -> None:
-    """Predict each frame; the frames, drawn, are an MP4 file, whose results are `<name>#<frame>`."""
-    with ExitStack() as closing:
+def predict_video(predictor: Predictor, file: Path, name: Path, writer: ResultWriter) -> None:
+    """Predict each frame, named ``<name>#<frame>``, and write the drawn frames as MP4.
+
+    Args:
+        predictor: Predictor of the network.
+        file: Video file.
+        name: Path of the video in the results.
+        writer: Writer of the results.
+    """
+    with ExitStack() as stack:
         append: Any = None
         for number, (seconds, frame) in enumerate(video.frames(file)):
-            (result,) = predictor.results([(frame, f"{file}#{number}")])
-            if writer.folder and writer.pictures:
+            (result,) = predictor.predict([(frame, f"{file}#{number}")])
+            if writer.folder and writer.draw_pictures:
                 if append is None:
                     path = writer.folder.claim(name.with_suffix(".mp4"))
-                    append = closing.enter_context(video.written(path, video.rate(file)))
-                drawn = result.plot()
-                drawn.thumbnail((LARGEST, LARGEST), Image.Resampling.BICUBIC)
-                append(drawn, seconds)
-            writer.say(result, file, name.with_name(f"{name.name}#{number}"), {"seconds": round(seconds, 3)})
+                    append = stack.enter_context(video.mp4_writer(path, video.frame_rate(file)))
+                plot = result.plot()
+                plot.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.BICUBIC)
+                append(plot, seconds)
+            writer.add_line(result, file, name.with_name(f"{name.name}#{number}"), seconds=round(seconds, 3))
 
 
 def predict_files(
-    predictor: Predictor, paths: Sequence[str], out: Path | None, pictures: bool = True, as_json: bool = False
+    predictor: Predictor,
+    paths: Sequence[str],
+    output_dir: Path | None,
+    draw_pictures: bool = True,
+    print_json: bool = False,
 ) -> None:
-    """Predict images, folders and videos: a picture of each below `out`, all results in `predictions.json`.
+    """Predict images, folders and videos.
 
-    Detections are written as a COCO file, whose annotations have a `score`; class maps as PNGs in
-    `class_maps/`, too. Results come into `predictions.jsonl` one by one, and become `predictions.json` at the
-    end: a call that is stopped leaves those that are done. An image that cannot be predicted is left out; the
-    others are done, then the error is raised. Memory does not grow with the number of images.
+    Writes a picture for each image and all results to ``predictions.json``; detections as a COCO file whose
+    annotations have a ``score``, class maps also as PNG in ``class_maps/``. Until the end results are in
+    ``predictions.jsonl``, so a call that is stopped keeps the finished ones. An image that cannot be
+    predicted is skipped, and the error is raised at the end. Memory does not grow with the number of images.
 
     Args:
-        predictor: see `load_predictor`.
-        paths: files, folders, patterns such as `photos/*.jpg`.
-        out: the folder; None to write nothing.
-        pictures: draw them.
-        as_json: print results as JSON, one a line, in place of words.
-    """
-    from rich.console import Console
-    from rich.progress import Progress
+        predictor: Predictor of ``load_predictor``.
+        paths: Files, folders, and patterns such as ``photos/*.jpg``.
+        output_dir: Output folder. ``None`` to write nothing.
+        draw_pictures: Whether to draw pictures.
+        print_json: Print results as JSON, one per line, instead of text.
 
+    Raises:
+        UserError: If a path does not exist, or images were skipped.
+    """
     files = list(find_images(paths))
     ids = CocoIds([file for file, _ in files]) if predictor.task == "detection" else None
-    failed: list[UserError] = []
-
-    console = Console(stderr=True) if as_json else None
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        writer = Writer(pool, out, pictures, as_json, ids)
+    errors: list[UserError] = []
+    console = Console(stderr=True) if print_json else None
+    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
+        writer = ResultWriter(pool, output_dir, draw_pictures, print_json, ids)
         with Progress(transient=True, console=console) as bar:
-            task = bar.add_task("predicting", total=len(files))
-            for batch in Ready(pool, predictor, files):
-                opened = [one for _, _, one in batch if isinstance(one, tuple)]
-                results = iter(_results(predictor, opened) if opened else [])
-                for file, name, one in batch:
-                    found = next(results) if isinstance(one, tuple) else one
+            progress = bar.add_task("predicting", total=len(files))
+            for batch in ImagePrefetcher(pool, predictor.batch_size, files):
+                images = [image for _, _, image in batch if isinstance(image, tuple)]
+                results = iter(predict_batch(predictor, images))
+                for file, name, image in batch:
+                    outcome = next(results) if isinstance(image, tuple) else image
                     try:
-                        if found is None:
-                            predict_video(predictor, file, name, writer)
-                        elif isinstance(found, UserError):
-                            raise found
-                        else:
-                            writer.add(found, file, name)
-                    except UserError as error:  # of this file; the rest is done
-                        failed.append(error)
-                        print(f"left out: {error}", file=sys.stderr, flush=True)
-                    bar.advance(task)
+                        _write_outcome(predictor, outcome, file, name, writer)
+                    except UserError as error:
+                        errors.append(error)
+                        print(f"skipped: {error}", file=sys.stderr, flush=True)
+                    bar.advance(progress)
         writer.close(predictor)
-    if failed:
-        raise UserError(f"{failed[0]}; {len(failed)} of {len(files)} images {were(len(failed))} left out")
+    if errors:
+        verb = "was" if len(errors) == 1 else "were"
+        raise UserError(f"{errors[0]}; {len(errors)} of {len(files)} images {verb} skipped")
 
 
-def write_results(
-    lines: Path, whole: TextIO, classes: Sequence[str], category_ids: Sequence[Any] | None = None
+def _write_outcome(
+    predictor: Predictor, outcome: Result | UserError | None, file: Path, name: Path, writer: ResultWriter
 ) -> None:
-    """One JSON of a file of results a line: a list, or of detections COCO's three; held one by one."""
-
-    def results() -> Iterator[dict[str, Any]]:
-        with lines.open(encoding="utf-8") as stream:
-            for line in stream:
-                yield json.loads(line)
-
-    def write(items: Iterable[Any]) -> None:
-        separator = "["
-        for item in items:
-            whole.write(separator + "\n" + json.dumps(item, ensure_ascii=False))
-            separator = ","
-        whole.write("\n]" if separator == "," else "[]")
-
-    def images_of() -> Iterator[dict[str, Any]]:
-        for result in results():
-            size = dict(width=result["width"], height=result["height"])
-            yield dict(id=result["id"], file_name=result["file_name"], **size)
-
-    def annotations() -> Iterator[dict[str, Any]]:
-        number = itertools.count(1)
-        for result in results():
-            for found in result["objects"]:
-                yield {**found, "id": next(number), "image_id": result["id"]}
-
-    if "objects" not in next(results()):
-        write(results())
+    """Write a result, predict a video, or raise an error."""
+    if outcome is None:
+        predict_video(predictor, file, name, writer)
+    elif isinstance(outcome, UserError):
+        raise outcome
     else:
-        whole.write('{"images": ')
-        write(images_of())
-        whole.write(',\n"annotations": ')
-        write(annotations())
-        numbers = category_ids or range(1, 1 + len(classes))
-        categories = [dict(id=k, name=name) for k, name in zip(numbers, classes, strict=True)]
-        whole.write(f',\n"categories": {json.dumps(categories, ensure_ascii=False)}}}')
-    whole.write("\n")
+        writer.add(outcome, file, name)

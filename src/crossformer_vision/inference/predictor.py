@@ -1,346 +1,302 @@
-"""A trained checkpoint and an image -> a result that prints, draws and serialises itself."""
+"""Predictors: a trained network with its preprocessing and postprocessing, one class per task."""
 
-import inspect
-import io
 import logging
-import os
-from pathlib import Path
-from typing import Any, BinaryIO, overload
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, overload
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import Self, override
 
-from crossformer_vision.data import images
-from crossformer_vision.errors import UserError, check_range
-from crossformer_vision.inference.results import Classified, Detected, Result, Segmented
-from crossformer_vision.inference.sources import as_checkpoint
+from crossformer_vision.devices import emulation_note
+from crossformer_vision.errors import UserError, error_line
+from crossformer_vision.inference.inputs import ImageInput, open_image, square_crops
+from crossformer_vision.inference.results import (
+    ClassificationResult,
+    DetectionResult,
+    Result,
+    SegmentationResult,
+)
 from crossformer_vision.inference.tiling import detect_in_tiles
-from crossformer_vision.models.dense.openmmlab import mask_crops, paste_binary_masks
-from crossformer_vision.models.dense.segmenters import predict_class_map
-from crossformer_vision.plotting.fonts import shortened as shortened
-from crossformer_vision.training.devices import emulation_note
-from crossformer_vision.weights.checkpoints import load_checkpoint, read_checkpoint, span_of_a_run
+from crossformer_vision.models.dense.masks import paste_binary_masks
+from crossformer_vision.models.dense.transform import return_mask_crops
+from crossformer_vision.models.dense.windows import predict_class_map
 
 log = logging.getLogger("crossformer_vision")
 
-BATCH = 8  # images that a classifier takes together
+NamedImage = tuple[Image.Image, str]
+"""An upright RGB image and its name."""
 
 
-def squares(image: Image.Image) -> list[Image.Image]:
-    """An image that is at least twice as long as it is short, in up to eight squares along it; or itself."""
-    short, long = sorted(image.size)
-    if long < 2 * short:
-        return [image]
-    count = min(8, -(-long // short))
-    starts = [round(n * (long - short) / (count - 1)) for n in range(count)]
-    wide = image.width > image.height
-    return [image.crop((s, 0, s + short, short) if wide else (0, s, short, s + short)) for s in starts]
+@dataclass
+class ModelInfo:
+    """Description of a predictor's network besides its weights.
 
-
-Picture = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[Any] | Tensor
-
-
-def _from_array(pixels: NDArray[Any] | Tensor) -> Image.Image:
-    if isinstance(pixels, Tensor):
-        pixels = pixels.detach().cpu().float().numpy() if pixels.is_floating_point() else pixels.cpu().numpy()
-        pixels = pixels.transpose(1, 2, 0) if pixels.ndim == 3 else pixels
-    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3, 4)):
-        raise UserError(
-            f"an image of shape {tuple(pixels.shape)}: arrays are (H, W, 3) or (H, W), tensors (3, H, W)"
-        )
-    if not pixels.size:
-        raise UserError(f"an image of shape {tuple(pixels.shape)} has no pixels")
-    low, high = float(pixels.min()), float(pixels.max())
-    if pixels.dtype.kind in "fb":
-        if not -0.5 <= low <= high <= 1.5:  # a resampled image goes a little beyond
-            raise UserError(f"an image of values from {low:g} to {high:g}: arrays of floats are in 0..1")
-        pixels = (pixels * 255.0).round().clip(0, 255)
-    elif not 0 <= low <= high <= 255:
-        raise UserError(f"an image of values from {low:g} to {high:g}: arrays of integers are in 0..255")
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[..., 0]
-    return Image.fromarray(np.ascontiguousarray(pixels, dtype=np.uint8))
-
-
-def of_task(task: type, options: dict[str, Any]) -> dict[str, Any]:
-    """Those that a task takes: a subclass of it may have further ones, for its training."""
-    names = {name for base in task.__mro__[:2] for name in inspect.signature(base).parameters}
-    return {name: value for name, value in options.items() if name in names}
-
-
-class Predictor:
-    """A trained network with what it takes to use it on an image: `predictor("photo.jpg")`.
-
-    Args:
-        checkpoint: what a run's `best.ckpt` or `last.ckpt` holds.
-        source: its name, for errors.
-        device: to compute on.
-        score: least score of an object.
-        tile: side of overlapping tiles in which a detector goes over larger images; None for whole ones.
+    Attributes:
+        task: ``classification``, ``detection`` or ``segmentation``.
+        classes: Class names.
+        source: Where the network is from, for messages.
+        image: Preprocessing: arguments of timm's ``create_transform`` or of ``ToInput``.
+        options: Options that the network was built from; empty for exported files.
+        category_ids: Ids of the classes in the user's COCO file.
+        values: Values of the classes in the user's class maps.
+        test: Windows and flips of segmenters.
+        test_scales: Image scales of segmenters.
+        min_score: Minimum score of objects that an exported detector returns.
     """
 
-    def __init__(
-        self,
-        checkpoint: dict[str, Any],
-        source: str,
-        device: torch.device,
-        score: float,
-        tile: int | None = None,
-    ) -> None:
-        if "task" not in checkpoint or not {"hyper_parameters", "net"} & checkpoint.keys():
-            raise UserError(
-                f"{source}: not a checkpoint of a run, as best.ckpt; name the model of such a file (--model)"
-            )
-        self.task = checkpoint["task"]
-        self.classes: list[str] = checkpoint["classes"]
-        self.category_ids: list[Any] | None = checkpoint.get("category_ids") or None
-        self.values: list[int] | None = checkpoint.get("values") or None
-        if tile is not None and self.task != "detection":
-            raise UserError(f"--tile {tile}: tiles are for detectors, and {source} is of {self.task}")
-        self.device, self.score, self.tile = device, score, tile
-        self.together = BATCH if self.task == "classification" else 1  # images that the network takes at once
-        self.image: dict[str, Any] = checkpoint.get("image") or {}  # how one is prepared
-        self.options: dict[str, Any] = {}  # of the task; an exported file has none
-        if "net" in checkpoint:  # of an exported file
-            net = checkpoint["net"]
-            if score < (least := checkpoint.get("least_score", 0.0)):
-                raise UserError(f"{source}: holds objects of score {least:g} and more, none of {score:g}")
-            self.test: dict[str, Any] = checkpoint.get("test") or {}
-            self.test_scales: Any = checkpoint.get("test_scales") or []
-        else:
-            net = self._built(checkpoint, source)
-        if self.task == "classification":
-            from timm.data import create_transform
+    task: str
+    classes: list[str]
+    source: str = "checkpoint"
+    image: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    category_ids: list[Any] | None = None
+    values: list[int] | None = None
+    test: dict[str, Any] = field(default_factory=dict)
+    test_scales: tuple[float, ...] = (1.0,)
+    min_score: float = 0.0
 
-            self.transform = create_transform(**self.image)
-            self.whole = self.image.get("crop_mode") == "squash"
-        elif self.task == "segmentation":
-            from crossformer_vision.data.segmentation import ToInput
 
-            self.transform = ToInput(**self.image)
+class Predictor(ABC):
+    """A trained network that predicts images: ``predictor("photo.jpg")``.
+
+    Args:
+        net: Network with its weights.
+        info: Task, classes and preprocessing.
+        device: Device to compute on.
+
+    Raises:
+        UserError: If weights are not finite.
+    """
+
+    batch_size = 1
+    """Images that the network processes together."""
+
+    def __init__(self, net: nn.Module, info: ModelInfo, device: torch.device) -> None:
         if not all(bool(torch.isfinite(p).all()) for p in net.parameters()):
             raise UserError(
-                f"{source}: has weights that are no finite numbers, so every output would be NaN. Take a "
-                "checkpoint from before the run diverged"
+                f"{info.source}: its weights are not finite, so every output would be NaN. Use a checkpoint "
+                "from before the run diverged"
             )
-        self.net = net.to(device).eval()
+        self.net: Any = net.to(device).eval()
+        self.info, self.device = info, device
         self.dtype = torch.float32
 
-    def _built(self, checkpoint: dict[str, Any], source: str) -> torch.nn.Module:
-        """The network of a run, with its weights."""
-        options = {k: v for k, v in checkpoint["hyper_parameters"].items() if not k.startswith("_")}
-        options |= {"pretrained": False, "checkpoint": None}
-        if span := span_of_a_run(checkpoint, source):
-            options["model_args"] = {**(options["model_args"] or {}), **span}
-        self.options = options
-        net: Any
-        if self.task == "classification":
-            from crossformer_vision.tasks.classification import Classification
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+        return self.info.task
 
-            net = Classification(**of_task(Classification, options)).net
-        elif self.task == "segmentation":
-            from crossformer_vision.tasks.segmentation import Segmentation
+    @property
+    def classes(self) -> list[str]:
+        """Class names."""
+        return self.info.classes
 
-            task = Segmentation(**of_task(Segmentation, options))
-            net, self.test, self.test_scales = task.net, task.test, task.test_scales
-        else:
-            from crossformer_vision.tasks.detection import Detection
-
-            net = Detection(**of_task(Detection, options)).net
-            # The detector itself keeps nothing below a score of its own.
-            scored = getattr(net, "roi_heads", net)
-            self.least_score = scored.score_thresh = min(scored.score_thresh, self.score)
-        load_checkpoint(net, checkpoint["state_dict"], adapt_classifier=False)
-        return net
-
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Predictor":
-        """This predictor, on another device or computing in another type.
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move to another device, or compute in another dtype.
 
         Args:
-            device: `cpu`, `cuda`, …
-            dtype: `torch.float32`, or `torch.bfloat16` or `torch.float16` by autocast: weights, boxes and
-                probabilities stay in 32 bits.
+            device: ``cpu``, ``cuda``, …
+            dtype: ``torch.float32``, or ``torch.bfloat16`` or ``torch.float16`` by autocast. Weights, boxes
+                and probabilities stay in float32.
+
+        Returns:
+            This predictor.
 
         Raises:
-            UserError: a device that is not there, another type.
+            UserError: If the device does not exist or the dtype is another one.
         """
         if dtype is not None:
             if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                raise UserError(f"dtype {dtype}: it is one of torch.float32, torch.bfloat16, torch.float16")
+                raise UserError(f"dtype {dtype}: must be torch.float32, torch.bfloat16 or torch.float16")
             self.dtype = dtype
         if device is not None:
-            self.device = usable(device)
+            self.device = check_device(device)
             self.net.to(self.device)
         if note := emulation_note(self.device, self.dtype):
             log.warning("%s", note)
         return self
 
     def __repr__(self) -> str:
-        return f"<Predictor of {self.task}: {len(self.classes)} classes, on {self.device}>"
+        return f"<{type(self).__name__}: {len(self.classes)} classes, on {self.device}>"
 
     @overload
-    def __call__(self, image: Picture) -> Result: ...
+    def __call__(self, image: ImageInput) -> Result: ...
     @overload
     def __call__(self, image: list[Any]) -> list[Result]: ...
-    def __call__(self, image: Picture | list[Any]) -> Result | list[Result]:
-        """What is in an image, or in each of a list of them.
+    def __call__(self, image: ImageInput | list[Any]) -> Result | list[Result]:
+        """Predict an image, or each of a list of images.
 
         Args:
-            image: a path, the bytes of a file or an open one, an image that PIL has opened, an array
-                (H, W, 3) or (H, W), or a tensor (3, H, W), of bytes or of floats in 0..1; or a list of these.
+            image: Path, bytes of a file, open file, PIL image, array of shape ``(H, W, 3)`` or ``(H, W)``, or
+                tensor of shape ``(3, H, W)``, with integers in 0..255 or floats in 0..1; or a list of these.
+
+        Returns:
+            A result, or a list of results.
 
         Raises:
-            UserError: a file that is missing or no image, an array of another shape.
+            UserError: If an image cannot be read.
         """
-        if isinstance(image, list):
-            opened = [self.opened(one) for one in image]
-            batches = (opened[n : n + self.together] for n in range(0, len(opened), self.together))
-            return [result for batch in batches for result in self.results(batch)]
-        return self.results([self.opened(image)])[0]
-
-    def opened(self, image: Picture) -> tuple[Image.Image, str]:
-        """An image as `results` takes it, and its name; see `__call__`."""
-        named = image if isinstance(image, (str, os.PathLike)) else getattr(image, "name", None)
-        name = str(named or "image")
-        if isinstance(image, bytes):
-            image = io.BytesIO(image)
-        if isinstance(image, (np.ndarray, Tensor)):
-            image = _from_array(image)
-        return images.read(image, name), name
+        if not isinstance(image, list):
+            return self.predict([open_image(image)])[0]
+        opened = [open_image(one) for one in image]
+        batches = (opened[n : n + self.batch_size] for n in range(0, len(opened), self.batch_size))
+        return [result for batch in batches for result in self.predict(batch)]
 
     @torch.inference_mode()
-    def results(self, opened: list[tuple[Image.Image, str]]) -> list[Result]:
-        """What is in images that are upright and RGB, with their names; a classifier takes them together."""
+    def predict(self, images: list[NamedImage]) -> list[Result]:
+        """Predict images that are open.
+
+        Args:
+            images: Upright RGB images and their names.
+        """
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            if self.task == "classification":
-                return self._classified(opened)
-            return [self._result(picture, name) for picture, name in opened]
+            return self._predict(images)
 
-    def _classified(self, opened: list[tuple[Image.Image, str]]) -> list[Result]:
-        parts = [[picture] if self.whole else squares(picture) for picture, _ in opened]
-        pixels: Any = torch.stack([self.transform(part) for of_one in parts for part in of_one])
+    @abstractmethod
+    def _predict(self, images: list[NamedImage]) -> list[Result]:
+        """Preprocess, run the network, postprocess."""
+
+
+class ClassificationPredictor(Predictor):
+    """Predicts class probabilities. See ``Predictor`` for the arguments."""
+
+    batch_size = 8
+
+    def __init__(self, net: nn.Module, info: ModelInfo, device: torch.device) -> None:
+        super().__init__(net, info, device)
+        from timm.data import create_transform
+
+        self.transform: Any = create_transform(**info.image)
+        self.use_crops = info.image.get("crop_mode") != "squash"
+
+    @override
+    def _predict(self, images: list[NamedImage]) -> list[Result]:
+        crops = [square_crops(image) if self.use_crops else [image] for image, _ in images]
+        pixels = torch.stack([self.transform(crop) for crops_of_image in crops for crop in crops_of_image])
         logits: Tensor = self.net(pixels.to(self.device)).float()
-        if not torch.isfinite(logits).all():
-            number = int((~torch.isfinite(logits)).any(1).nonzero()[0])
-            name = [name for part, (_, name) in zip(parts, opened) for _ in part][number]
-            raise UserError(f"{name}: the network's output is NaN in {self.dtype}. Use float32")
-        of_each = logits.softmax(1).split([len(of_one) for of_one in parts])
-        return [
-            Classified(name, picture, self.classes, probabilities.mean(0).cpu().numpy())
-            for (picture, name), probabilities in zip(opened, of_each, strict=True)
-        ]
+        counts = [len(crops_of_image) for crops_of_image in crops]
+        results: list[Result] = []
+        for (image, name), image_logits in zip(images, logits.split(counts), strict=True):
+            if not torch.isfinite(image_logits).all():
+                raise UserError(f"{name}: the network's output is NaN in {self.dtype}. Use float32")
+            probabilities = image_logits.softmax(1).mean(0).cpu().numpy()
+            results.append(ClassificationResult(name, image, self.classes, probabilities))
+        return results
 
-    def _objects(self, pixels: Tensor) -> dict[str, Tensor]:
-        """What the detector finds of `score` and more: each object's mask is as large as the image."""
-        scored: Any = getattr(self.net, "roi_heads", self.net)
-        if not hasattr(scored, "score_thresh"):  # an exported one
-            return self.net([pixels])[0]
-        scored.score_thresh = max(self.least_score, self.score - 1e-6)
-        try:
-            return self.net([pixels])[0]
-        finally:
-            scored.score_thresh = self.least_score
 
-    def _result(self, picture: Image.Image, name: str) -> Result:
-        if self.task == "segmentation":
-            views = [self.transform(picture, scale)[None].to(self.device) for scale in self.test_scales]
-            size = (picture.height, picture.width)
-            best = predict_class_map(self.net, views, size, **self.test)[0]
-            indices = best.cpu().numpy().astype(np.uint8)
-            return Segmented(name, picture, self.classes, indices, self.values)
-        if self.tile and max(picture.size) > self.tile:
-            found = detect_in_tiles(self.net, picture, self.tile, self.score, self.device)
+class SegmentationPredictor(Predictor):
+    """Predicts class maps. See ``Predictor`` for the arguments."""
+
+    def __init__(self, net: nn.Module, info: ModelInfo, device: torch.device) -> None:
+        super().__init__(net, info, device)
+        from crossformer_vision.data.segmentation_transforms import ToInput
+
+        self.transform = ToInput(**info.image)
+
+    @override
+    def _predict(self, images: list[NamedImage]) -> list[Result]:
+        results: list[Result] = []
+        for image, name in images:
+            views = [self.transform(image, scale)[None].to(self.device) for scale in self.info.test_scales]
+            size = (image.height, image.width)
+            class_map = predict_class_map(self.net, views, size, **self.info.test)[0].cpu().numpy()
+            class_map = class_map.astype(np.uint8)
+            results.append(SegmentationResult(name, image, self.classes, class_map, self.info.values))
+        return results
+
+
+class DetectionPredictor(Predictor):
+    """Predicts boxes, and masks for Mask R-CNN.
+
+    Args:
+        net: Detector with its weights.
+        info: Classes and preprocessing.
+        device: Device to compute on.
+        score_threshold: Minimum score of objects.
+        tile_size: Side in pixels of overlapping tiles in which larger images are searched. ``None`` for whole
+            images.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        info: ModelInfo,
+        device: torch.device,
+        score_threshold: float = 0.5,
+        tile_size: int | None = None,
+    ) -> None:
+        super().__init__(net, info, device)
+        self.score_threshold, self.tile_size = score_threshold, tile_size
+        # Detectors in PyTorch drop objects below a threshold of their own; exported ones have it built in.
+        self.scorer: Any = getattr(self.net, "roi_heads", self.net)
+        self.own_threshold: float | None = getattr(self.scorer, "score_thresh", None)
+        if self.own_threshold is not None:
+            self.own_threshold = self.scorer.score_thresh = min(self.own_threshold, score_threshold)
+
+    @override
+    def _predict(self, images: list[NamedImage]) -> list[Result]:
+        return [self._predict_image(image, name) for image, name in images]
+
+    def _predict_image(self, image: Image.Image, name: str) -> Result:
+        if self.tile_size and max(image.size) > self.tile_size:
+            objects = detect_in_tiles(self.net, image, self.tile_size, self.score_threshold, self.device)
         else:
-            pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(self.device) / 255
-            with mask_crops(self.net):
-                found = self._objects(pixels)
-            kept = found["scores"] >= self.score
-            found = {name: value[kept].cpu() for name, value in found.items()}
-            if "mask_crops" in found:
-                size = (picture.height, picture.width)
-                found["masks"] = paste_binary_masks(found["mask_crops"], found["boxes"], size)
-            elif "masks" in found:  # of an exported detector
-                found["masks"] = found["masks"].squeeze(1) > 0.5
-        masks = found["masks"].numpy().astype(np.uint8) if "masks" in found else None
-        boxes, labels, scores = (found[key].float().numpy() for key in ("boxes", "labels", "scores"))
+            objects = self._detect(image)
+        masks = objects["masks"].numpy().astype(np.uint8) if "masks" in objects else None
+        boxes, labels, scores = (objects[key].float().numpy() for key in ("boxes", "labels", "scores"))
         labels = labels.astype(np.int64)
-        return Detected(name, picture, self.classes, boxes, labels, scores, masks, self.category_ids)
+        ids = self.info.category_ids
+        return DetectionResult(name, image, self.classes, boxes, labels, scores, masks, ids)
+
+    def _detect(self, image: Image.Image) -> dict[str, Tensor]:
+        """Objects in a whole image, on the CPU, with masks as large as the image."""
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(self.device) / 255
+        with return_mask_crops(self.net):
+            objects = self._detect_above_threshold(pixels)
+        is_kept = objects["scores"] >= self.score_threshold
+        objects = {key: value[is_kept].cpu() for key, value in objects.items()}
+        if "mask_crops" in objects:
+            size = (image.height, image.width)
+            objects["masks"] = paste_binary_masks(objects["mask_crops"], objects["boxes"], size)
+        elif "masks" in objects:  # of an exported detector
+            objects["masks"] = objects["masks"].squeeze(1) > 0.5
+        return objects
+
+    def _detect_above_threshold(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Let the detector drop objects itself, before it computes their masks."""
+        if self.own_threshold is None:
+            objects: dict[str, Tensor] = self.net([pixels])[0]
+            return objects
+        self.scorer.score_thresh = max(self.own_threshold, self.score_threshold - 1e-6)
+        try:
+            objects = self.net([pixels])[0]
+            return objects
+        finally:
+            self.scorer.score_thresh = self.own_threshold
 
 
-def best_device(given: str | torch.device | None) -> torch.device:
-    """The device that was asked for, or else the best there is."""
+def best_device(device: str | torch.device | None = None) -> torch.device:
+    """The given device, or else the best available one.
+
+    Raises:
+        UserError: If the device does not exist.
+    """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    return usable(given or ("cuda" if cuda else "mps" if mps else "cpu"))
+    return check_device(device or ("cuda" if cuda else "mps" if mps else "cpu"))
 
 
-def usable(device: str | torch.device) -> torch.device:
-    """The device, if a tensor can be on it; a UserError otherwise."""
+def check_device(device: str | torch.device) -> torch.device:
+    """Check that tensors can be created on a device.
+
+    Raises:
+        UserError: If not.
+    """
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{device}': {images.reason(error)}; there is always cpu") from None
+        raise UserError(f"device '{device}': {error_line(error)}. Use cpu, which always works") from None
     return torch.device(device)
-
-
-def load_predictor(
-    checkpoint: str | os.PathLike[str] | bytes | BinaryIO | dict[str, Any],
-    device: str | torch.device | None = None,
-    score: float = 0.5,
-    tile: int | None = None,
-    model: str | None = None,
-) -> Predictor:
-    """A trained network, ready for images.
-
-    Args:
-        checkpoint: a run's folder, whose `best.ckpt` is taken, or one of its checkpoint files; such a file in
-            memory, as its bytes, an open file, or what it holds; or the name of published weights: of a timm
-            model (`crossformer_nano.cifar10`, which come with the library), a detector or a segmenter
-            (`mask_rcnn_crossformer_small`); or a file of `crossformer export`, ONNX (`.onnx`) or OpenVINO
-            (`.xml`), for the CPU.
-        device: `cpu`, `cuda`, …; the best there is if None.
-        score: least score of an object, for detectors.
-        tile: side, in pixels, of overlapping tiles in which a detector goes over larger images, and so finds
-            what would be too small in the whole one; None for whole images.
-        model: the published model or timm's whose weights alone are in the file `checkpoint`; None for all
-            else, which says what it is.
-
-    Raises:
-        UserError: a file that is no checkpoint of a run, or not the model's, a device that is not there, a
-            score beyond 0 to 1.
-    """
-    check_range("score", score, 0, 1)
-    if tile is not None:
-        check_range("tile", tile, 64)
-    if isinstance(checkpoint, str) and not checkpoint.strip():
-        raise UserError("load_predictor(''): no checkpoint is named. Did a run save none?")
-    if isinstance(checkpoint, (str, os.PathLike)) and Path(checkpoint).suffix.lower() in images.EXTENSIONS:
-        raise UserError(
-            f"{checkpoint}: is an image. First comes a run, a checkpoint or the name of published weights: "
-            f"crossformer predict crossformer_nano.cifar10 {checkpoint}"
-        )
-    source = "checkpoint"
-    if model is not None:
-        if not isinstance(checkpoint, (str, os.PathLike)):
-            raise UserError(f"model '{model}': its weights are given as the path of their file")
-        source = str(checkpoint)
-        if not (named := as_checkpoint(model, source)):
-            raise UserError(f"--model {model}: no published model, nor one of timm")
-        content = named
-    elif isinstance(checkpoint, dict):
-        content = checkpoint
-    elif isinstance(checkpoint, (str, os.PathLike)):
-        path = Path(checkpoint)
-        path = path / "best.ckpt" if path.is_dir() else path
-        source = str(path)
-        if path.suffix in (".onnx", ".xml") and path.is_file():
-            from crossformer_vision.inference.exported import read_exported
-
-            return Predictor(read_exported(path), source, usable("cpu"), score, tile)
-        named = None if path.exists() else as_checkpoint(source)
-        content = named or read_checkpoint(path)
-    else:
-        content = read_checkpoint(io.BytesIO(checkpoint) if isinstance(checkpoint, bytes) else checkpoint)
-    return Predictor(content, source, best_device(device), score, tile)

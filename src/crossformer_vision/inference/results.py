@@ -1,4 +1,4 @@
-"""What predictions are: results that print, draw and serialise themselves."""
+"""Results of predictions, which can be printed, plotted and serialized."""
 
 import io
 from collections.abc import Sequence
@@ -10,18 +10,19 @@ from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
 from PIL import Image
 
-from crossformer_vision.plotting import visualize
-from crossformer_vision.plotting.fonts import shortened
+from crossformer_vision.plotting import drawing
+from crossformer_vision.plotting.fonts import shorten
 
 
-class Shown:
-    """What all results do: print themselves in a line, draw themselves in a notebook, and compare."""
+class ResultMixin:
+    """Representation in one line and in notebooks, and comparison."""
 
     def plot(self) -> Image.Image:
+        """The image with the result drawn into it."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {shortened(str(self), 200)}>"
+        return f"<{type(self).__name__} {shorten(str(self), 200)}>"
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
@@ -35,22 +36,22 @@ class Shown:
     __hash__ = None  # type: ignore[assignment]
 
     def _repr_png_(self) -> bytes:
-        page = io.BytesIO()
-        drawn = self.plot()
-        drawn.thumbnail((1024, 1024))
-        drawn.save(page, "PNG")
-        return page.getvalue()
+        content = io.BytesIO()
+        image = self.plot()
+        image.thumbnail((1024, 1024))
+        image.save(content, "PNG")
+        return content.getvalue()
 
 
 @dataclass(repr=False, eq=False)
-class Classified(Shown):
-    """The classes of an image.
+class ClassificationResult(ResultMixin):
+    """Class probabilities of an image.
 
     Attributes:
-        name: of the image.
-        image: RGB.
-        classes: names.
-        probabilities: (classes,), of each.
+        name: File name of the image.
+        image: RGB image.
+        classes: Names of the classes.
+        probabilities: Probability of each class, ``(classes,)``.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Classified(Shown):
     probabilities: NDArray[np.float32]
 
     def top(self, k: int = 5) -> list[tuple[str, float]]:
-        """The k likeliest classes and their probabilities."""
+        """The ``k`` most probable classes and their probabilities, highest first."""
         order = np.argsort(-self.probabilities)[:k]
         return [(self.classes[i], float(self.probabilities[i])) for i in order]
 
@@ -67,26 +68,27 @@ class Classified(Shown):
         return f"{self.name}: " + ", ".join(f"{name} {p:.1%}" for name, p in self.top(3))
 
     def plot(self) -> Image.Image:
-        """The image under its likeliest classes."""
-        return visualize.captioned(self.image, [f"{name} {p:.1%}" for name, p in self.top(3)])
+        """The image with its three most probable classes as a caption."""
+        return drawing.add_caption(self.image, [f"{name} {p:.1%}" for name, p in self.top(3)])
 
     def to_dict(self) -> dict[str, Any]:
+        """The five most probable classes, as written to ``results.json``."""
         return {"image": self.name, "classes": [{"class": c, "probability": p} for c, p in self.top()]}
 
 
 @dataclass(repr=False, eq=False)
-class Detected(Shown):
-    """The objects in an image.
+class DetectionResult(ResultMixin):
+    """Objects detected in an image.
 
     Attributes:
-        name: of the image.
-        image: RGB.
-        classes: names; that of label 1 comes first.
-        boxes: (n, 4) x1, y1, x2, y2 in pixels of the image.
-        labels: (n,) from 1.
-        scores: (n,) in 0..1, falling.
-        masks: (n, H, W) of 0 and 1, or None from a detector without masks.
-        category_ids: of the classes in the training file; None numbers them from 1.
+        name: File name of the image.
+        image: RGB image.
+        classes: Names of the classes; label 1 is the first.
+        boxes: Boxes as ``x1, y1, x2, y2`` in pixels of the image, ``(n, 4)``.
+        labels: Labels from 1, ``(n,)``.
+        scores: Scores from 0 to 1 in descending order, ``(n,)``.
+        masks: Masks of 0 and 1, ``(n, H, W)``. ``None`` for a detector without masks.
+        category_ids: Category ids of the classes in the training annotations. ``None`` is 1, 2, ….
     """
 
     name: str
@@ -100,20 +102,25 @@ class Detected(Shown):
 
     def __str__(self) -> str:
         counts = [(int((self.labels == k + 1).sum()), name) for k, name in enumerate(self.classes)]
-        found = ", ".join(f"{n} {name}" for n, name in counts if n)
-        return f"{self.name}: {found or 'nothing found'}"
+        summary = ", ".join(f"{n} {name}" for n, name in counts if n)
+        return f"{self.name}: {summary or 'no objects'}"
 
     def plot(self) -> Image.Image:
         """The image with boxes, masks, labels and scores."""
         objects: dict[str, Any] = {"boxes": self.boxes, "labels": self.labels, "scores": self.scores}
         if self.masks is not None:
             objects["masks"] = self.masks
-        return visualize.draw_objects(self.image, objects, self.classes)
+        return drawing.draw_objects(self.image, objects, self.classes)
 
     def to_coco(self, image_id: int = 1, first_id: int = 1) -> list[dict[str, Any]]:
-        """Annotations in COCO's format, each with its `score`; masks as compressed run lengths.
+        """Convert to annotations in COCO's format with ``score``; masks are compressed run-length encodings.
 
-        Categories have the ids of the file that the detector was trained on.
+        Args:
+            image_id: Id of the image.
+            first_id: Id of the first annotation.
+
+        Returns:
+            One dictionary per object, with the category ids of the training annotations.
         """
         annotations = []
         categories = self.category_ids or range(1, 1 + len(self.classes))
@@ -137,20 +144,21 @@ class Detected(Shown):
         return annotations
 
     def to_dict(self) -> dict[str, Any]:
+        """Size of the image and COCO annotations, as written to ``results.json``."""
         size = dict(width=self.image.width, height=self.image.height)
         return {"image": self.name, **size, "objects": self.to_coco()}
 
 
 @dataclass(repr=False, eq=False)
-class Segmented(Shown):
-    """The class of each pixel of an image.
+class SegmentationResult(ResultMixin):
+    """Class of each pixel of an image.
 
     Attributes:
-        name: of the image.
-        image: RGB.
-        classes: names.
-        class_map: (H, W), index of each pixel's class.
-        values: of the classes in the class maps that were trained on; None for their indices.
+        name: File name of the image.
+        image: RGB image.
+        classes: Names of the classes.
+        class_map: Class index of each pixel, ``(H, W)``.
+        values: Pixel values of the classes in the training class maps. ``None`` is 0, 1, ….
     """
 
     name: str
@@ -160,7 +168,7 @@ class Segmented(Shown):
     values: Sequence[int] | None = None
 
     def areas(self) -> list[tuple[str, int]]:
-        """The classes that occur and their pixels, the largest first."""
+        """Classes that occur and their numbers of pixels, in descending order."""
         counts = np.bincount(self.class_map.ravel(), minlength=len(self.classes))
         return [(self.classes[k], int(counts[k])) for k in np.argsort(-counts, kind="stable") if counts[k]]
 
@@ -171,24 +179,25 @@ class Segmented(Shown):
         return f"{self.name}: {shares}{more}"
 
     def plot(self) -> Image.Image:
-        """The image under its class map's colours, above their legend."""
-        return visualize.with_legend(
-            visualize.overlay(self.image, self.class_map), self.class_map, self.classes
+        """The image overlaid with the colors of its class map, above a legend."""
+        return drawing.add_legend(
+            drawing.overlay_class_map(self.image, self.class_map), self.class_map, self.classes
         )
 
     def to_png(self) -> Image.Image:
-        """The class map as a palette image, with the values that classes had in the maps of training."""
+        """The class map as a palette image, with the pixel values of the training class maps."""
         values = np.array(self.values or range(len(self.classes)), np.uint8)
-        colours = np.zeros((256, 3), np.uint8)
-        colours[values] = visualize.palette(len(self.classes))
-        drawn = Image.fromarray(values[self.class_map]).convert("P")
-        drawn.putpalette(colours.tobytes())
-        return drawn
+        colors = np.zeros((256, 3), np.uint8)
+        colors[values] = drawing.class_colors(len(self.classes))
+        image = Image.fromarray(values[self.class_map]).convert("P")
+        image.putpalette(colors.tobytes())
+        return image
 
     def to_dict(self) -> dict[str, Any]:
+        """Size of the image and area of each class, as written to ``results.json``."""
         size = self.class_map.size
         areas = [{"class": name, "pixels": n, "share": round(n / size, 6)} for name, n in self.areas()]
         return {"image": self.name, "width": self.image.width, "height": self.image.height, "areas": areas}
 
 
-Result = Classified | Detected | Segmented
+Result = ClassificationResult | DetectionResult | SegmentationResult

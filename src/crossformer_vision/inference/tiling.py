@@ -1,4 +1,4 @@
-"""Detecting in images much larger than a detector's own, in overlapping tiles."""
+"""Detection in overlapping tiles, for images much larger than those of training."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,24 +8,27 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from crossformer_vision.models.dense.segmenters import starts
+from crossformer_vision.models.dense.windows import window_starts
 
-OVERLAP = 0.2  # of a tile's side
-SAME = 0.5  # overlap of two boxes of a class, over the smaller one's area, above which they are one object
-EDGE = 2.0  # pixels from a tile's inner edge within which an object is taken for cut
+TILE_OVERLAP = 0.2  # share of a tile's side
+MERGE_THRESHOLD = 0.5  # boxes of a class that share more of the smaller one's area are one object
+CUT_MARGIN = 2.0  # an object this close to a tile's inner edge, in pixels, is considered cut
 
 
 @dataclass
 class View:
-    """What a detector found in a part of an image, in pixels of the image.
+    """Detections in a region of an image, in pixels of the image.
 
     Attributes:
-        left, top, right, bottom: The part.
-        boxes: ``(n, 4)``.
-        labels: ``(n,)``.
-        scores: ``(n,)``.
-        masks: ``(n, h, w)`` of bools at the size that the detector saw; ``None`` without masks.
-        cut: Whether an object ends at an inner edge of the part, ``(n,)``.
+        left: Left edge of the region.
+        top: Top edge.
+        right: Right edge.
+        bottom: Bottom edge.
+        boxes: Boxes, ``(n, 4)``.
+        labels: Labels, ``(n,)``.
+        scores: Scores, ``(n,)``.
+        masks: Boolean masks at the detector's input size, ``(n, h, w)``. ``None`` without masks.
+        is_cut: Whether an object ends at an inner edge of the region, ``(n,)``.
     """
 
     left: int
@@ -36,116 +39,120 @@ class View:
     labels: Tensor
     scores: Tensor
     masks: Tensor | None
-    cut: Tensor
+    is_cut: Tensor
 
 
 def detect_in_tiles(
-    net: nn.Module, picture: Image.Image, side: int, score: float, device: torch.device
+    net: nn.Module, image: Image.Image, side: int, score_threshold: float, device: torch.device
 ) -> dict[str, Tensor]:
-    """Find objects in the tiles of an image, and in the whole image at the size of a tile.
+    """Detect objects in the tiles of an image, and in the whole image resized to a tile.
 
-    Boxes of one class that overlap by more than half of the smaller one are one object. Where tiles cut an
-    object, the whole image's box of it is kept if there is one; else the parts are joined.
+    Boxes of one class that overlap by more than half of the smaller one are one object. If tiles cut an
+    object, the box from the whole image is used if there is one. Otherwise its fragments are merged.
 
     Args:
-        net: A detector of this library.
-        picture: RGB image.
+        net: Detector of this library.
+        image: RGB image.
         side: Side of the square tiles in pixels.
-        score: Score threshold.
+        score_threshold: Minimum score of objects.
         device: Device of the network.
 
     Returns:
-        ``boxes`` ``(n, 4)`` in pixels of the picture, ``labels``, ``scores`` and, of Mask R-CNN, ``masks``
-        ``(n, H, W)`` of bools, on the CPU; the best score first.
+        ``boxes`` ``(n, 4)`` in pixels of the image, ``labels``, ``scores`` and, from Mask R-CNN, boolean
+        ``masks`` ``(n, H, W)``, on the CPU, highest score first.
     """
-    W, H = picture.size
-    step = round(side * (1 - OVERLAP))
-    areas = [(0, 0, W, H)]
-    for y in starts(H, side, step):
-        areas += [(x, y, min(W, x + side), min(H, y + side)) for x in starts(W, side, step)]
-    views = [detect_in_view(net, picture, area, side, score, device) for area in areas]
-    boxes, labels, scores, cut = (
-        torch.cat([getattr(view, name) for view in views]) for name in ("boxes", "labels", "scores", "cut")
+    W, H = image.size
+    step = round(side * (1 - TILE_OVERLAP))
+    regions = [(0, 0, W, H)]
+    for y in window_starts(H, side, step):
+        regions += [(x, y, min(W, x + side), min(H, y + side)) for x in window_starts(W, side, step)]
+    views = [detect_in_region(net, image, region, side, score_threshold, device) for region in regions]
+    boxes, labels, scores, is_cut = (
+        torch.cat([getattr(view, name) for view in views]) for name in ("boxes", "labels", "scores", "is_cut")
     )
-    places = [(view, n) for view in views for n in range(len(view.labels))]
-    groups = group_boxes(boxes, labels, scores, cut)
+    sources = [(view, n) for view in views for n in range(len(view.labels))]
+    groups = group_boxes(boxes, labels, scores, is_cut)
     groups.sort(key=lambda group: -float(scores[group].max()))
     first = [group[0] for group in groups]
-    found: dict[str, Any] = {"boxes": boxes[first], "labels": labels[first]}
-    found["scores"] = torch.stack([scores[group].max() for group in groups]) if groups else scores
+    objects: dict[str, Any] = {"boxes": boxes[first], "labels": labels[first]}
+    objects["scores"] = torch.stack([scores[group].max() for group in groups]) if groups else scores
     if any(view.masks is not None for view in views):
-        found["masks"] = torch.zeros(len(groups), H, W, dtype=torch.bool)
-        for mask, group in zip(found["masks"], groups, strict=True):
+        objects["masks"] = torch.zeros(len(groups), H, W, dtype=torch.bool)
+        for mask, group in zip(objects["masks"], groups, strict=True):
             for n in group:
-                paste_mask(mask, *places[n])
-    return found
+                paste_mask(mask, *sources[n])
+    return objects
 
 
-def detect_in_view(
+def detect_in_region(
     net: nn.Module,
-    picture: Image.Image,
-    area: tuple[int, int, int, int],
+    image: Image.Image,
+    region: tuple[int, int, int, int],
     side: int,
-    score: float,
+    score_threshold: float,
     device: torch.device,
 ) -> View:
-    """Find objects in a part of an image, which is made as small as a tile.
+    """Detect objects in a region of an image, resized to at most the size of a tile.
 
     Args:
-        net: A detector of this library.
-        picture: RGB image.
-        area: Left, top, right and bottom of the part.
-        side: Largest side that the detector is given, in pixels.
-        score: Score threshold.
+        net: Detector of this library.
+        image: RGB image.
+        region: Left, top, right and bottom.
+        side: Maximum length of the longer side of the detector's input, in pixels.
+        score_threshold: Minimum score of objects.
         device: Device of the network.
     """
-    part = picture.crop(area)
-    width, height = part.size
-    part.thumbnail((side, side), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(part)).permute(2, 0, 1).to(device) / 255
-    found = {name: value.cpu() for name, value in net([pixels])[0].items()}
-    found = {name: value[found["scores"] >= score] for name, value in found.items()}
-    scale = torch.tensor([width / part.width, height / part.height] * 2)
-    boxes = found["boxes"].float() * scale
+    left, top, right, bottom = region
+    crop = image.crop(region)
+    width, height = crop.size
+    crop.thumbnail((side, side), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).to(device) / 255
+    objects = {name: value.cpu() for name, value in net([pixels])[0].items()}
+    objects = {name: value[objects["scores"] >= score_threshold] for name, value in objects.items()}
+    scale = torch.tensor([width / crop.width, height / crop.height] * 2)
+    boxes = objects["boxes"].float() * scale
     x1, y1, x2, y2 = boxes.unbind(1)
-    cut = ((x1 < EDGE) & (area[0] > 0)) | ((x2 > width - EDGE) & (area[2] < picture.width))
-    cut |= ((y1 < EDGE) & (area[1] > 0)) | ((y2 > height - EDGE) & (area[3] < picture.height))
-    boxes = boxes + torch.tensor([area[0], area[1], area[0], area[1]])
-    masks = found["masks"].squeeze(1) > 0.5 if "masks" in found else None
-    return View(*area, boxes, found["labels"], found["scores"].float(), masks, cut)
+    is_cut = ((x1 < CUT_MARGIN) & (left > 0)) | ((x2 > width - CUT_MARGIN) & (right < image.width))
+    is_cut |= ((y1 < CUT_MARGIN) & (top > 0)) | ((y2 > height - CUT_MARGIN) & (bottom < image.height))
+    boxes = boxes + torch.tensor([left, top, left, top])
+    masks = objects["masks"].squeeze(1) > 0.5 if "masks" in objects else None
+    return View(*region, boxes, objects["labels"], objects["scores"].float(), masks, is_cut)
 
 
-def group_boxes(boxes: Tensor, labels: Tensor, scores: Tensor, cut: Tensor) -> list[list[int]]:
-    """Group boxes that are of one object, or of parts of one.
+def group_boxes(boxes: Tensor, labels: Tensor, scores: Tensor, is_cut: Tensor) -> list[list[int]]:
+    """Group boxes of one object or of its fragments.
 
     Args:
-        boxes: ``(n, 4)``; the first box of a group of parts is changed to the box around them.
-        labels: ``(n,)``.
-        scores: ``(n,)``.
-        cut: Whether a box ends at an inner edge of its view, ``(n,)``.
+        boxes: Boxes, ``(n, 4)``. The first box of a group of fragments is enlarged in place to enclose all.
+        labels: Labels, ``(n,)``.
+        scores: Scores, ``(n,)``.
+        is_cut: Whether a box ends at an inner edge of its region, ``(n,)``.
 
     Returns:
-        Indices of the boxes of each object, the one that stands for it first. Boxes that lie on one which is
-        not cut are left out.
+        Indices of the boxes of each object, its representative first. Duplicates of a box that is not cut
+        are in no group.
     """
     groups: list[list[int]] = []
-    # Whole objects first: a part of one then never stands for it.
-    order = sorted(range(len(boxes)), key=lambda n: (bool(cut[n]), -float(scores[n])))
-    heads, classes, parts = boxes.numpy().copy(), labels.numpy().copy(), cut.numpy().copy()  # of the groups
+    # Complete objects come first, so that a fragment never represents one.
+    order = sorted(range(len(boxes)), key=lambda n: (bool(is_cut[n]), -float(scores[n])))
+    # Box, label and is_cut of each group's representative.
+    heads, classes, fragments = boxes.numpy().copy(), labels.numpy().copy(), is_cut.numpy().copy()
     for n in order:
         box, count = boxes[n].numpy(), len(groups)
         others = heads[:count]
         sides = np.minimum(others[:, 2:], box[2:]) - np.maximum(others[:, :2], box[:2])
-        shared = sides.clip(min=0).prod(1)
+        overlap = sides.clip(min=0).prod(1)
         own, theirs = box[2:] - box[:2], others[:, 2:] - others[:, :2]
-        same = shared > SAME * np.minimum(own.prod(), theirs.prod(1))
-        if cut[n]:  # two parts of an object overlap, and share most of a side
-            same |= parts[:count] & (shared > 0) & (sides > SAME * np.minimum(own, theirs)).any(1)
+        same = overlap > MERGE_THRESHOLD * np.minimum(own.prod(), theirs.prod(1))
+        if is_cut[n]:  # fragments of an object overlap and share most of a side
+            same |= (
+                fragments[:count] & (overlap > 0) & (sides > MERGE_THRESHOLD * np.minimum(own, theirs)).any(1)
+            )
         matches = np.flatnonzero(same & (classes[:count] == int(labels[n])))
         if not len(matches):
-            heads[count], classes[count], parts[count] = box, int(labels[n]), bool(cut[n])
+            heads[count], classes[count], fragments[count] = box, int(labels[n]), bool(is_cut[n])
             groups.append([n])
-        elif parts[matches[0]]:
+        elif fragments[matches[0]]:
             groups[matches[0]].append(n)
             heads[matches[0], :2] = np.minimum(heads[matches[0], :2], box[:2])
             heads[matches[0], 2:] = np.maximum(heads[matches[0], 2:], box[2:])
@@ -155,8 +162,14 @@ def group_boxes(boxes: Tensor, labels: Tensor, scores: Tensor, cut: Tensor) -> l
 
 
 def paste_mask(mask: Tensor, view: View, n: int) -> None:
-    """Add the mask of an object of a view to a mask of the whole image, in place."""
+    """Add the mask of object ``n`` of a view to a mask of the whole image, in place.
+
+    Args:
+        mask: Mask of the whole image, ``(H, W)``.
+        view: Detections in a region.
+        n: Index of the object.
+    """
     assert view.masks is not None
     size = (view.right - view.left, view.bottom - view.top)
-    part = np.array(Image.fromarray(view.masks[n].numpy()).resize(size))
-    mask[view.top : view.bottom, view.left : view.right] |= torch.from_numpy(part)
+    resized = np.array(Image.fromarray(view.masks[n].numpy()).resize(size))
+    mask[view.top : view.bottom, view.left : view.right] |= torch.from_numpy(resized)

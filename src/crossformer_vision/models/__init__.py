@@ -7,14 +7,17 @@ import timm
 import torch
 from timm.models import PretrainedCfg, get_pretrained_cfg
 
-from crossformer_vision.errors import UserError
+from crossformer_vision.errors import UserError, error_line
 
 
 def find_model(name: str) -> PretrainedCfg:
-    """timm's configuration of a model: input size, normalisation, classifier.
+    """Look up timm's configuration of a model: input size, normalization, classifier.
+
+    Args:
+        name: timm name, with or without a tag of weights.
 
     Raises:
-        ValueError: unknown name; the message has close ones.
+        ValueError: If there is no such model or tag; the message has similar names.
     """
     base = name.split(".")[0]
     if not timm.is_model(base):
@@ -27,47 +30,67 @@ def find_model(name: str) -> PretrainedCfg:
     return cfg
 
 
-def made(model: str, **keywords: Any) -> Any:
-    """A timm model to be asked: of shapes alone, unless it computes with its weights when it is made."""
+def create_on_meta(model: str, **kwargs: Any) -> Any:
+    """Create a timm model on the meta device, to query its attributes.
+
+    Args:
+        model: timm name.
+        **kwargs: Arguments of the model.
+
+    Returns:
+        The model; on the CPU if its constructor computes with its weights.
+    """
     try:
         with torch.device("meta"):
-            return timm.create_model(model, **keywords)
+            return timm.create_model(model, **kwargs)
     except (RuntimeError, NotImplementedError):
-        return timm.create_model(model, **keywords)
+        return timm.create_model(model, **kwargs)
 
 
-def fixed_size(model: str, image_size: int | None) -> dict[str, Any]:
-    """The keyword of a timm model of fixed size for another one; none for its own, or if it takes any.
+def img_size_kwargs(model: str, image_size: int | None) -> dict[str, Any]:
+    """Arguments that build a timm model of fixed input size for another size.
+
+    Args:
+        model: timm name.
+        image_size: Side of the images in pixels. ``None`` for the model's own.
+
+    Returns:
+        ``img_size``, or nothing if the model accepts the size without it.
 
     Raises:
-        UserError: a size that the model cannot be given.
+        UserError: If the model cannot be built for this size.
     """
     cfg = find_model(model)
-    own = cfg.input_size[-1]
-    if image_size in (None, own) or not cfg.fixed_input_size:
+    own_size = cfg.input_size[-1]
+    if image_size in (None, own_size) or not cfg.fixed_input_size:
         return {}
     try:
-        made(model, img_size=image_size)
-    except Exception as error:  # its own words for it, of any kind
-        why = "" if "img_size" in str(error) else f" ({(str(error) or type(error).__name__).splitlines()[0]})"
+        create_on_meta(model, img_size=image_size)
+    except Exception as error:  # models raise errors of any kind
+        reason = "" if "img_size" in str(error) else f" ({error_line(error)})"
         raise UserError(
-            f"model '{model}' takes no images of {image_size} pixels{why}; take image_size {own}"
+            f"model '{model}' does not accept images of {image_size} pixels{reason}. "
+            f"Use image_size {own_size}"
         ) from None
     return {"img_size": image_size}
 
 
-def drop_path(model: str, rate: float) -> dict[str, Any]:
-    """The keyword of a timm model for stochastic depth; none for a rate of 0, as not every model takes it.
+def drop_path_kwargs(model: str, rate: float) -> dict[str, Any]:
+    """Arguments that build a timm model with stochastic depth.
+
+    Args:
+        model: timm name.
+        rate: Stochastic depth rate. Not every model accepts one, so 0 passes no argument.
 
     Raises:
-        UserError: a rate for a model without stochastic depth.
+        UserError: If the rate is not 0 and the model has no stochastic depth.
     """
     if not rate:
         return {}
     try:
-        made(model, drop_path_rate=rate)
+        create_on_meta(model, drop_path_rate=rate)
     except TypeError as error:
         if "drop_path_rate" not in str(error):
             raise
-        raise UserError(f"model '{model}' has no stochastic depth; leave drop_path_rate at 0") from None
+        raise UserError(f"model '{model}' has no stochastic depth. Leave drop_path_rate at 0") from None
     return {"drop_path_rate": rate}

@@ -1,31 +1,27 @@
-"""What the papers compare CrossFormer against, to be swapped into one by keyword.
+"""Alternatives that the papers compare with parts of CrossFormer, selected by keyword.
 
 Attention: Swin's shifted windows, PVT's spatial reduction. Positions: relative table, absolute embeddings,
-none, DPB with residual connections. Group sizes of CrossFormer++ by name. The rest needs no parts of its own:
-`patch_sizes`, `merge_sizes` and `embed_split` choose the kernels of the embeddings, `amplitude_cooling` the
-period of the ACLs, and an interval of 0 makes a block SDA, so that `[[0, 0], [0, 4], …]` chooses among them.
+    none, DPB with
+residual connections. Group sizes of CrossFormer++ by name. Other ablations need no modules: ``patch_sizes``,
+``merge_sizes`` and ``embed_split`` configure the CELs, ``amplitude_cooling`` the ACLs, and an interval of 0
+makes a block SDA.
 
     timm.create_model("crossformer_small", attention="shifted_window", position_bias="relative")
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
-from crossformer_vision.models.attention import masked, pair_biases
-from crossformer_vision.models.crossformer import (
-    ATTENTIONS,
-    EMBEDDED_POSITIONS,
-    GROUP_MODES,
-    POSITION_BIASES,
-    DynamicPositionBias,
-    LongShortAttention,
-    Place,
-)
-from crossformer_vision.models.grouping import Layout, group, kept, padded_size, relative_offsets, ungroup
+from crossformer_vision.models.attention import pair_biases
+from crossformer_vision.models.crossformer import BlockContext, DynamicPositionBias, LongShortAttention
+from crossformer_vision.models.grouping import Layout, group, padded_size, relative_offsets, ungroup
+from crossformer_vision.models.heads import apply_key_mask
+from crossformer_vision.models.index_cache import cached
 
 # ------------------------------------------------------------------------------------------------------------
 # Positions
@@ -33,11 +29,11 @@ from crossformer_vision.models.grouping import Layout, group, kept, padded_size,
 
 
 class ResidualPositionBias(DynamicPositionBias):
-    """DPB whose first two hidden layers add to what they take (DPB-residual, table 7 of CrossFormer)."""
+    """DPB with residual connections around its first two hidden layers (table 7 of CrossFormer)."""
 
+    @override
     def compute(self, gh: int, gw: int, like: Tensor) -> Tensor:
-        offsets = relative_offsets(gh, gw, like.device).to(like.dtype)
-        biases = self.proj(offsets)
+        biases = self.proj(relative_offsets(gh, gw, like.device).to(like.dtype))
         first, second, last = self.layers
         biases = biases + first(biases)
         biases = biases + second(biases)
@@ -45,16 +41,11 @@ class ResidualPositionBias(DynamicPositionBias):
 
 
 class RelativePositionBias(nn.Module):
-    """A learned bias for each head and offset inside a group (RPB, as in Swin, arXiv 2103.14030).
+    """Learned bias per head and offset (RPB, as in Swin, arXiv 2103.14030).
 
     Args:
-        num_heads: attention heads, h.
-        group_size: G, the largest side of a group.
-
-    Shape: for groups of gh x gw up to G x G -> (h, (2gh-1) * (2gw-1)), the middle of the table.
-
-    Raises:
-        ValueError: for a larger group: there is no bias for its offsets.
+        num_heads: Number of attention heads, h.
+        group_size: Largest side of a group, G.
     """
 
     def __init__(self, num_heads: int, group_size: int) -> None:
@@ -63,34 +54,46 @@ class RelativePositionBias(nn.Module):
         self.relative_table = nn.Parameter(torch.empty(num_heads, (2 * group_size - 1) ** 2))
         nn.init.trunc_normal_(self.relative_table, std=0.02)
 
+    @override
     def forward(self, gh: int, gw: int, like: Tensor) -> Tensor:
+        """Biases of shape ``(h, (2 * gh - 1) * (2 * gw - 1))``, see ``DynamicPositionBias``.
+
+        Raises:
+            ValueError: If the group is larger than ``G x G``.
+        """
         G = self.group_size
         if gh > G or gw > G:
             raise ValueError(
-                f"a relative table of groups of {G}x{G} has no bias for groups of {gh}x{gw}: "
-                'take position_bias="dynamic", or lda_span="region"'
+                f"a relative table for groups of {G}x{G} has no bias for groups of {gh}x{gw}: "
+                'use position_bias="dynamic", or lda_span="region"'
             )
         table = self.relative_table.view(-1, 2 * G - 1, 2 * G - 1)
         return table[:, G - gh : G + gh - 1, G - gw : G + gw - 1].flatten(1).to(like.dtype)
 
 
 class NoPositionBias(nn.Module):
-    """A bias of zero, where positions are unknown to the attention."""
+    """A bias of zero.
+
+    Args:
+        num_heads: Number of attention heads, h.
+    """
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
 
+    @override
     def forward(self, gh: int, gw: int, like: Tensor) -> Tensor:
         return like.new_zeros(self.num_heads, (2 * gh - 1) * (2 * gw - 1))
 
 
 class AbsolutePosition(nn.Module):
-    """The first embedding, with a learned vector added at each position (APE).
+    """A CEL whose output gets a learned vector at each position (APE), resized for other map sizes.
 
-    It is of the 56x56 map of an image of 224x224, and is resized, bicubic, for others.
-
-    Shape: (B, H, W, in_dim) -> (B, h, w, dim).
+    Args:
+        embed: First CEL.
+        dim: Channels of its output.
+        side: Side of the map: 56 for images of 224.
     """
 
     def __init__(self, embed: nn.Module, dim: int, side: int = 56) -> None:
@@ -99,6 +102,7 @@ class AbsolutePosition(nn.Module):
         self.absolute_position = nn.Parameter(torch.empty(1, dim, side, side))
         nn.init.trunc_normal_(self.absolute_position, std=0.02)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
         position: Tensor = self.absolute_position
@@ -107,13 +111,13 @@ class AbsolutePosition(nn.Module):
         return x + position.permute(0, 2, 3, 1)
 
 
-POSITION_BIASES |= {
+POSITION_BIASES: dict[str, Callable[[int, int, int], nn.Module]] = {
     "dynamic_residual": lambda dim, num_heads, group_size: ResidualPositionBias(dim, num_heads),
     "relative": lambda dim, num_heads, group_size: RelativePositionBias(num_heads, group_size),
     "absolute": lambda dim, num_heads, group_size: NoPositionBias(num_heads),
     "none": lambda dim, num_heads, group_size: NoPositionBias(num_heads),
 }
-EMBEDDED_POSITIONS["absolute"] = AbsolutePosition
+"""Position biases by name, created from channels, heads and group size."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -122,22 +126,30 @@ EMBEDDED_POSITIONS["absolute"] = AbsolutePosition
 
 
 class ShiftedWindowAttention(LongShortAttention):
-    """Attention in windows of G x G, in every second block shifted by G // 2 (Swin, arXiv 2103.14030).
+    """Attention in windows of ``G x G``, shifted by ``G // 2`` in odd blocks (Swin, arXiv 2103.14030).
 
-    The map is rolled, and positions that the roll brings together do not see each other. A map whose shorter
-    side is at most G is not shifted; one that G does not divide is padded, and the padding is masked.
+    The map is rolled, and positions that only the roll brings together are masked. A map whose shorter side
+    is at most G is not shifted. A map that G does not divide is padded, and the padding is masked.
 
-    Shape: (B, H, W, dim) -> (B, H, W, dim).
+    Args:
+        dim: Channels.
+        num_heads: Number of attention heads.
+        group_size: G.
+        is_shifted: Whether windows are shifted.
+        position_bias: Name of the position bias.
     """
 
-    def __init__(self, dim: int, num_heads: int, group_size: int, shifted: bool, position_bias: str) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, group_size: int, is_shifted: bool, position_bias: str
+    ) -> None:
         super().__init__(dim, num_heads, group_size, 0, "map", position_bias)
-        self.shifted = shifted
+        self.is_shifted = is_shifted
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, _ = x.shape
         layout = self.layout(H, W)
-        shift = self.group_size // 2 if self.shifted and min(H, W) > self.group_size else 0
+        shift = self.group_size // 2 if self.is_shifted and min(H, W) > self.group_size else 0
         padded_H, padded_W = padded_size(layout)
         x = F.pad(x, (0, 0, 0, padded_W - W, 0, padded_H - H))
         if shift:
@@ -145,8 +157,8 @@ class ShiftedWindowAttention(LongShortAttention):
         x = group(x, layout)
         bias = pair_biases(self.position_bias(layout.gh, layout.gw, x), layout)
         if shift or (padded_H, padded_W) != (H, W):
-            seen = kept(window_mask, H, W, layout, shift, x.device)  # (windows, L, L)
-            bias = masked(bias, seen.repeat(B, 1, 1)[:, None])
+            mask = cached(window_mask, H, W, layout, shift, x.device)
+            bias = apply_key_mask(bias, mask.repeat(B, 1, 1)[:, None])
         x = ungroup(self.attend(x, bias, None), layout, B, padded_H, padded_W)
         if shift:
             x = x.roll((shift, shift), (1, 2))
@@ -154,31 +166,46 @@ class ShiftedWindowAttention(LongShortAttention):
 
 
 def window_mask(H: int, W: int, layout: Layout, shift: int, device: torch.device) -> Tensor:
-    """Which keys each query sees in the windows of a rolled map: (windows, L, L), bool."""
+    """Mask of keys that each query attends to in the windows of a rolled map.
+
+    Args:
+        H: Height of the map before padding.
+        W: Width of the map before padding.
+        layout: Layout of the windows.
+        shift: Shift of the windows.
+        device: Device of the mask.
+
+    Returns:
+        ``True`` for valid keys, shape ``(windows, L, L)``.
+    """
     padded_H, padded_W = padded_size(layout)
 
-    def parts(size: int, window: int) -> Tensor:  # what lay on either side of the roll's seam
-        place = torch.arange(size, device=device)
-        return (place >= size - window).long() + (place >= size - shift).long() if shift else place * 0
+    def areas_along(size: int, window: int) -> Tensor:  # numbers of the areas on either side of the seam
+        position = torch.arange(size, device=device)
+        return (
+            (position >= size - window).long() + (position >= size - shift).long() if shift else position * 0
+        )
 
-    areas = parts(padded_H, layout.gh)[:, None] * 3 + parts(padded_W, layout.gw)
+    areas = areas_along(padded_H, layout.gh)[:, None] * 3 + areas_along(padded_W, layout.gw)
     rows, cols = torch.arange(padded_H, device=device), torch.arange(padded_W, device=device)
-    real = ((rows < H)[:, None] & (cols < W)).roll((-shift, -shift), (0, 1))
-    areas, real = (group(t[None, ..., None], layout)[..., 0] for t in (areas, real))
-    return (areas[:, :, None] == areas[:, None, :]) & real[:, None, :]
+    valid = ((rows < H)[:, None] & (cols < W)).roll((-shift, -shift), (0, 1))
+    areas, valid = (group(t[None, ..., None], layout)[..., 0] for t in (areas, valid))
+    return (areas[:, :, None] == areas[:, None, :]) & valid[:, None, :]
 
 
 class SpatialReductionAttention(nn.Module):
-    """Attention over the map, whose keys and values a strided convolution reduces (PVT, arXiv 2102.12122).
+    """Attention over the map with keys and values reduced by a strided convolution (PVT, arXiv 2102.12122).
 
-    Sizes that the reduction does not divide lose their rest, as published; a map smaller than it is padded.
+    Rows and columns beyond a multiple of the reduction are ignored, as published. Maps smaller than it are
+    padded.
 
     Args:
-        dim: channels.
-        num_heads: attention heads.
-        reduction: of both sides; 1 for none.
+        dim: Channels.
+        num_heads: Number of attention heads.
+        reduction: Reduction of both sides; 1 for none.
 
-    Shape: (B, H, W, dim) -> (B, H, W, dim).
+    Raises:
+        ValueError: If ``num_heads`` does not divide ``dim``.
     """
 
     def __init__(self, dim: int, num_heads: int, reduction: int) -> None:
@@ -192,11 +219,13 @@ class SpatialReductionAttention(nn.Module):
         self.sr: nn.Module = nn.Conv2d(dim, dim, reduction, reduction) if reduction > 1 else nn.Identity()
         self.norm: nn.Module = nn.LayerNorm(dim) if reduction > 1 else nn.Identity()
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
-        return self.attend(x.flatten(1, 2), self.reduced(x)).view(x.shape)
+        """Map of shape ``(B, H, W, C)`` to a map of the same shape."""
+        return self.attend(x.flatten(1, 2), self.reduce(x)).view(x.shape)
 
-    def reduced(self, x: Tensor) -> Tensor:
-        """What keys and values are made of: (B, H, W, C) -> (B, L, C)."""
+    def reduce(self, x: Tensor) -> Tensor:
+        """Reduced map for keys and values: ``(B, H, W, C)`` to ``(B, L, C)``."""
         H, W = x.shape[1], x.shape[2]
         if self.reduction > 1:
             x = x.permute(0, 3, 1, 2)
@@ -206,7 +235,15 @@ class SpatialReductionAttention(nn.Module):
         return x.flatten(1, 2)
 
     def attend(self, x: Tensor, reduced: Tensor) -> Tensor:
-        """Queries of x (B, N, C), keys and values of `reduced` (B, L, C) -> (B, N, C)."""
+        """Attention of all positions to the reduced ones.
+
+        Args:
+            x: Positions, shape ``(B, N, C)``.
+            reduced: Reduced positions, shape ``(B, L, C)``.
+
+        Returns:
+            Shape ``(B, N, C)``.
+        """
         (B, N, C), L, h = x.shape, reduced.shape[1], self.num_heads
         q = self.q(x).view(B, N, h, C // h).transpose(1, 2)
         k, v = self.kv(reduced).view(B, L, 2, h, C // h).permute(2, 0, 3, 1, 4).unbind(0)
@@ -214,39 +251,52 @@ class SpatialReductionAttention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
-def shifted_window(at: Place) -> nn.Module:
-    """Windows of G, in odd blocks shifted; there is no interval."""
-    shifted = at.block % 2 == 1
-    return ShiftedWindowAttention(at.dim, at.num_heads, at.group_size, shifted, at.position_bias)
+def shifted_window(context: BlockContext) -> nn.Module:
+    """Windows of G, shifted in odd blocks. The interval is not used."""
+    is_shifted = context.block % 2 == 1
+    return ShiftedWindowAttention(
+        context.dim, context.num_heads, context.group_size, is_shifted, context.position_bias
+    )
 
 
-def spatial_reduction(at: Place) -> nn.Module:
-    """PVT's reductions of a stage, 8, 4, 2 and 1, in each of its blocks; there are no groups."""
-    if at.position_bias not in ("absolute", "none"):
+def spatial_reduction(context: BlockContext) -> nn.Module:
+    """PVT's reductions of 8, 4, 2 and 1 in the four stages. Group sizes are not used.
+
+    Raises:
+        ValueError: If there is a position bias, which this attention does not have.
+    """
+    if context.position_bias not in ("absolute", "none"):
         raise ValueError(
-            f"position_bias is 'absolute' or 'none' with spatial_reduction, not {at.position_bias!r}"
+            "position_bias must be 'absolute' or 'none' with spatial_reduction, not "
+            f"{context.position_bias!r}"
         )
-    return SpatialReductionAttention(at.dim, at.num_heads, max(1, 8 >> at.stage))
+    return SpatialReductionAttention(context.dim, context.num_heads, max(1, 8 >> context.stage))
 
 
-ATTENTIONS |= {"shifted_window": shifted_window, "spatial_reduction": spatial_reduction}
+ATTENTIONS: dict[str, Callable[[BlockContext], nn.Module]] = {
+    "shifted_window": shifted_window,
+    "spatial_reduction": spatial_reduction,
+}
+"""Attention layers by name."""
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Group sizes of CrossFormer++
+# Group sizes of CrossFormer++ (section 3.3), for ``interval=(None,) * 4``
 # ------------------------------------------------------------------------------------------------------------
-
-# With `interval=(None,) * 4`: LDA's members then lie ceil(side / G) apart.
 
 
 def progressive(mode: str, depths: Sequence[int], side: int = 56) -> list[list[int]]:
-    """Group sizes that grow with depth, a list a stage (CrossFormer++, section 3.3).
+    """Group sizes that grow with depth (section 3.3 of CrossFormer++).
 
     Args:
-        mode: `"linear"` from 4 to the map's side; `"linear_div"` and `"alter"` go over to the side's half and
-            whole where that passes half of it, all at once or, in the third stage, by turns.
-        depths: blocks a stage.
-        side: of the first stage's map, 56 for images of 224.
+        mode: ``"linear"``, from 4 to the map's side; ``"linear_div"`` and ``"alter"`` change to half of the
+            side and the whole side where the linear size exceeds half of it, at once or alternating in the
+            third stage.
+        depths: Blocks per stage.
+        side: Side of the first stage's map: 56 for images of 224.
+
+    Returns:
+        One list per stage.
     """
     total = sum(depths)
     sizes: list[list[int]] = []
@@ -255,11 +305,11 @@ def progressive(mode: str, depths: Sequence[int], side: int = 56) -> list[list[i
         R = side >> stage
         sizes.append([])
         for _ in range(depth):
-            grown = R * (4 / side + k * (1 - 4 / side) / total)
-            size = max(4, math.ceil(grown - 1e-9))
-            if grown > R // 2:
+            linear = R * (4 / side + k * (1 - 4 / side) / total)
+            size = max(4, math.ceil(linear - 1e-9))
+            if linear > R // 2:
                 if mode == "linear_div":
-                    size = R if stage != 2 or grown > 3 / 4 * R else R // 2
+                    size = R if stage != 2 or linear > 3 / 4 * R else R // 2
                 elif mode == "alter":
                     size = R if stage != 2 or k % 2 else R // 2
             sizes[-1].append(size)
@@ -268,21 +318,22 @@ def progressive(mode: str, depths: Sequence[int], side: int = 56) -> list[list[i
 
 
 def constant(depths: Sequence[int]) -> list[list[int]]:
-    """The group sizes of CrossFormer++'s classifiers: one a stage."""
+    """Group sizes of CrossFormer++'s classifiers: one per stage."""
     return [[G] * depth for G, depth in zip((4, 4, 14, 7), depths, strict=True)]
 
 
 def seven_fourteen(depths: Sequence[int]) -> list[list[int]]:
-    """The same, but half of it in the third stage's first four blocks."""
+    """Group sizes of CrossFormer++'s classifiers, with 7 in the first four blocks of the third stage."""
     sizes = constant(depths)
     sizes[2][:4] = [7] * len(sizes[2][:4])
     return sizes
 
 
-GROUP_MODES |= {
+GROUP_MODES: dict[str, Callable[[Sequence[int]], list[list[int]]]] = {
     "constant": constant,
     "linear": lambda depths: progressive("linear", depths),
     "linear_div": lambda depths: progressive("linear_div", depths),
     "alter": lambda depths: progressive("alter", depths),
     "7_14": seven_fourteen,
 }
+"""Group sizes by name, from the blocks per stage."""

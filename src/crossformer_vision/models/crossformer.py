@@ -1,39 +1,37 @@
-"""CrossFormer and CrossFormer++, next to the papers.
+"""CrossFormer and CrossFormer++, in the order of the papers.
 
 CrossFormer:   A Versatile Vision Transformer Hinging on Cross-scale Attention, arXiv 2108.00154 (ICLR 2022).
-CrossFormer++: the same with progressive group sizes and amplitude cooling, arXiv 2303.06908 (TPAMI 2023).
+CrossFormer++: progressive group sizes and amplitude cooling, arXiv 2303.06908 (TPAMI 2023).
 
-Read from top to bottom: cross-scale embedding (CEL), dynamic position bias (DPB), long/short distance
-attention (LDA/SDA), amplitude cooling (ACL), block, stage, model. How a map is cut into groups, with a small
-example that tells SDA from LDA, is in `grouping.py`; by which kernels attention is computed, in
-`attention.py`; the named models are in `variants.py`.
+Read from top to bottom: cross-scale embedding (CEL), dynamic position bias (DPB), short- and long-distance
+attention (SDA, LDA), amplitude cooling (ACL), block, stage, model. ``grouping.py`` shows by an example how
+SDA and LDA partition a map, ``attention.py`` computes attention within groups, and ``variants.py`` has the
+named models.
 
-Shapes in comments: B images, H x W positions, C channels; a group is `gh x gw` members, L = gh * gw of them;
-N groups in a batch; h heads of d channels. Maps are channels last, (B, H, W, C), from the model's door on.
+Shapes: batch size B, map H x W, C channels; N groups of L = gh * gw members; h heads of d channels. Maps are
+    channels
+last, ``(B, H, W, C)``, throughout the model.
 
-There are two published definitions of LDA, `lda_span`. Where G * I is the map's side, as in every published
-T/S/B/L classifier at 224, they are one:
+``lda_span`` selects one of two published definitions of LDA. They are equal where ``G * I`` is the side of
+the map, as in all published T/S/B/L classifiers at 224 pixels:
 
-- `"map"`, of the paper and of all published T/S/B/L weights: members lie `interval` apart over the whole map,
-  so a group grows with the image;
-- `"region"`, of the code that trained the CrossFormer++ classifiers: members lie `interval` apart inside
-  regions of (G * I) x (G * I), so groups stay G x G.
+- ``"map"``, of the paper and all published T/S/B/L weights: members are ``interval`` apart over the whole
+  map, so groups grow with the image;
+- ``"region"``, of the code that trained the CrossFormer++ classifiers: members are ``interval`` apart within
+  regions of ``(G * I) x (G * I)``, so groups have ``G x G`` members.
 
-Where this file differs from the published code, and why:
+Deviations from the published code:
 
-- Any image from 32 x 32 up. The published classifier fixes its size; here every decision is made from the
-  input at hand, padded keys are masked and padded outputs dropped.
-- With `"region"`, a map whose shorter side is at most G becomes one group of its own H x W. The published
-  code pads it to max(H, W) squared and masks the rest, which computes the same for more work.
-- DPB's hidden width is D // 16, as in the published code and weights (the paper writes D / 4). Nothing that
-  follows from weights is kept between calls: training wrappers, adapters, optimizers and functional
-  transforms change or hide weights without a sign.
-- The attention is `scaled_dot_product_attention` with DPB as an additive bias. Its kernels keep no
-  (N, h, L, L) matrix. A CPU that trains makes it again in pieces, as its fused kernel has no gradient for a
-  bias. Queries of large groups go in blocks.
+- Images of any size from 32 x 32. The layout of groups follows from each input; padded keys are masked and
+  padded outputs dropped. The published classifier has a fixed size.
+- With ``"region"``, a map whose shorter side is at most G is one group of its own ``H x W``. The published
+  code pads it to a square and masks the padding, with the same result.
+- DPB's hidden width is ``D // 16``, as in the published code and weights. The paper writes ``D / 4``.
+- Nothing derived from weights is cached, because wrappers, adapters and functional transforms may modify
+  weights silently.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -42,47 +40,50 @@ import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, use_fused_attn
 from timm.models import checkpoint, register_notrace_module
 from torch import Tensor, nn
+from typing_extensions import override
 
 from crossformer_vision.models.attention import (
     blocked_attention,
     group_attention,
-    join_heads,
-    masked,
     pair_biases,
-    split_heads,
-    takes_blocks,
+    use_blocked_attention,
 )
-from crossformer_vision.models.cpu.chunking import gelu_linear, in_pieces
+from crossformer_vision.models.cpu.chunking import chunked_apply
+from crossformer_vision.models.cpu.feed_forward import feed_forward
 from crossformer_vision.models.cpu.large_kernels import LargeKernelConv2d
 from crossformer_vision.models.grouping import (
     Layout,
-    across_map,
-    across_regions,
     ceil_div,
     group,
-    kept,
-    longer,
-    neighbours,
+    key_padding_mask,
+    lda_map_layout,
+    lda_region_layout,
     pad_to_multiple,
-    real_keys,
     relative_offsets,
-    shorter,
+    sda_layout,
     ungroup,
 )
+from crossformer_vision.models.heads import apply_key_mask, join_heads, split_heads
+from crossformer_vision.models.index_cache import cached
 from crossformer_vision.models.timm_interface import StagedClassifier, check_size
+from crossformer_vision.models.tracing import sym_max, sym_min
 
 __all__ = ["CrossFormer"]
 
-
 # ------------------------------------------------------------------------------------------------------------
-# Cross-scale embedding layer
+# Cross-scale embedding layer (section 3.1 of CrossFormer)
 # ------------------------------------------------------------------------------------------------------------
 
 
 def cel_widths(dim: int, count: int, split: str = "halving") -> list[int]:
-    """Channels of `count` kernels, small to large, `dim` in all: halving, the last one repeated; or equal.
+    """Channels of the kernels of a CEL, from small to large kernels.
 
-    Large kernels get few channels, since their cost grows with the square of their size (section 3.1).
+    Large kernels get fewer channels, since their cost grows with the square of their size (section 3.1).
+
+    Args:
+        dim: Sum of the channels.
+        count: Number of kernels.
+        split: ``"halving"``, with the last one repeated, or ``"equal"``.
 
     >>> cel_widths(96, 4), cel_widths(96, 4, "equal")
     ([48, 24, 12, 12], [24, 24, 24, 24])
@@ -93,23 +94,23 @@ def cel_widths(dim: int, count: int, split: str = "halving") -> list[int]:
 
 @register_notrace_module
 class CrossScaleEmbedding(nn.Module):
-    """Cross-scale embedding layer, CEL (section 3.1 of CrossFormer, figure 2).
+    """Cross-scale embedding layer, CEL (section 3.1 and figure 2 of CrossFormer).
 
-    Convolutions of several kernel sizes share one stride and sit on the same centres; their outputs are
-    concatenated, so each embedding mixes patches of several scales. The first CEL normalises its output, the
-    later ones their input. Sizes that the stride does not divide are padded right and bottom.
+    Convolutions with several kernel sizes share a stride and are centered on the same points. Their outputs
+    are concatenated, so each embedding mixes patches of several scales. The first CEL normalizes its output,
+    later ones their input. Sizes that the stride does not divide are padded right and bottom. A kernel that
+    exceeds the stride by an odd number reaches one position further right and down.
 
     Args:
-        in_dim: channels of the input.
-        dim: channels of the output.
-        kernel_sizes: kernels, small to large.
-        stride: of all kernels; 4 in the first CEL, 2 in the later ones.
-        norm_first: normalise the input (later CELs) instead of the output (first CEL).
-        split: widths of the kernels, see `cel_widths`.
+        in_dim: Channels of the input.
+        dim: Channels of the output.
+        kernel_sizes: Kernel sizes, from small to large.
+        stride: Stride of all kernels: 4 in the first CEL, 2 in later ones.
+        norm_first: Normalize the input (later CELs) instead of the output (first CEL).
+        split: Channels of the kernels, see ``cel_widths``.
 
-    A kernel that differs from the stride by an odd number reaches one position further right and down.
-
-    Shape: (B, H, W, in_dim) -> (B, ceil(H / stride), ceil(W / stride), dim).
+    Raises:
+        ValueError: If a kernel is smaller than the stride.
     """
 
     def __init__(
@@ -126,50 +127,51 @@ class CrossScaleEmbedding(nn.Module):
             raise ValueError(f"kernels {tuple(kernel_sizes)} are smaller than their stride {stride}")
         self.stride = stride
         self.norm_first = norm_first
-        self.many_channels = in_dim >= 8
+        self.prefers_channels_last = in_dim >= 8
+        widths = cel_widths(dim, len(kernel_sizes), split)
         self.convs: Any = nn.ModuleList(
-            LargeKernelConv2d(in_dim, width, k, stride)
-            for k, width in zip(kernel_sizes, cel_widths(dim, len(kernel_sizes), split), strict=True)
+            LargeKernelConv2d(in_dim, width, k, stride) for k, width in zip(kernel_sizes, widths, strict=True)
         )
         self.norm = nn.LayerNorm(in_dim if norm_first else dim)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, in_dim)`` to ``(B, ceil(H / stride), ceil(W / stride), dim)``."""
         if self.norm_first:
             x = self.norm(x)
-        # From 8 channels on, large kernels are three times faster channels last; but the gradient of a single
-        # image oneDNN then computes 20 times slower.
-        if self.many_channels and (not torch.is_grad_enabled() or x.shape[0] > 1):
+        # Channels last makes large kernels three times faster, but oneDNN's gradient for a single image 20
+        # times slower.
+        if self.prefers_channels_last and (not torch.is_grad_enabled() or x.shape[0] > 1):
             x = x.contiguous()
-        x = x.permute(0, 3, 1, 2)  # a view: NCHW as the convolutions index it, channels last in memory
+        x = x.permute(0, 3, 1, 2)  # NCHW as a view, channels last in memory
         x = pad_to_multiple(x, self.stride)
         scales: list[Tensor] = []
         for conv in self.convs:
-            odd = (conv.kernel_size[0] - self.stride) % 2
-            y = F.pad(x, (0, 1, 0, 1)) if odd else x
+            is_odd = (conv.kernel_size[0] - self.stride) % 2
+            y = F.pad(x, (0, 1, 0, 1)) if is_odd else x
             scales.append(conv(y).permute(0, 2, 3, 1))
         x = torch.cat(scales, dim=-1)
         return x if self.norm_first else self.norm(x)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Dynamic position bias
+# Dynamic position bias (section 3.3 of CrossFormer)
 # ------------------------------------------------------------------------------------------------------------
 
 
 class DynamicPositionBias(nn.Module):
-    """Dynamic position bias, DPB (section 3.3 of CrossFormer, figure 3b).
+    """Dynamic position bias, DPB (section 3.3 and figure 3b of CrossFormer).
 
-    A small MLP maps the offset between two embeddings to one bias a head, so the same weights serve groups of
-    any size. It is evaluated once on the distinct offsets of a group; `pair_biases` hands them to all pairs.
+    A small MLP maps the offset between two embeddings to one bias per head, so the same weights serve groups
+    of any size. It is evaluated once for the distinct offsets of a group.
 
     Args:
-        dim: channels of the stage; the MLP is `dim // 16` wide.
-        num_heads: attention heads, h.
-
-    Shape: for groups of gh x gw -> (h, (2gh-1) * (2gw-1)), a row a head, in the order of `relative_offsets`.
+        dim: Channels of the stage. The MLP has ``dim // 16`` hidden units.
+        num_heads: Number of attention heads, h.
     """
 
     frozen: Tensor | None
+    """Biases of shape ``(h, 2 * Gh - 1, 2 * Gw - 1)``, see ``freeze_position_bias``."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -181,60 +183,66 @@ class DynamicPositionBias(nn.Module):
         )
         self.register_buffer("frozen", None, persistent=False)
 
+    @override
     def forward(self, gh: int, gw: int, like: Tensor) -> Tensor:
-        """`like` gives device and type: the MLP's own weights may be quantized, sharded or elsewhere."""
-        frozen = self.frozen  # (h, 2Gh-1, 2Gw-1), see `freeze_position_bias`
+        """Biases of groups of ``gh x gw`` members.
+
+        Args:
+            gh: Rows of a group.
+            gw: Columns of a group.
+            like: Tensor whose device and dtype are used. The weights may be quantized or sharded.
+
+        Returns:
+            Shape ``(h, (2 * gh - 1) * (2 * gw - 1))``, in the order of ``relative_offsets``.
+        """
+        frozen = self.frozen
         if frozen is not None and 2 * gh - 1 <= frozen.shape[1] and 2 * gw - 1 <= frozen.shape[2]:
             top, left = (frozen.shape[1] + 1) // 2 - gh, (frozen.shape[2] + 1) // 2 - gw
             return frozen[:, top : top + 2 * gh - 1, left : left + 2 * gw - 1].flatten(1)
         return self.compute(gh, gw, like)
 
     def compute(self, gh: int, gw: int, like: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            offsets = relative_offsets(gh, gw, like.device)
-        else:
-            offsets = kept(relative_offsets, gh, gw, like.device)
+        """``forward`` without the frozen biases.
+
+        Args:
+            gh: Rows of a group.
+            gw: Columns of a group.
+            like: Tensor with the device and dtype of the result.
+        """
+        offsets = cached(relative_offsets, gh, gw, like.device)
         biases = self.proj(offsets.to(like.dtype))
         for layer in self.layers:
             biases = layer(biases)
         return biases.t().contiguous()
 
-    @torch.jit.unused
+    @override
     def train(self, mode: bool = True) -> "DynamicPositionBias":
-        if mode:  # its weights are about to change
+        if mode:  # the weights are about to change
             self.frozen = None
-        return nn.Module.train(self, mode)  # not `super()`: of a scripted model, `self` is of another class
-
-
-# Made from channels, heads and group size; `ablations.py` adds what the papers compare.
-POSITION_BIASES: dict[str, Callable[[int, int, int], nn.Module]] = {
-    "dynamic": lambda dim, num_heads, group_size: DynamicPositionBias(dim, num_heads)
-}
+        return super().train(mode)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Long and short distance attention
+# Short- and long-distance attention (sections 3.2 and 3.3 of CrossFormer)
 # ------------------------------------------------------------------------------------------------------------
 
 
 @register_notrace_module
 class LongShortAttention(nn.Module):
-    """Multi-head self-attention inside groups with DPB: SDA or LDA (sections 3.2 and 3.3 of CrossFormer).
+    """Multi-head self-attention within groups with a position bias: SDA or LDA (section 3.2 of CrossFormer).
 
     Args:
-        dim: channels.
-        num_heads: attention heads.
-        group_size: G, positions along a side of a group.
-        interval: I of LDA, the distance between the members of a group; 0 for SDA; None for
-            `ceil(max(H, W) / G)`.
-        lda_span: `"map"` or `"region"`, see the head of this file.
-        position_bias: a name in `POSITION_BIASES`.
+        dim: Channels, C.
+        num_heads: Number of attention heads, h.
+        group_size: Side of a group in members, G.
+        interval: Distance between members of an LDA group, I. 0 for SDA; ``None`` for ``ceil(max(H, W) /
+            G)``.
+        lda_span: ``"map"`` or ``"region"``, see the module docstring.
+        position_bias: Name of the position bias, see ``create_position_bias``.
 
-    Shape: (B, H, W, dim) -> (B, H, W, dim).
+    Raises:
+        ValueError: If ``num_heads`` does not divide ``dim``.
     """
-
-    interval: int | None
-    fused_attn: torch.jit.Final[bool]
 
     def __init__(
         self,
@@ -252,68 +260,86 @@ class LongShortAttention(nn.Module):
         self.group_size = group_size
         self.interval = interval
         self.lda_span = lda_span
-        self.fused_attn = use_fused_attn()  # timm's switch: without, each step of the attention can be hooked
-        self.attn_drop = nn.Identity()  # where timm's tools look for the attention itself
+        self.fused_attn = use_fused_attn()  # False for hooks on the attention, as in timm's AttentionExtract
+        self.attn_drop = nn.Identity()
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.position_bias = POSITION_BIASES[position_bias](dim, num_heads, group_size)
+        self.position_bias = create_position_bias(position_bias, dim, num_heads, group_size)
         self.proj = nn.Linear(dim, dim)
 
     def layout(self, H: int, W: int) -> Layout:
-        """How this block cuts an H x W map."""
+        """Layout of the groups of an ``H x W`` map."""
         return self.small_layout(H, W) if min(H, W) <= self.group_size else self.large_layout(H, W)
 
     def small_layout(self, H: int, W: int) -> Layout:
-        """Of a map no wider or no higher than a group: SDA in squares of the shorter side, or one group."""
-        if self.lda_span == "map":
-            return neighbours(H, W, shorter(H, W))
-        return across_map(H, W, 1)
+        """Layout if a side is at most G: SDA in squares of the shorter side, or one group."""
+        return sda_layout(H, W, sym_min(H, W)) if self.lda_span == "map" else lda_map_layout(H, W, 1)
 
     def large_layout(self, H: int, W: int) -> Layout:
-        """Of any other map."""
+        """Layout if both sides exceed G."""
         G, interval = self.group_size, self.interval
         if interval is None:
-            interval = ceil_div(longer(H, W), G)
+            interval = ceil_div(sym_max(H, W), G)
         if interval == 0:
-            return neighbours(H, W, G)
-        return across_map(H, W, interval) if self.lda_span == "map" else across_regions(H, W, G, interval)
+            return sda_layout(H, W, G)
+        if self.lda_span == "map":
+            return lda_map_layout(H, W, interval)
+        return lda_region_layout(H, W, G, interval)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
-        return self.grouped(x, self.layout(x.shape[1], x.shape[2]))
+        """Map of shape ``(B, H, W, C)`` to a map of the same shape."""
+        return self.forward_groups(x, self.layout(x.shape[1], x.shape[2]))
 
-    def grouped(self, x: Tensor, layout: Layout) -> Tensor:
-        """Attention in the groups of a layout."""
+    def forward_groups(self, x: Tensor, layout: Layout) -> Tensor:
+        """Attention within the groups of a layout, for a map of shape ``(B, H, W, C)``."""
         B, H, W, _ = x.shape
         x = group(x, layout)
         biases = self.position_bias(layout.gh, layout.gw, x)
-        if torch.jit.is_scripting():
-            x = self.attend(x, pair_biases(biases, layout), real_keys(B, H, W, layout, x.device))
-        elif takes_blocks(layout):
+        if use_blocked_attention(layout):
             q, k, v = split_heads(self.qkv(x), self.num_heads)
             x = self.proj(join_heads(blocked_attention(q, k, v, biases.to(q.dtype), layout, H, W)))
         else:
-            real = real_keys(B, H, W, layout, x.device)
-            bias = pair_biases(biases, layout)
+            bias, mask = pair_biases(biases, layout), key_padding_mask(B, H, W, layout, x.device)
             x = (
-                in_pieces(x.shape[1], self.attend, x, bias, real)
+                chunked_apply(x.shape[1], self.attend, x, bias, mask)
                 if self.fused_attn
-                else self.attend(x, bias, real)
+                else self.attend(x, bias, mask)
             )
         return ungroup(x, layout, B, H, W)
 
-    def attend(self, x: Tensor, bias: Tensor, real: Tensor | None) -> Tensor:
-        """Attention in each group: x (N, L, C), bias (1, h, L, L), `real_keys` -> (N, L, C)."""
+    def attend(self, x: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention within groups.
+
+        Args:
+            x: Groups, shape ``(N, L, C)``.
+            bias: Position bias, shape ``(1, h, L, L)`` or ``(N, h, L, L)``.
+            mask: ``True`` for valid keys, shape ``(N, 1, 1, L)``. ``None`` if all are valid.
+
+        Returns:
+            Shape ``(N, L, C)``.
+        """
         qkv = self.qkv(x)
         bias = bias.to(qkv.dtype)
         if self.fused_attn:
-            return self.proj(group_attention(qkv, self.num_heads, bias, real))
+            return self.proj(group_attention(qkv, self.num_heads, bias, mask))
         q, k, v = split_heads(qkv, self.num_heads)
-        scale = q.shape[-1] ** -0.5
-        attention = self.attn_drop((q * scale @ k.transpose(-2, -1) + masked(bias, real)).softmax(-1))
-        return self.proj(join_heads(attention @ v))
+        logits = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + apply_key_mask(bias, mask)
+        return self.proj(join_heads(self.attn_drop(logits.softmax(-1)) @ v))
 
 
-class Place(NamedTuple):
-    """Of an attention: which block of which stage it is in, and the sizes there."""
+class BlockContext(NamedTuple):
+    """Position and configuration of an attention layer.
+
+    Attributes:
+        stage: Stage, from 0.
+        block: Block of the stage, from 0.
+        dim: Channels.
+        num_heads: Number of attention heads.
+        group_size: G.
+        interval: I of LDA.
+        lda_span: ``"map"`` or ``"region"``.
+        position_bias: Name of the position bias.
+    """
 
     stage: int
     block: int
@@ -325,14 +351,37 @@ class Place(NamedTuple):
     position_bias: str
 
 
-def long_short(at: Place) -> nn.Module:
-    """SDA in even blocks, LDA in odd ones."""
-    interval = at.interval if at.block % 2 else 0
-    return LongShortAttention(at.dim, at.num_heads, at.group_size, interval, at.lda_span, at.position_bias)
+def create_position_bias(name: str, dim: int, num_heads: int, group_size: int) -> nn.Module:
+    """Create DPB (``"dynamic"``) or one of the alternatives in ``ablations.POSITION_BIASES``.
+
+    Args:
+        name: ``"dynamic"`` or a key of ``POSITION_BIASES``.
+        dim: Channels of the stage.
+        num_heads: Number of attention heads.
+        group_size: Side of a group.
+    """
+    if name == "dynamic":
+        return DynamicPositionBias(dim, num_heads)
+    from crossformer_vision.models.ablations import POSITION_BIASES
+
+    return POSITION_BIASES[name](dim, num_heads, group_size)
 
 
-# `ablations.py` adds what the papers compare.
-ATTENTIONS: dict[str, Callable[[Place], nn.Module]] = {"long_short": long_short}
+def create_attention(name: str, context: BlockContext) -> nn.Module:
+    """Create SDA in even and LDA in odd blocks (``"long_short"``), or one of ``ablations.ATTENTIONS``."""
+    if name == "long_short":
+        interval = context.interval if context.block % 2 else 0
+        return LongShortAttention(
+            context.dim,
+            context.num_heads,
+            context.group_size,
+            interval,
+            context.lda_span,
+            context.position_bias,
+        )
+    from crossformer_vision.models.ablations import ATTENTIONS
+
+    return ATTENTIONS[name](context)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -341,12 +390,12 @@ ATTENTIONS: dict[str, Callable[[Place], nn.Module]] = {"long_short": long_short}
 
 
 class AmplitudeCooling(nn.Module):
-    """Amplitude cooling layer, ACL (CrossFormer++, section 3.4): depth-wise 3x3 convolution, LayerNorm, no
-    residual.
+    """Amplitude cooling layer, ACL (section 3.4 of CrossFormer++): depthwise 3x3 convolution and LayerNorm.
 
-    Without a residual it cuts the growth of the activations' amplitude with depth.
+    It has no residual connection, which limits the growth of activations with depth.
 
-    Shape: (B, H, W, dim) -> (B, H, W, dim).
+    Args:
+        dim: Channels.
     """
 
     def __init__(self, dim: int) -> None:
@@ -354,19 +403,20 @@ class AmplitudeCooling(nn.Module):
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.norm = nn.LayerNorm(dim)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
+        """Map of shape ``(B, H, W, C)`` to a map of the same shape."""
         x = self.conv(x.permute(0, 3, 1, 2))
         return self.norm(x.permute(0, 2, 3, 1))
 
 
 @register_notrace_module
 class FeedForward(nn.Module):
-    """The block's MLP: Linear, GELU, Linear.
+    """MLP of a block: linear, GELU, linear.
 
-    Its hidden map is the largest tensor of the network: CPU inference computes it in pieces that stay in the
-    cache, and CPU training keeps it once, before GELU.
-
-    Shape: (..., dim) -> (..., dim).
+    Args:
+        dim: Channels.
+        hidden_dim: Hidden channels.
     """
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
@@ -374,22 +424,21 @@ class FeedForward(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self.fc2(F.gelu(self.fc1(x)))
-        else:
-            return in_pieces(1, self.mlp, x.flatten(0, -2)).view_as(x)
-
-    @torch.jit.unused
-    def mlp(self, x: Tensor) -> Tensor:
-        return gelu_linear(self.fc1(x), self.fc2)
+        """Shape ``(..., C)`` to the same shape."""
+        return feed_forward(x, self.fc1, self.fc2)
 
 
 class CrossFormerBlock(nn.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`, then ACL where there is one (figure 2 of
-    CrossFormer).
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``, then perhaps ACL (figure 2 of CrossFormer).
 
-    Shape: (B, H, W, dim) -> (B, H, W, dim).
+    Args:
+        dim: Channels.
+        attn: Attention layer.
+        mlp_ratio: Hidden channels of the MLP relative to ``dim``.
+        drop_path: Stochastic depth rate.
+        amplitude_cooling: Whether an ACL follows.
     """
 
     def __init__(
@@ -403,18 +452,24 @@ class CrossFormerBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.acl = AmplitudeCooling(dim) if amplitude_cooling else nn.Identity()
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
+        """Map of shape ``(B, H, W, C)`` to a map of the same shape."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         return self.acl(x)
 
 
 class CrossFormerStage(nn.Module):
-    """A CEL, then a block for each of `attentions`, which alternate SDA (even ones) and LDA (odd ones).
+    """A CEL and one block per attention layer, which alternate SDA and LDA.
 
-    An ACL follows every `amplitude_cooling`-th block, except the last one; 0 for none.
-
-    Shape: (B, H, W, in_dim) -> (B, ceil(H / stride), ceil(W / stride), dim).
+    Args:
+        embed: CEL.
+        dim: Channels.
+        attentions: Attention layers.
+        mlp_ratio: Hidden channels of the MLPs relative to ``dim``.
+        drop_path: Stochastic depth rate of each block.
+        amplitude_cooling: An ACL follows every n-th block except the last; 0 for none.
     """
 
     def __init__(
@@ -431,68 +486,49 @@ class CrossFormerStage(nn.Module):
         self.embed = embed
         self.blocks = nn.ModuleList()
         for i, attn in enumerate(attentions, 1):
-            cooled = amplitude_cooling > 0 and i % amplitude_cooling == 0 and i != len(attentions)
-            self.blocks.append(CrossFormerBlock(dim, attn, mlp_ratio, drop_path[i - 1], cooled))
+            has_acl = amplitude_cooling > 0 and i % amplitude_cooling == 0 and i != len(attentions)
+            self.blocks.append(CrossFormerBlock(dim, attn, mlp_ratio, drop_path[i - 1], has_acl))
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, in_dim)`` to ``(B, ceil(H / stride), ceil(W / stride), dim)``."""
         x = self.embed(x)
         for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x)
-            else:
-                x = block(x)
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
         return x
-
-
-# Positions that are added to the first embedding, and group sizes by name: `ablations.py` has them.
-EMBEDDED_POSITIONS: dict[str, Callable[[nn.Module, int], nn.Module]] = {}
-GROUP_MODES: dict[str, Callable[[Sequence[int]], list[list[int]]]] = {}
-
-
-def per_block(values: Sequence[Any], depths: Sequence[int], name: str) -> list[list[Any]]:
-    """One list a stage with one entry a block, from an entry a stage or a list a stage."""
-    if len(values) != len(depths):
-        raise ValueError(f"{name} needs one entry for each of the {len(depths)} stages, got {len(values)}")
-    lists = [
-        list(v) if isinstance(v, Sequence) else [v] * depth for v, depth in zip(values, depths, strict=True)
-    ]
-    for stage, (blocks, depth) in enumerate(zip(lists, depths, strict=True)):
-        if len(blocks) != depth:
-            raise ValueError(f"{name} of stage {stage} needs {depth} entries, one a block, got {len(blocks)}")
-    return lists
 
 
 class CrossFormer(StagedClassifier):
     """CrossFormer and CrossFormer++, a timm model.
 
-    Args:
-        in_chans: channels of the images.
-        num_classes: of the head; 0 for no head.
-        global_pool: `"avg"`, or `""` for the head's features unpooled.
-        embed_dim: D, channels of the first stage; they double in each later one.
-        depths: blocks a stage.
-        num_heads: attention heads a stage.
-        group_size: G, an int a stage, or a list a stage with an int a block; or a name in `GROUP_MODES`.
-        interval: I of the LDA blocks, likewise; 0 makes a block SDA, None stands for `ceil(max(H, W) / G)`.
-        lda_span: what LDA reaches over, `"map"` or `"region"`: see the head of this file.
-        patch_sizes: kernels of the first CEL, stride 4.
-        merge_sizes: kernels of the later CELs, stride 2.
-        embed_split: widths of a CEL's kernels, `"halving"` or `"equal"`.
-        output_stride: 8, 16 or 32. Stages beyond it keep the resolution (stride 1), for decoders such as
-            DeepLabV3. The weights are the same.
-        amplitude_cooling: blocks from one ACL of CrossFormer++ to the next, 3 as published; 0 for none.
-        attention: a name in `ATTENTIONS`.
-        position_bias: a name in `POSITION_BIASES`.
-        mlp_ratio: hidden width of the MLPs, in channels of the stage.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block, rising linearly from 0 over all blocks.
-        weight_init: `""` as published; `"xavier_mlp"` for MLPs of narrow stages, see `init_weights`.
+    Maps images of shape ``(B, in_chans, H, W)``, with H and W from 32, to logits of shape ``(B,
+    num_classes)``. ``forward_features`` returns ``(B, ceil(H / 32), ceil(W / 32), 8 * embed_dim)``.
 
-    Shape: (B, in_chans, H, W) -> (B, num_classes), for any H and W from 32 up; `forward_features` returns
-    (B, ceil(H / 32), ceil(W / 32), 8 * embed_dim), channels last.
+    Args:
+        in_chans: Channels of the images.
+        num_classes: Number of classes; 0 for no classifier.
+        global_pool: ``"avg"``, or ``""`` for features without pooling.
+        embed_dim: Channels of the first stage, D. They double in each stage.
+        depths: Blocks per stage.
+        num_heads: Attention heads per stage.
+        group_size: G: an int per stage, or a list per stage with an int per block; or a name in
+            ``ablations.GROUP_MODES``.
+        interval: I of LDA blocks, likewise. 0 makes a block SDA; ``None`` is ``ceil(max(H, W) / G)``.
+        lda_span: ``"map"`` or ``"region"``, see the module docstring.
+        patch_sizes: Kernels of the first CEL, with stride 4.
+        merge_sizes: Kernels of the later CELs, with stride 2.
+        embed_split: Channels of the kernels of a CEL: ``"halving"`` or ``"equal"``.
+        output_stride: 8, 16 or 32. Stages beyond it keep the resolution, for decoders such as DeepLabV3.
+        amplitude_cooling: Blocks from one ACL of CrossFormer++ to the next: 3 as published, 0 for none.
+        attention: ``"long_short"``, or a name in ``ablations.ATTENTIONS``.
+        position_bias: ``"dynamic"``, or a name in ``ablations.POSITION_BIASES``.
+        mlp_ratio: Hidden channels of the MLPs relative to those of the stage.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth rate of the last block. It rises linearly from 0 over all blocks.
+        weight_init: ``""`` as published, or ``"xavier_mlp"`` for narrow stages, see ``init_weights``.
 
     Raises:
-        ValueError: for options that do not fit the depths, and for images smaller than 32 pixels.
+        ValueError: If options are invalid or do not fit the depths, and for images smaller than 32 pixels.
     """
 
     def __init__(
@@ -519,26 +555,12 @@ class CrossFormer(StagedClassifier):
         weight_init: Literal["", "xavier_mlp"] = "",
     ) -> None:
         super().__init__()
-        for name, value, known in (
-            ("lda_span", lda_span, ("map", "region")),
-            ("weight_init", weight_init, ("", "xavier_mlp")),
-            ("embed_split", embed_split, ("halving", "equal")),
-            ("output_stride", output_stride, (8, 16, 32)),
-            ("attention", attention, ATTENTIONS),
-            ("position_bias", position_bias, POSITION_BIASES),
-            ("group_size", group_size, GROUP_MODES if isinstance(group_size, str) else (group_size,)),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, not {value!r}")
-        if isinstance(group_size, str):
-            group_size = GROUP_MODES[group_size](depths)
-        cooling = 3 if amplitude_cooling is True else int(amplitude_cooling)  # True is version 0.1's
-        group_sizes = per_block(group_size, depths, "group_size")
+        check_options(lda_span, weight_init, embed_split, output_stride, attention, position_bias, group_size)
+        group_sizes = per_block(resolve_group_size(group_size, depths), depths, "group_size")
         intervals = per_block(interval, depths, "interval")
         dims = [embed_dim * 2**i for i in range(len(depths))]
         reductions = [min(4 * 2**i, output_stride) for i in range(len(depths))]
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.output_fmt = "NHWC"
@@ -546,19 +568,19 @@ class CrossFormer(StagedClassifier):
         for i, dim in enumerate(dims):
             if i == 0:
                 embed: nn.Module = CrossScaleEmbedding(in_chans, dim, patch_sizes, 4, False, embed_split)
-                if position_bias in EMBEDDED_POSITIONS:
-                    embed = EMBEDDED_POSITIONS[position_bias](embed, dim)
+                embed = add_absolute_position(embed, dim) if position_bias == "absolute" else embed
             else:
                 stride = reductions[i] // reductions[i - 1]
                 embed = CrossScaleEmbedding(dims[i - 1], dim, merge_sizes[i - 1], stride, True, embed_split)
-            places = [
-                Place(i, k, dim, num_heads[i], size, steps, lda_span, position_bias)
+            contexts = [
+                BlockContext(i, k, dim, num_heads[i], size, steps, lda_span, position_bias)
                 for k, (size, steps) in enumerate(zip(group_sizes[i], intervals[i], strict=True))
             ]
-            attentions = [ATTENTIONS[attention](place) for place in places]
-            self.stages.append(CrossFormerStage(embed, dim, attentions, mlp_ratio, drop_paths[i], cooling))
+            attentions = [create_attention(attention, context) for context in contexts]
+            stage = CrossFormerStage(embed, dim, attentions, mlp_ratio, drop_paths[i], int(amplitude_cooling))
+            self.stages.append(stage)
         self.feature_info = [
-            dict(num_chs=dim, reduction=reduction, module=f"stages.{i}")
+            {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
             for i, (dim, reduction) in enumerate(zip(dims, reductions, strict=True))
         ]
         self.num_features = self.head_hidden_size = dims[-1]
@@ -569,23 +591,106 @@ class CrossFormer(StagedClassifier):
         self.apply(partial(init_weights, xavier_mlp=weight_init == "xavier_mlp"))
 
     def forward_features(self, x: Tensor) -> Tensor:
+        """Images of shape ``(B, in_chans, H, W)`` to the normalized map of the last stage."""
         x = check_size(x).permute(0, 2, 3, 1)
         for stage in self.stages:
             x = stage(x)
         return self.norm(x)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
 
-def init_weights(module: nn.Module, xavier_mlp: bool) -> None:
-    """Linear layers truncated normal with std 0.02, zero biases, as published.
+def check_options(
+    lda_span: str,
+    weight_init: str,
+    embed_split: str,
+    output_stride: int,
+    attention: str,
+    position_bias: str,
+    group_size: Any,
+) -> None:
+    """Check the named options of ``CrossFormer``, see there.
 
-    Xavier is that too at ViT-B's width; narrow stages need its larger scale: with 0.02 throughout,
-    crossformer_nano learns a third slower.
+    Args:
+        lda_span: See `CrossFormer`.
+        weight_init: See `CrossFormer`.
+        embed_split: See `CrossFormer`.
+        output_stride: See `CrossFormer`.
+        attention: See `CrossFormer`.
+        position_bias: See `CrossFormer`.
+        group_size: See `CrossFormer`.
+
+    Raises:
+        ValueError: If a value is unknown.
+    """
+    from crossformer_vision.models.ablations import ATTENTIONS, GROUP_MODES, POSITION_BIASES
+
+    for name, value, choices in (
+        ("lda_span", lda_span, ("map", "region")),
+        ("weight_init", weight_init, ("", "xavier_mlp")),
+        ("embed_split", embed_split, ("halving", "equal")),
+        ("output_stride", output_stride, (8, 16, 32)),
+        ("attention", attention, ("long_short", *ATTENTIONS)),
+        ("position_bias", position_bias, ("dynamic", *POSITION_BIASES)),
+        ("group_size", group_size, GROUP_MODES if isinstance(group_size, str) else (group_size,)),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+
+
+def resolve_group_size(group_size: Any, depths: Sequence[int]) -> Sequence[Any]:
+    """Group sizes of a named mode, or the given ones."""
+    if not isinstance(group_size, str):
+        sizes: Sequence[Any] = group_size
+        return sizes
+    from crossformer_vision.models.ablations import GROUP_MODES
+
+    return GROUP_MODES[group_size](depths)
+
+
+def add_absolute_position(embed: nn.Module, dim: int) -> nn.Module:
+    """Wrap the first CEL to add learned absolute positions (APE)."""
+    from crossformer_vision.models.ablations import AbsolutePosition
+
+    return AbsolutePosition(embed, dim)
+
+
+def per_block(values: Sequence[Any], depths: Sequence[int], name: str) -> list[list[Any]]:
+    """Expand values per stage to values per block.
+
+    Args:
+        values: One value, or one list with a value per block, for each stage.
+        depths: Blocks per stage.
+        name: Name of the option, for messages.
+
+    Raises:
+        ValueError: If the numbers of values and blocks differ.
+    """
+    if len(values) != len(depths):
+        raise ValueError(f"{name} needs one entry for each of the {len(depths)} stages, got {len(values)}")
+    lists = [
+        list(v) if isinstance(v, Sequence) else [v] * depth for v, depth in zip(values, depths, strict=True)
+    ]
+    for stage, (blocks, depth) in enumerate(zip(lists, depths, strict=True)):
+        if len(blocks) != depth:
+            raise ValueError(
+                f"{name} of stage {stage} needs {depth} entries, one per block, got {len(blocks)}"
+            )
+    return lists
+
+
+def init_weights(module: nn.Module, xavier_mlp: bool) -> None:
+    """Initialize linear layers as published: truncated normal with a standard deviation of 0.02, zero biases.
+
+    Args:
+        module: Module to initialize.
+        xavier_mlp: Xavier for MLPs. It has about the same scale at ViT-B's width and a larger one in narrow
+            stages, without which crossformer_nano learns more slowly.
     """
     if isinstance(module, nn.Linear):
-        # torch's: timm's draws a weight of ±2, a hundred deviations, once in some ten million.
+        # torch's function: timm's version rarely yields 100-sigma outliers.
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
     elif isinstance(module, FeedForward) and xavier_mlp:  # visited after its linear layers

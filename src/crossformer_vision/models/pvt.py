@@ -1,11 +1,11 @@
-"""Pyramid Vision Transformer (PVT, arXiv 2102.12122), version 1: what CrossFormer is measured against.
+"""Pyramid Vision Transformer (PVT, arXiv 2102.12122), version 1, a competitor of CrossFormer.
 
-Four stages, each of them an embedding of patches, learned positions, and blocks that attend over the map with
-reduced keys and values. A class token joins the last stage of a classifier; dense models, and so
-`features_only`, go without. As in `crossformer.py`, maps are channels last, (B, H, W, C).
+Four stages with patch embedding, learned positions, and blocks whose attention reduces keys and values. A
+class token joins the last stage of classifiers; dense models and ``features_only`` have none. Maps are
+channels last.
 
-Where this differs from the published code: whether positions are resized follows from a stage's own grid;
-the published code compares with that of the first stage.
+Deviation from the published code: positions are resized if a stage's own grid differs; the published code
+compares with the grid of the first stage.
 """
 
 import re
@@ -22,8 +22,8 @@ from timm.models import (
     register_model,
     register_notrace_module,
 )
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from typing_extensions import override
 
 from crossformer_vision.errors import check_choice
 from crossformer_vision.models.ablations import SpatialReductionAttention
@@ -37,9 +37,12 @@ POOLS = ("token", "avg", "")
 
 
 class PatchEmbedding(nn.Module):
-    """Patches that do not overlap, each one an embedding; what a patch does not fill is left out.
+    """Embed non-overlapping patches. Pixels beyond a multiple of the patch size are ignored.
 
-    Shape: (B, H, W, in_dim) -> (B, H // patch, W // patch, dim).
+    Args:
+        in_dim: Channels of the input.
+        dim: Channels of the output.
+        patch: Side of a patch.
     """
 
     def __init__(self, in_dim: int, dim: int, patch: int) -> None:
@@ -47,14 +50,21 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(in_dim, dim, patch, patch)
         self.norm = nn.LayerNorm(dim)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, in_dim)`` to ``(B, H // patch, W // patch, dim)``."""
         return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class PVTBlock(nn.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`.
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``.
 
-    Shape: (B, H, W, dim) -> (B, H, W, dim).
+    Args:
+        dim: Channels.
+        num_heads: Number of attention heads.
+        mlp_ratio: Hidden channels of the MLP relative to ``dim``.
+        reduction: Reduction of keys and values.
+        drop_path: Stochastic depth rate.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, reduction: int, drop_path: float) -> None:
@@ -65,23 +75,23 @@ class PVTBlock(nn.Module):
         self.mlp = FeedForward(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
+        """Map of shape ``(B, H, W, C)`` to a map of the same shape."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 @register_notrace_module
 class PVTStage(nn.Module):
-    """Patches, positions and blocks.
+    """Patch embedding, positions and blocks.
 
     Args:
-        embed: of the patches.
-        blocks: of the stage.
-        dim: channels.
-        side: of the map that positions are learned for.
-        tokens: rows of positions before those of the map, for a class token.
-
-    Shape: (B, H, W, in_dim) -> (B, h, w, dim); with a token (1, 1, dim) -> (B, 1, 1 + h * w, dim).
+        embed: Patch embedding.
+        blocks: Blocks.
+        dim: Channels.
+        side: Side of the map that positions are learned for.
+        tokens: Number of class tokens, 0 or 1.
     """
 
     def __init__(
@@ -96,7 +106,7 @@ class PVTStage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def positions(self, H: int, W: int) -> Tensor:
-        """Of a map: (1, H, W, dim)."""
+        """Positions of an ``H x W`` map, shape ``(1, H, W, dim)``."""
         side = self.side
         grid = self.pos_embed[:, -side * side :].unflatten(1, (side, side))
         if side == H and side == W:
@@ -104,38 +114,46 @@ class PVTStage(nn.Module):
         grid = F.interpolate(grid.permute(0, 3, 1, 2), size=(H, W), mode="bilinear", align_corners=False)
         return grid.permute(0, 2, 3, 1)
 
+    @override
     def forward(self, x: Tensor, token: Tensor | None = None) -> Tensor:
+        """``(B, H, W, in_dim)`` to ``(B, h, w, dim)``; with a token to ``(B, 1, 1 + h * w, dim)``.
+
+        Args:
+            x: Map.
+            token: Class token, shape ``(1, 1, dim)``.
+        """
         x = self.embed(x)
         x = x + self.positions(x.shape[1], x.shape[2])
-        if token is not None:  # a row of tokens: the last stage reduces nothing, so its shape does not matter
+        if token is not None:  # one row of tokens: without reduction, the shape does not matter
             token = (token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
             x = torch.cat([token, x.flatten(1, 2)], dim=1).unsqueeze(1)
         for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x)
-            else:
-                x = block(x)
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
         return x
 
 
 class PyramidVisionTransformer(StagedClassifier):
     """PVT version 1, a timm model.
 
-    Args:
-        in_chans: channels of the images.
-        num_classes: of the head; 0 for no head.
-        global_pool: `"token"` for the class token, `"avg"` for the mean over positions, `""` for all tokens.
-        embed_dims: channels a stage.
-        depths: blocks a stage.
-        num_heads: attention heads a stage.
-        mlp_ratios: hidden width of the MLPs, in channels of the stage.
-        reductions: of the keys' and values' map, a stage.
-        img_size: of the images that positions are learned for, in pixels; they are resized for others.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block, rising linearly from 0 over all blocks.
+    Maps images of shape ``(B, in_chans, H, W)``, with H and W from 32, to logits of shape ``(B,
+    num_classes)``.
 
-    Shape: (B, in_chans, H, W) -> (B, num_classes), for any H and W from 32 up; `forward_features` returns
-    (B, 1 + H // 32 * W // 32, embed_dims[-1]), the class token first.
+    Args:
+        in_chans: Channels of the images.
+        num_classes: Number of classes; 0 for no classifier.
+        global_pool: ``"token"`` for the class token, ``"avg"`` for the mean over positions, ``""`` for all
+            tokens.
+        embed_dims: Channels per stage.
+        depths: Blocks per stage.
+        num_heads: Attention heads per stage.
+        mlp_ratios: Hidden channels of the MLPs relative to those of the stage.
+        reductions: Reduction of keys and values per stage.
+        img_size: Side of the images that positions are learned for, in pixels. They are resized for others.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth rate of the last block. It rises linearly from 0 over all blocks.
+
+    Raises:
+        ValueError: If an option is invalid.
     """
 
     def __init__(
@@ -154,7 +172,9 @@ class PyramidVisionTransformer(StagedClassifier):
     ) -> None:
         super().__init__()
         if reductions[-1] != 1:
-            raise ValueError(f"the class token's stage, the last one, reduces nothing: {tuple(reductions)}")
+            raise ValueError(
+                f"the last stage, with the class token, needs a reduction of 1: {tuple(reductions)}"
+            )
         check_choice("global_pool", global_pool, POOLS)
         self.num_classes, self.global_pool = num_classes, global_pool
         self.output_fmt = "NHWC"
@@ -180,14 +200,15 @@ class PyramidVisionTransformer(StagedClassifier):
                 nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
 
-    @torch.jit.ignore
+    @override
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith(("pos_embed", "cls_token"))}
 
-    @torch.jit.ignore
+    @override
     def get_classifier(self) -> nn.Module:
         return self.head
 
+    @override
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
         if global_pool is not None:
@@ -195,12 +216,31 @@ class PyramidVisionTransformer(StagedClassifier):
             self.global_pool = global_pool
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = check_size(x).permute(0, 2, 3, 1)
-        for i, stage in enumerate(self.stages):
-            x = stage(x, self.cls_token if i == len(self.stages) - 1 else None)
-        return self.norm(x.flatten(1, 2))
+    @override
+    def forward_stage(self, index: int, x: Tensor) -> Tensor:
+        token = self.cls_token if index == len(self.stages) - 1 else None
+        output: Tensor = self.stages[index](x, token)
+        return output
 
+    @override
+    def final_norm(self, x: Tensor) -> Tensor:
+        features: Tensor = self.norm(x.flatten(1, 2))
+        return features
+
+    @override
+    def stage_map(self, index: int, x: Tensor, image_size: tuple[int, int]) -> Tensor:
+        if index < len(self.stages) - 1 or self.cls_token is None:
+            return x
+        return x[:, 0, 1:].unflatten(1, (image_size[0] // 32, image_size[1] // 32))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images of shape ``(B, in_chans, H, W)`` to tokens of shape ``(B, 1 + H // 32 * W // 32, C)``."""
+        x = check_size(x).permute(0, 2, 3, 1)
+        for index in range(len(self.stages)):
+            x = self.forward_stage(index, x)
+        return self.final_norm(x)
+
+    @override
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.global_pool == "token":
             x = x[:, 0]
@@ -209,56 +249,17 @@ class PyramidVisionTransformer(StagedClassifier):
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """As in CrossFormer; the last stage's map is without its class token."""
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt must be NCHW or NHWC, not {output_fmt}")
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        H, W = x.shape[2:]
-        x = check_size(x).permute(0, 2, 3, 1)
-        if torch.jit.is_scripting() or not stop_early:
-            stages = self.stages
-        else:
-            stages = self.stages[: max_index + 1]
-        last = len(self.stages) - 1
-        intermediates: list[Tensor] = []
-        for i, stage in enumerate(stages):
-            token = self.cls_token if i == last else None
-            x = stage(x, token)
-            if i in take_indices:
-                y = self.norm(x) if norm and i == last else x
-                if token is not None:
-                    y = y[:, 0, 1:].unflatten(1, (H // 32, W // 32))
-                intermediates.append(y.permute(0, 3, 1, 2) if output_fmt == "NCHW" else y)
-        if intermediates_only:
-            return intermediates
-        return self.norm(x.flatten(1, 2)) if len(stages) == last + 1 else x, intermediates
-
+    @override
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages that `indices` do not need, and with the head the class token."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        shortened = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
-        if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-        if prune_norm or shortened:
-            self.norm = nn.Identity()
-        if prune_head or shortened:
+        take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if self.num_classes == 0:  # without a head there is no use for its token
             self.cls_token = None
-            self.reset_classifier(0, "")
         return take_indices
 
 
@@ -270,12 +271,12 @@ PUBLISHED_NAMES: list[tuple[str, Any]] = [
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
-    """A published state dict under our names."""
+    """A published state dict under the names of this module."""
     state_dict = state_dict.get("model", state_dict)  # type: ignore[assignment]
     renamed = {}
     for name, value in state_dict.items():
-        for pattern, ours in PUBLISHED_NAMES:
-            name = re.sub(pattern, ours, name)
+        for pattern, replacement in PUBLISHED_NAMES:
+            name = re.sub(pattern, replacement, name)
         renamed[name] = value
     return renamed
 
@@ -284,7 +285,7 @@ def _cfg(variant: str) -> dict[str, Any]:
     return model_cfg(
         url=f"https://github.com/whai362/PVT/releases/download/v2/{variant}.pth",
         crop_pct=0.9,
-        pool_size=None,  # `forward_features` returns tokens
+        pool_size=None,  # forward_features returns tokens
         first_conv="stages.0.embed.proj",
         classifier="head",
         paper_ids="arXiv:2102.12122",

@@ -1,89 +1,127 @@
-"""What timm asks of a classifier that is a row of stages, a norm and a head: all but what it computes."""
+"""timm's interface of a classifier with stages, a norm and a head."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from timm.models import register_notrace_function
-from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
+from crossformer_vision.compat import FeatureGetterNet, feature_take_indices
 
-@register_notrace_function
+MIN_SIDE = 32  # the stride of the last stage
+
+
+@register_notrace_function  # type: ignore[untyped-decorator]
 def check_size(x: Tensor) -> Tensor:
-    """`x`, if it is an image batch of at least 32 x 32; a ValueError otherwise."""
+    """Check that a tensor is a batch of images of at least 32 x 32 pixels.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        ValueError: If it is not.
+    """
     if x.dim() != 4:
-        raise ValueError(f"expected images (B, C, H, W), got {x.dim()} dimensions")
-    if x.shape[2] < 32 or x.shape[3] < 32:  # the stride of the last stage
-        raise ValueError(f"image of {x.shape[2]}x{x.shape[3]} pixels is too small: 32x32 or more are needed")
+        raise ValueError(f"expected images of shape (B, C, H, W), got {x.dim()} dimensions")
+    if x.shape[2] < MIN_SIDE or x.shape[3] < MIN_SIDE:
+        raise ValueError(
+            f"an image of {x.shape[2]}x{x.shape[3]} pixels is too small: at least 32x32 are needed"
+        )
     return x
 
 
 class FeatureMaps(FeatureGetterNet):
-    """timm's `features_only` wrapper, which passes on what it leaves out."""
+    """timm's ``features_only`` wrapper, with gradient checkpointing."""
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations of each block in the backward pass."""
         model: Any = self.model
         model.set_grad_checkpointing(enable)
 
 
 class StagedClassifier(nn.Module):
-    """Base of the networks: heads to be exchanged, intermediate maps, groups of layers, checkpointing.
+    """Base of the networks: classifier, intermediate maps, layer groups, gradient checkpointing.
 
-    A subclass sets the attributes and writes `forward_features`: images (B, C, H, W) -> (B, h, w, channels).
+    A subclass sets the attributes and implements ``forward_features``, which maps images of shape ``(B, C, H,
+    W)`` to features of shape ``(B, h, w, num_features)``.
 
     Attributes:
-        stages: each from a map, channels last, to the next; has `embed`, `blocks`, `grad_checkpointing`.
-        norm: of the last map.
-        head: timm's `ClassifierHead`, channels last.
-        feature_info: channels, stride and name of each stage's map.
-        num_features: channels of the last map.
+        stages: Stages with ``embed``, ``blocks`` and ``grad_checkpointing``, each from a channels-last map to
+            the next.
+        norm: Norm of the last map.
+        head: timm's ``ClassifierHead``, channels last.
+        feature_info: Channels, stride and module name of each stage's map.
+        num_features: Channels of the last map.
     """
 
-    if TYPE_CHECKING:  # TorchScript would take them for its own
-        stages: nn.ModuleList
-        norm: nn.Module
-        head: Any
-        feature_info: list[dict[str, Any]]
-        num_classes: int
-        global_pool: str
-        num_features: int
-        head_hidden_size: int
+    stages: nn.ModuleList
+    norm: nn.Module
+    head: Any
+    feature_info: list[dict[str, Any]]
+    num_classes: int
+    global_pool: str
+    num_features: int
+    head_hidden_size: int
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Tables of positions; norms and biases optimizers leave out themselves."""
+        """Names of position tables. Optimizers exempt norms and biases themselves."""
         tables = ("relative_table", "absolute_position")
         return {name for name, _ in self.named_parameters() if name.endswith(tables)}
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        return dict(
-            stem=r"^stages\.0\.embed",
-            blocks=r"^stages\.(\d+)"
-            if coarse
-            else [
-                (r"^stages\.(\d+)\.embed", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
-            ],
-        )
+        """Patterns that assign parameters to layer groups.
 
-    @torch.jit.ignore
+        Args:
+            coarse: One group per stage instead of one per block.
+        """
+        fine = [
+            (r"^stages\.(\d+)\.embed", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^norm", (99999,)),
+        ]
+        return {"stem": r"^stages\.0\.embed", "blocks": r"^stages\.(\d+)" if coarse else fine}
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations of each block in the backward pass."""
         stages: Any = self.stages
         for stage in stages:
             stage.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier.
+
+        Args:
+            num_classes: Number of classes; 0 for no classifier.
+            global_pool: ``"avg"`` or ``""``. ``None`` keeps the pooling.
+        """
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = global_pool
         self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features)
         self.head_hidden_size = self.head.num_features
+
+    def forward_stage(self, index: int, x: Tensor) -> Tensor:
+        """Output of a stage."""
+        output: Tensor = self.stages[index](x)
+        return output
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """Final features from the output of the last stage."""
+        features: Tensor = self.norm(x)
+        return features
+
+    def stage_map(self, index: int, x: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Map of shape ``(B, h, w, C)`` from the output of a stage, for images of a height and width.
+
+        Args:
+            index: Index of the stage.
+            x: Output of the stage.
+            image_size: Height and width of the images.
+        """
+        return x
 
     def forward_intermediates(
         self,
@@ -94,50 +132,66 @@ class StagedClassifier(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The final features and the output of chosen stages.
+        """Final features and outputs of selected stages.
 
         Args:
-            x: images (B, C, H, W).
-            indices: the last n stages if an int, all if None, otherwise those listed.
-            norm: apply the final norm to the last stage's output.
-            stop_early: stop after the last stage asked for.
-            output_fmt: of the intermediates, `"NCHW"` or `"NHWC"`.
-            intermediates_only: return the list alone.
+            x: Images, shape ``(B, C, H, W)``.
+            indices: The last n stages for an int, all for ``None``, else the listed ones.
+            norm: Apply the final norm to the output of the last stage.
+            stop_early: Stop after the last selected stage.
+            output_fmt: Format of the intermediates, ``"NCHW"`` or ``"NHWC"``.
+            intermediates_only: Return only the intermediates.
+
+        Raises:
+            ValueError: If ``output_fmt`` is unknown.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be NCHW or NHWC, not {output_fmt}")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
         intermediates = []
+        image_size = (x.shape[2], x.shape[3])
         x = check_size(x).permute(0, 2, 3, 1)
-        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice modules
-            stages = self.stages
-        else:
-            stages = self.stages[: max_index + 1]
-        i = 0
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            if i in take_indices:
-                y = self.norm(x) if norm and i == last else x
+        index = 0
+        for index in range(max_index + 1 if stop_early else len(self.stages)):
+            x = self.forward_stage(index, x)
+            if index in take_indices:
+                y = self.norm(x) if norm and index == last else x
+                y = self.stage_map(index, y, image_size)
                 intermediates.append(y.permute(0, 3, 1, 2) if output_fmt == "NCHW" else y)
         if intermediates_only:
             return intermediates
-        return self.norm(x) if i == last else x, intermediates
+        return self.final_norm(x) if index == last else x, intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages that `indices` do not need, and on demand the norm and the head."""
+        """Remove the stages after the last selected one.
+
+        Args:
+            indices: The last n stages for an int, else the listed ones.
+            prune_norm: Remove the final norm even if the last stage stays.
+            prune_head: Remove the head even if the last stage stays.
+
+        Returns:
+            Indices of the selected stages.
+        """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        shortened = max_index < len(self.stages) - 1
+        is_shortened = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]
-        if shortened:
+        if is_shortened:
             self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-        if prune_norm or shortened:
+        if prune_norm or is_shortened:
             self.norm = nn.Identity()
-        if prune_head or shortened:
+        if prune_head or is_shortened:
             self.reset_classifier(0, "")
         return take_indices
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits of features.
+
+        Args:
+            x: Features of ``forward_features``.
+            pre_logits: Return pooled features instead of logits.
+        """
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)

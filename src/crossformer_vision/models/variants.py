@@ -1,7 +1,6 @@
-"""The named models: their sizes, timm's configurations, and the published names of their weights."""
+"""Named models: sizes, timm configurations, and names of the published weights."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from crossformer_vision.models import ablations  # noqa: F401  (adds its parts to CrossFormer's tables)
 from crossformer_vision.models.crossformer import CrossFormer
 from crossformer_vision.models.timm_interface import FeatureMaps
 
@@ -17,7 +15,7 @@ from crossformer_vision.models.timm_interface import FeatureMaps
 # Published names
 # ------------------------------------------------------------------------------------------------------------
 
-PUBLISHED_NAMES: list[tuple[str, Any]] = [  # (pattern, ours), in order
+PUBLISHED_NAMES: list[tuple[str, Any]] = [  # patterns and replacements, in order
     (r"^patch_embed\.projs\.", "stages.0.embed.convs."),
     (r"^patch_embed\.norm\.", "stages.0.embed.norm."),
     (r"^layers\.(\d+)\.downsample\.reductions\.", lambda m: f"stages.{int(m[1]) + 1}.embed.convs."),
@@ -31,19 +29,19 @@ PUBLISHED_NAMES: list[tuple[str, Any]] = [  # (pattern, ours), in order
 ]
 
 
-# Buffers of the published T/S/B/L files that hold indices, or the DPB of the last forward pass: no weights.
+# Buffers in the published T/S/B/L files: indices, and the position biases of the last forward pass.
 PUBLISHED_BUFFERS = re.compile(r"(^|\.)attn\.(biases|relative_position_index)$")
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
-    """A published state dict under our names; one that has our names already comes back unchanged."""
+    """A published state dict under the names of this package. One with these names is returned unchanged."""
     state_dict = state_dict.get("model", state_dict)  # type: ignore[assignment]
     renamed = {}
     for name, value in state_dict.items():
         if PUBLISHED_BUFFERS.search(name):
             continue
-        for pattern, ours in PUBLISHED_NAMES:
-            name = re.sub(pattern, ours, name)
+        for pattern, replacement in PUBLISHED_NAMES:
+            name = re.sub(pattern, replacement, name)
         renamed[name] = value
     return renamed
 
@@ -52,12 +50,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None 
 # timm's configurations
 # ------------------------------------------------------------------------------------------------------------
 
-# Lists the published files; `published` knows where each one is.
+# Page that lists the published files; weights.published has their addresses.
 PUBLISHED_PAGE = "https://github.com/cheerss/CrossFormer"
-BUNDLED = Path(__file__).parents[1] / "weights" / "bundled"  # those that come with the library
+BUNDLED = Path(__file__).parents[1] / "weights" / "bundled"
 
 
 def model_cfg(**kwargs: Any) -> dict[str, Any]:
+    """Create timm's configuration of a model, with arguments that override the defaults."""
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -98,19 +97,17 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-# Set by `crossformer_vision.weights.published`: reads a checkpoint file, or the published file of a model.
-read_weights: Callable[[str, str | None], dict[str, Tensor]] | None = None
-
-
 def _create_crossformer(variant: str, pretrained: bool = False, **kwargs: Any) -> CrossFormer:
     cfg = None
-    if pretrained and read_weights is not None:
+    if pretrained:
+        from crossformer_vision.weights.published import read_published_weights
+
         overlay = kwargs.get("pretrained_cfg_overlay") or {}
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
-        shared = cfg.source in ("local-dir", "hf-hub")  # in timm's own format
-        if not (cfg.state_dict or shared) and (cfg.file or cfg.url == PUBLISHED_PAGE):
-            # timm's own reader refuses the published files for what they hold beside weights.
-            state = read_weights(variant, cfg.file)
+        is_timm_format = cfg.source in ("local-dir", "hf-hub")
+        if not (cfg.state_dict or is_timm_format) and (cfg.file or cfg.url == PUBLISHED_PAGE):
+            # timm refuses the published files because of Python objects beside the weights.
+            state = read_published_weights(variant, cfg.file)
             kwargs["pretrained_cfg_overlay"] = {**overlay, "state_dict": state}
     model = build_model_with_cfg(
         CrossFormer,
@@ -120,11 +117,11 @@ def _create_crossformer(variant: str, pretrained: bool = False, **kwargs: Any) -
         feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls=FeatureMaps),
         **kwargs,
     )
-    if cfg is not None:  # the model is not to keep a second copy of its weights
+    if cfg is not None:  # otherwise the model would keep a second copy of its weights
         holders: Any = [m for m in model.modules() if hasattr(m, "pretrained_cfg")]
         for module in holders:
             module.pretrained_cfg = {**module.pretrained_cfg, "state_dict": cfg.state_dict}
-            module.default_cfg = module.pretrained_cfg  # timm's other name of it
+            module.default_cfg = module.pretrained_cfg  # an alias in timm
     return model
 
 
@@ -132,19 +129,25 @@ def _create_crossformer(variant: str, pretrained: bool = False, **kwargs: Any) -
 # The published dense models
 # ------------------------------------------------------------------------------------------------------------
 
-SEVENS = dict(group_size=(7, 7, 7, 7), interval=(8, 4, 2, 1), lda_span="map")
-FOURTEENS = dict(group_size=(14, 14, 7, 7), interval=(16, 8, 2, 1), lda_span="map")
+DENSE_G7 = dict(group_size=(7, 7, 7, 7), interval=(8, 4, 2, 1), lda_span="map")
+DENSE_G14 = dict(group_size=(14, 14, 7, 7), interval=(16, 8, 2, 1), lda_span="map")
 
 
 def published_groups(model: str, head: str | None) -> dict[str, Any]:
-    """The keywords of a backbone in the published model of a detector or segmenter, in training and test.
+    """Groups of the backbone in a published detector or segmenter, which its file does not contain.
 
-    A published file does not say them itself. The 3x models of Mask R-CNN, of which there are no files, have
-    `FOURTEENS`.
+    The 3x models of Mask R-CNN, for which no files exist, have ``DENSE_G14``.
+
+    Args:
+        model: Name of the backbone.
+        head: Name of the detector or segmenter. ``None`` for a classifier.
+
+    Returns:
+        Arguments of the backbone.
     """
     if head is None:
         return {}
-    return FOURTEENS if head == "semantic_fpn" and model != "crossformer_pp_base" else SEVENS
+    return DENSE_G14 if head == "semantic_fpn" and model != "crossformer_pp_base" else DENSE_G7
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -212,12 +215,10 @@ def crossformer_pp_huge(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
 
 @register_model
 def crossformer_nano(pretrained: bool = False, **kwargs: Any) -> CrossFormer:
-    """CrossFormer-N, ours, for small images and CPUs: 2.6 M parameters, 0.04 GMACs at its 64x64.
+    """CrossFormer-N of this library, for small images and CPUs: 2.6 M parameters, 0.04 GMACs at 64x64.
 
-    One block where maps are large, whose cost on a CPU is memory rather than arithmetic; groups of 4, so that
-    LDA spans the 16x16 and 8x8 maps of a 64x64 image; no 32x32 kernel, which is half of such an image and a
-    quarter of a training step. Against groups of 8 and depths 2, 4, 4, 1, an equal time of training on two
-    cores gives a quarter more epochs and a higher accuracy.
+    It has one block in the first stage, which is memory-bound on CPUs; groups of 4, so that LDA spans the
+    16x16 and 8x8 maps of a 64x64 image; and no 32x32 kernel, which would be a quarter of a training step.
     """
     args = dict(
         embed_dim=32,

@@ -1,74 +1,78 @@
-"""Pictures: training curves, confusion matrices, precision and recall, predictions."""
+"""Plots of training and evaluation: curves, confusion matrices, precision and recall, predictions."""
 
-import colorsys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from crossformer_vision.plotting.fonts import fitted, font, shortened, written
+from crossformer_vision.plotting.drawing import (
+    class_colors,
+    draw_objects,
+    enlarge,
+    legend_colors,
+    overlay_class_map,
+)
+from crossformer_vision.plotting.fonts import shorten, use_fonts_for
 
-if TYPE_CHECKING:  # matplotlib is imported where something is drawn
+if TYPE_CHECKING:  # matplotlib is imported only when a plot is drawn
     from matplotlib.figure import Figure
 
-# Of classes, in turn: told apart on photographs, and by people who see red and green alike (Okabe and Ito).
-COLOURS = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (240, 228, 66),
-    (0, 114, 178),
-    (213, 94, 0),
-    (204, 121, 167),
-)
+MAX_NAME_LENGTH = 24  # characters of a class name in a plot
+METRIC_LABELS = {"miou": "mIoU", "accuracy_top5": "top-5 accuracy"}
 
 
-CROWD = 30  # objects in an image, above which their text would hide them
-STRENGTH = 0.6  # of a class's colour over the image
-NAME = 24  # most characters of a class name in a plot
-CALLED = {"miou": "mIoU", "accuracy_top5": "top-5 accuracy"}
-
-
-def called(metric: str) -> str:
-    """A metric as people write it: `val_mask_ap50` is mask AP50."""
+def metric_label(metric: str) -> str:
+    """Label of a metric: ``val_mask_ap50`` becomes ``mask AP50``."""
     name = metric.removeprefix("val_").replace("train_", "train ")
-    return CALLED.get(name, name.replace("_ap", " AP").replace("_", " "))
+    return METRIC_LABELS.get(name, name.replace("_ap", " AP").replace("_", " "))
 
 
 def subplots(width: float, height: float, rows: int = 1, cols: int = 1) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # not pyplot: no window, no global state
+    """Create a figure and a 2D array of its axes, without pyplot's global state.
+
+    Args:
+        width: Width of the figure in inches.
+        height: Height of the figure in inches.
+        rows: Rows of axes.
+        cols: Columns of axes.
+    """
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, cols, squeeze=False)
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """As a PNG; matplotlib writes none with a side of 2^16 pixels."""
+    """Save a figure as PNG, with fewer dots per inch if a side would exceed 20,000 pixels."""
     figure.savefig(path, dpi=min(110, 20000 / max(figure.get_size_inches())))
 
 
 def _legend(owner: Any, handles: Sequence[Any], names: Sequence[str], **options: Any) -> None:
-    """With every name: matplotlib leaves out those that begin with an underscore."""
+    """Add a legend with all names. matplotlib skips labels that begin with an underscore."""
     legend = owner.legend(handles, ["-"] * len(names), **options)
     for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set_text(shortened(name, NAME))
+        text.set_text(shorten(name, MAX_NAME_LENGTH))
 
 
-def denormalised(
+def denormalize(
     image: NDArray[np.float32],
     mean: Sequence[float],
     std: Sequence[float],
     channels: tuple[int, int, int] = (0, 1, 2),
 ) -> NDArray[np.float32]:
-    """A network's input (C, H, W) as a picture (H, W, 3) in 0..1.
+    """Convert a network's input to an RGB image with values from 0 to 1.
 
     Args:
-        image: with other than three channels it is stretched from its least to its greatest value.
-        mean, std: by which three channels were normalised.
-        channels: that are shown of more than three; of fewer, the first is.
+        image: Input, ``(C, H, W)``. If it does not have three channels, it is scaled to its range of values.
+        mean: Mean that three channels were normalized by.
+        std: Standard deviation that three channels were normalized by.
+        channels: Channels shown of more than three. Of fewer, the first is shown.
+
+    Returns:
+        Image, ``(H, W, 3)``.
     """
     if len(image) == 3:
         image = image * np.array(std, np.float32)[:, None, None] + np.array(mean, np.float32)[:, None, None]
@@ -77,13 +81,16 @@ def denormalised(
     return (image - image.min()) / max(float(np.ptp(image)), 1e-6)
 
 
-def curves(rows: Sequence[dict[str, float]], path: Path | None, monitor: str) -> "Figure":
-    """Losses, validation metrics and learning rate by epoch, as matplotlib's figure.
+def plot_curves(rows: Sequence[dict[str, float]], path: Path | None, monitor: str) -> "Figure":
+    """Plot losses, validation metrics and learning rate by epoch.
 
     Args:
-        rows: one an epoch, with `epoch`, `lr` and any `train_…` and `val_…` values; not each need have all.
-        path: the PNG to write; None for none.
-        monitor: the metric that picks the checkpoint, of which the best is marked.
+        rows: Values of each epoch: ``epoch``, ``lr`` and any ``train_…`` and ``val_…``. Rows may lack some.
+        path: PNG file to write, or ``None``.
+        monitor: Metric that selects the checkpoint. Its best value is marked.
+
+    Returns:
+        matplotlib's figure.
     """
     from cycler import cycler
     from matplotlib import colormaps
@@ -100,19 +107,19 @@ def curves(rows: Sequence[dict[str, float]], path: Path | None, monitor: str) ->
             known = [row for row in rows if name in row]
             if not known:
                 continue
-            label = called(name) if name.startswith("train") else f"val {called(name)}"
+            label = metric_label(name) if name.startswith("train") else f"val {metric_label(name)}"
             axis.plot(
                 [row["epoch"] + 1 for row in known],
                 [row[name] for row in known],
                 marker="." if len(known) < 40 else "",
                 lw=2.2 if name == monitor else 1.3,
-                label=label if title == "loss" else called(name),
+                label=label if title == "loss" else metric_label(name),
             )
         scored = [row for row in rows if monitor in row]
         if title == "validation" and scored:
             best = max(scored, key=lambda row: (row[monitor], row["epoch"]))
             place = (best["epoch"] + 1, best[monitor])
-            axis.plot(*place, "k*", ms=11, label=f"best {called(monitor)}: {best[monitor]:.4f}")
+            axis.plot(*place, "k*", ms=11, label=f"best {metric_label(monitor)}: {best[monitor]:.4f}")
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_xlim(0.5, max(row["epoch"] for row in rows) + 1.5)
@@ -124,13 +131,21 @@ def curves(rows: Sequence[dict[str, float]], path: Path | None, monitor: str) ->
     return figure
 
 
-def confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], path: Path) -> None:
-    """Share of each true class (row) given each class (column); counts and names up to 30 classes."""
-    with written(classes):
-        _confusion_matrix(matrix, [shortened(name, NAME) for name in classes], path)
+def plot_confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], path: Path) -> None:
+    """Plot how often each true class (row) was predicted as each class (column).
+
+    Counts and names are written for up to 30 classes.
+
+    Args:
+        matrix: Number of images by true and predicted class, ``(classes, classes)``.
+        classes: Names of the classes.
+        path: PNG file to write.
+    """
+    with use_fonts_for(classes):
+        _plot_confusion_matrix(matrix, [shorten(name, MAX_NAME_LENGTH) for name in classes], path)
 
 
-def _confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], path: Path) -> None:
+def _plot_confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], path: Path) -> None:
     n = len(classes)
     side = max(4.5, min(12.0, 1.5 + 0.5 * n))
     figure, axes = subplots(side, side)
@@ -148,24 +163,23 @@ def _confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], path: P
         for i in range(n):
             for j in range(n):
                 if matrix[i, j]:
-                    colour = "white" if shares[i, j] > 0.5 else "black"
-                    axis.text(j, i, str(matrix[i, j]), ha="center", va="center", fontsize=7, color=colour)
+                    color = "white" if shares[i, j] > 0.5 else "black"
+                    axis.text(j, i, str(matrix[i, j]), ha="center", va="center", fontsize=7, color=color)
     save_figure(figure, path)
 
 
-def predictions(shown: Sequence[tuple[NDArray[np.float32], str, str, float]], path: Path) -> None:
-    """A grid of images with their predicted class and its probability; wrong ones in red, with the true
-    class.
+def plot_predictions(shown: Sequence[tuple[NDArray[np.float32], str, str, float]], path: Path) -> None:
+    """Plot images with their predicted class and its probability. Errors are red and name the true class.
 
     Args:
-        shown: (image (H, W, 3) in 0..1, true class, predicted class, probability) each.
-        path: the PNG to write.
+        shown: Image ``(H, W, 3)`` with values from 0 to 1, true class, predicted class and probability.
+        path: PNG file to write.
     """
-    with written([name for _, true, predicted, _ in shown for name in (true, predicted)]):
-        _predictions(shown, path)
+    with use_fonts_for([name for _, true, predicted, _ in shown for name in (true, predicted)]):
+        _plot_predictions(shown, path)
 
 
-def _predictions(shown: Sequence[tuple[NDArray[np.float32], str, str, float]], path: Path) -> None:
+def _plot_predictions(shown: Sequence[tuple[NDArray[np.float32], str, str, float]], path: Path) -> None:
     cols = min(8, len(shown))
     rows = -(-len(shown) // cols)
     figure, axes = subplots(1.6 * cols, 1.9 * rows, rows, cols)
@@ -174,24 +188,24 @@ def _predictions(shown: Sequence[tuple[NDArray[np.float32], str, str, float]], p
     for axis, (image, true, predicted, probability) in zip(axes.flat, shown):
         axis.imshow(image)
         right = true == predicted
-        title = f"{shortened(predicted, 18)} {probability:.0%}"
-        title += "" if right else f"\nnot {shortened(true, 18)}"
+        title = f"{shorten(predicted, 18)} {probability:.0%}"
+        title += "" if right else f"\nnot {shorten(true, 18)}"
         axis.set_title(title, fontsize=8, color="darkgreen" if right else "crimson")
     save_figure(figure, path)
 
 
-def precision_recall(kinds: dict[str, dict[str, NDArray[np.float64]]], path: Path) -> None:
-    """Precision by recall at an IoU of 0.5, a plot for each of boxes and masks, a line a class.
+def plot_precision_recall(kinds: dict[str, dict[str, NDArray[np.float64]]], path: Path) -> None:
+    """Plot precision over recall at an IoU of 0.5, with a plot for each kind and a line per class.
 
     Args:
-        kinds: `"box"` or `"mask"` -> class -> precision at recalls from 0 to 1; negative where there is none.
-        path: the PNG to write.
+        kinds: Precision at recalls from 0 to 1, by ``"box"`` or ``"mask"`` and class; negative if undefined.
+        path: PNG file to write.
     """
-    with written([name for classes in kinds.values() for name in classes]):
-        _precision_recall(kinds, path)
+    with use_fonts_for([name for classes in kinds.values() for name in classes]):
+        _plot_precision_recall(kinds, path)
 
 
-def _precision_recall(kinds: dict[str, dict[str, NDArray[np.float64]]], path: Path) -> None:
+def _plot_precision_recall(kinds: dict[str, dict[str, NDArray[np.float64]]], path: Path) -> None:
     figure, axes = subplots(7 * len(kinds), 4.6, 1, len(kinds))
     for axis, (kind, classes) in zip(axes[0], kinds.items()):
         lines, labels = [], []
@@ -199,7 +213,7 @@ def _precision_recall(kinds: dict[str, dict[str, NDArray[np.float64]]], path: Pa
         for name, values in shown.items():
             recall = np.linspace(0, 1, len(values))
             lines += axis.plot(recall, np.where(values >= 0, values, np.nan), lw=1, alpha=0.7)
-            labels.append(f"{shortened(name, NAME - 5)} {values[values >= 0].mean():.2f}")
+            labels.append(f"{shorten(name, MAX_NAME_LENGTH - 5)} {values[values >= 0].mean():.2f}")
         if shown:
             mean = np.mean([np.clip(values, 0, 1) for values in shown.values()], axis=0)
             (line,) = axis.plot(np.linspace(0, 1, len(mean)), mean, "k", lw=2)
@@ -220,83 +234,18 @@ def _precision_recall(kinds: dict[str, dict[str, NDArray[np.float64]]], path: Pa
     save_figure(figure, path)
 
 
-def draw_objects(image: Image.Image, objects: dict[str, NDArray[Any]], classes: Sequence[str]) -> Image.Image:
-    """The image with masks and boxes, and the class and score of each; no text over more than `CROWD`.
-
-    Args:
-        image: RGB.
-        objects: `boxes` (n, 4) in pixels, `labels` (n,) from 1, and, if there are, `scores` (n,) and `masks`
-            (n, H, W) of 0 and 1.
-        classes: names; that of label 1 comes first.
-    """
-    pixels = np.array(image, np.float32)
-    masks = objects.get("masks")
-    if masks is not None:
-        for n, mask in enumerate(masks):  # instances of a class lie side by side: each has its own colour
-            pixels[mask > 0] = 0.5 * pixels[mask > 0] + 0.5 * np.array(COLOURS[n % len(COLOURS)])
-    drawn = Image.fromarray(pixels.round().astype(np.uint8))
-    canvas = ImageDraw.Draw(drawn)
-    line = max(1, round(min(drawn.size) / 250))
-    letters = font(classes, max(11, round(min(drawn.size) / 24)))
-    colours = [
-        COLOURS[(n if masks is not None else int(label) - 1) % len(COLOURS)]
-        for n, label in enumerate(objects["labels"])
-    ]
-    for (x0, y0, x1, y1), colour in zip(np.asarray(objects["boxes"], float).reshape(-1, 4).tolist(), colours):
-        # A file's box may have a negative side.
-        canvas.rectangle((min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)), outline=colour, width=line)
-    for n, (box, label) in enumerate(zip(objects["boxes"], objects["labels"])):
-        words = [classes[int(label) - 1]] if len(classes) > 1 else []
-        if "scores" in objects:
-            words.append(f"{objects['scores'][n]:.2f}".replace("0.", ".", 1))
-        if not words or len(objects["boxes"]) > CROWD:
-            continue
-        score = f" {words[-1]}" if "scores" in objects and len(words) > 1 else ""
-        room = drawn.width - letters.getlength(score) - 2
-        text = fitted(words[0], letters, room) + score
-        left, top = float(box[0]), float(box[1])
-        left = max(0.0, min(left, drawn.width - letters.getlength(text) - 2))  # inside the picture
-        area = canvas.textbbox((left, top), text, font=letters, anchor="lb")
-        if area[1] < 0:  # no room above the box
-            area = canvas.textbbox((left, max(0.0, top)), text, font=letters, anchor="lt")
-        canvas.rectangle(area, fill=colours[n])
-        canvas.text((area[0], area[1]), text, fill="black", font=letters, anchor="lt")
-    return drawn
-
-
-def _readable(image: Image.Image) -> Image.Image:
-    """Small images are enlarged to have room for text below or above them; long ones are not."""
-    factor = max(1, min(round(320 / min(image.size)), round(1280 / max(image.size))))
-    return image.resize((image.width * factor, image.height * factor))
-
-
-def captioned(image: Image.Image, lines: Sequence[str]) -> Image.Image:
-    """The image below some lines of text."""
-    image = _readable(image)
-    width = max(320, image.width)
-    size = max(12, round(min(width, 3 * image.height) / 24))
-    letters = font(lines, size)
-    height = round(1.5 * size)
-    page = Image.new("RGB", (width, image.height + height * len(lines) + size // 2), "white")
-    page.paste(image, (0, page.height - image.height))
-    canvas = ImageDraw.Draw(page)
-    for n, line in enumerate(lines):
-        place = (size // 2, size // 4 + n * height)
-        canvas.text(place, fitted(line, letters, width - size), fill="black", font=letters)
-    return page
-
-
-def detections(
+def plot_detections(
     rows: Sequence[tuple[NDArray[np.float32], dict[str, NDArray[Any]], dict[str, NDArray[Any]]]],
     classes: Sequence[str],
     path: Path,
 ) -> None:
-    """What is in some images beside what was found, two images a row.
+    """Plot ground truth and detections side by side, two images per row.
 
     Args:
-        rows: (image (H, W, 3) in 0..1, true objects, found objects) each; see `draw_objects`.
-        classes: names; that of label 1 comes first.
-        path: the PNG to write.
+        rows: Image ``(H, W, 3)`` with values from 0 to 1, true objects and detected objects of each. See
+            `draw_objects`.
+        classes: Names of the classes; label 1 is the first.
+        path: PNG file to write.
     """
     lines = -(-len(rows) // 2)
     tallest = min(3.0, max(pixels.shape[0] / pixels.shape[1] for pixels, _, _ in rows))
@@ -307,99 +256,30 @@ def detections(
         image = Image.fromarray((pixels * 255).round().astype(np.uint8))
         # Small images are enlarged, to have room for the labels.
         factor = max(1, min(round(480 / min(image.size)), round(1280 / max(image.size))))
-        for column, (title, objects) in enumerate((("true", truth), ("found, score 0.5 or more", found))):
+        for column, (title, objects) in enumerate((("true", truth), ("detected, score at least 0.5", found))):
             axis = axes[k // 2][2 * (k % 2) + column]
-            axis.imshow(draw_objects(*enlarged(image, objects, factor), classes))
+            axis.imshow(draw_objects(*enlarge(image, objects, factor), classes))
             axis.set_title(title, fontsize=9)
     save_figure(figure, path)
 
 
-def enlarged(
-    image: Image.Image, objects: dict[str, NDArray[Any]], factor: int
-) -> tuple[Image.Image, dict[str, NDArray[Any]]]:
-    """An image and its objects, `factor` times as large."""
-    objects = {**objects, "boxes": objects["boxes"] * factor}
-    if "masks" in objects:
-        objects["masks"] = objects["masks"].repeat(factor, 1).repeat(factor, 2)
-    return image.resize((image.width * factor, image.height * factor)), objects
-
-
-def palette(classes: int) -> NDArray[np.uint8]:
-    """Colours (classes, 3) that are told apart: `COLOURS`, then all hues, light and dark in turn."""
-    colours: list[tuple[int, ...]] = [*COLOURS[:classes]]
-    for k in range(classes - len(colours)):
-        hue, value = (k * 0.618034) % 1, (1.0, 0.6, 0.8)[k % 3]
-        rgb = colorsys.hsv_to_rgb(hue, (0.9, 0.6)[k // 3 % 2], value)
-        colours.append(tuple(round(255 * channel) for channel in rgb))
-    return np.array(colours, np.uint8)
-
-
-def overlay(image: Image.Image, class_map: NDArray[np.integer[Any]]) -> Image.Image:
-    """The image in grey under the colours of its classes; pixels of value 255 keep their own.
-
-    Args:
-        image: RGB.
-        class_map: (H, W) of the same size, index of the class.
-    """
-    pixels = np.array(image, np.float32)
-    grey = np.array(image.convert("L"), np.float32)[..., None]
-    known = class_map != 255
-    colours = palette(int(class_map[known].max()) + 1 if known.any() else 1)
-    pixels[known] = (1 - STRENGTH) * grey[known] + STRENGTH * colours[class_map[known]]
-    return Image.fromarray(pixels.round().astype(np.uint8))
-
-
-def legend_colours(classes: int) -> NDArray[np.uint8]:
-    """`palette` as `overlay` shows it over a medium grey."""
-    return ((1 - STRENGTH) * 128 + STRENGTH * palette(classes).astype(np.float32)).round().astype(np.uint8)
-
-
-def with_legend(
-    picture: Image.Image, class_map: NDArray[np.integer[Any]], classes: Sequence[str]
-) -> Image.Image:
-    """The picture above the colours and names of the classes in its class map, the largest first."""
-    picture = _readable(picture)
-    total = max(320, picture.width)
-    counts = np.bincount(class_map[class_map != 255].ravel(), minlength=len(classes))
-    present = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
-    size = max(12, round(min(total, 3 * picture.height) / 40))
-    letters = font(classes, size)
-    names = {k: fitted(classes[k], letters, total - 3 * size) for k in present}
-    places: list[tuple[int, int]] = []
-    x, y = size // 2, picture.height + size // 2
-    for k in present:
-        width = round(letters.getlength(names[k])) + 3 * size
-        if x + width > total and x > size // 2:
-            x, y = size // 2, y + round(1.6 * size)
-        places.append((x, y))
-        x += width
-    page = Image.new("RGB", (total, y + 2 * size), "white")
-    page.paste(picture, (0, 0))
-    canvas = ImageDraw.Draw(page)
-    colours = legend_colours(len(classes))
-    for k, (x, y) in zip(present, places):
-        canvas.rectangle((x, y, x + size, y + size), fill=tuple(int(v) for v in colours[k]))
-        canvas.text((x + round(1.4 * size), y + size // 2), names[k], fill="black", font=letters, anchor="lm")
-    return page
-
-
-def segmentations(
+def plot_segmentations(
     rows: Sequence[tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]],
     classes: Sequence[str],
     path: Path,
 ) -> None:
-    """Images, their true and their predicted class maps; pixels that are not counted are left as they are.
+    """Plot images with their true and predicted class maps. Ignored pixels have no overlay.
 
     Args:
-        rows: (image (h, w, 3) in 0..1, true, predicted class map (H, W)) each.
-        classes: names.
-        path: the PNG to write.
+        rows: Image ``(h, w, 3)`` with values from 0 to 1, true and predicted class map ``(H, W)`` of each.
+        classes: Names of the classes.
+        path: PNG file to write.
     """
-    with written(classes):
-        _segmentations(rows, classes, path)
+    with use_fonts_for(classes):
+        _plot_segmentations(rows, classes, path)
 
 
-def _segmentations(
+def _plot_segmentations(
     rows: Sequence[tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]],
     classes: Sequence[str],
     path: Path,
@@ -414,32 +294,32 @@ def _segmentations(
         image = Image.fromarray((pixels * 255).round().astype(np.uint8)).resize((width, height))
         shown = np.where(true == 255, 255, predicted)
         present |= {int(k) for k in np.unique(np.stack([true, shown])) if k != 255}
-        pictures = (image, overlay(image, true), overlay(image, shown))
+        pictures = (image, overlay_class_map(image, true), overlay_class_map(image, shown))
         for axis, title, picture in zip(line, ("image", "true", "predicted"), pictures):
             axis.imshow(picture)
             axis.set_title(title, fontsize=9)
             axis.axis("off")
-    colours, listed = legend_colours(len(classes)) / 255, sorted(present)[:40]
-    patches = [Patch(color=colours[k]) for k in listed]
+    colors, listed = legend_colors(len(classes)) / 255, sorted(present)[:40]
+    patches = [Patch(color=colors[k]) for k in listed]
     longest = max((len(classes[k]) for k in listed), default=1)
-    columns = max(1, min(8, len(listed), 120 // min(NAME, longest + 6)))
+    columns = max(1, min(8, len(listed), 120 // min(MAX_NAME_LENGTH, longest + 6)))
     place = dict(loc="outside lower center", ncols=columns, fontsize=8)
     _legend(figure, patches, [classes[k] for k in listed], **place)
     save_figure(figure, path)
 
 
-def name_points(figure: Any, axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write a name beside each point of a plot, with a line to it; further down where it would meet others.
+def label_points(figure: Any, axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """Label points of a plot. Labels that would overlap are moved down and connected by a line.
 
     Args:
-        figure: of the axis, whose limits and data are there already.
-        axis: of the figure.
-        points: x and y in the axis' units, name.
+        figure: Figure with its final limits and data.
+        axis: Axes of the points.
+        points: Coordinates in units of the axes, and label of each point.
     """
     from matplotlib.transforms import Bbox
 
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # it would make room for the names, and so move the points
+    figure.set_layout_engine("none")  # it would move the points to make room for the labels
     unit = figure.dpi / 72
     line = dict(arrowstyle="-", lw=0.5, color="0.5", shrinkA=0, shrinkB=3)
     centres = axis.transData.transform([point[:2] for point in points]) if points else []
@@ -457,26 +337,26 @@ def name_points(figure: Any, axis: Any, points: Sequence[tuple[float, float, str
         taken.append(box)
 
 
-def class_bars(classes: Sequence[str], values: NDArray[np.float64], name: str, path: Path) -> None:
-    """A bar for each class, the best first, with their mean; classes without a value are left out.
+def plot_class_bars(classes: Sequence[str], values: NDArray[np.float64], name: str, path: Path) -> None:
+    """Plot a bar for each class in descending order, and their mean. Classes without a value are skipped.
 
     Args:
-        classes: names.
-        values: (classes,) in 0..1, or NaN.
-        name: of the values.
-        path: the PNG to write.
+        classes: Names of the classes.
+        values: Values from 0 to 1 or NaN, ``(classes,)``.
+        name: Label of the values.
+        path: PNG file to write.
     """
-    with written(classes):
-        _class_bars([shortened(c, NAME) for c in classes], values, name, path)
+    with use_fonts_for(classes):
+        _plot_class_bars([shorten(c, MAX_NAME_LENGTH) for c in classes], values, name, path)
 
 
-def _class_bars(classes: Sequence[str], values: NDArray[np.float64], name: str, path: Path) -> None:
+def _plot_class_bars(classes: Sequence[str], values: NDArray[np.float64], name: str, path: Path) -> None:
     order = [
         int(k) for k in np.argsort(-np.nan_to_num(values, nan=-1), kind="stable") if not np.isnan(values[k])
     ]
     figure, axes = subplots(7, 1.2 + 0.22 * len(order))
     axis = axes[0][0]
-    axis.barh(range(len(order)), values[order], color=palette(len(classes))[order] / 255)
+    axis.barh(range(len(order)), values[order], color=class_colors(len(classes))[order] / 255)
     axis.set_yticks(range(len(order)), [classes[k] for k in order])
     for place, k in enumerate(order):
         axis.text(values[k] + 0.01, place, f"{values[k]:.2f}", va="center", fontsize=7)

@@ -1,4 +1,4 @@
-"""COCO's average precision over a validation, through faster-coco-eval."""
+"""COCO's average precision, computed by faster-coco-eval."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,9 +10,9 @@ from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crossformer_vision.models.dense.openmmlab import paste_binary_masks
+from crossformer_vision.models.dense.masks import paste_binary_masks
 
-# Name -> IoU (None for the mean of 0.5 to 0.95), index of COCO's range of areas: all, small, medium, large.
+# IoU threshold (None: mean of 0.5 to 0.95) and index of COCO's area range (all, small, medium, large).
 PRECISIONS = {
     "ap": (None, 0),
     "ap50": (0.5, 0),
@@ -21,15 +21,15 @@ PRECISIONS = {
     "ap_medium": (None, 2),
     "ap_large": (None, 3),
 }
-TYPES = {"box": "bbox", "mask": "segm"}
+IOU_TYPES = {"box": "bbox", "mask": "segm"}
 
 
 class CocoMetrics:
-    """Collects what was found and what is there; `compute` gives AP and forgets it all.
+    """Accumulates detections and ground truth, and computes average precision.
 
     Args:
-        kinds: of `"box"` and `"mask"`.
-        max_detections: most objects of an image that count, those of the best scores.
+        kinds: ``"box"``, ``"mask"`` or both.
+        max_detections: Maximum number of detections per image, those with the highest scores.
     """
 
     def __init__(self, kinds: Sequence[str], max_detections: int = 100) -> None:
@@ -37,124 +37,137 @@ class CocoMetrics:
         self.reset()
 
     def reset(self) -> None:
-        self.found: list[dict[str, Any]] = []  # of each image: arrays, and the masks' run lengths
-        self.true: list[dict[str, Any]] = []
+        """Forget all images."""
+        self.detections: list[dict[str, Any]] = []  # arrays and run-length encoded masks of each image
+        self.ground_truth: list[dict[str, Any]] = []
 
     def update(
         self,
-        found: Sequence[dict[str, Tensor]],
-        true: Sequence[dict[str, Tensor]],
+        detections: Sequence[dict[str, Tensor]],
+        targets: Sequence[dict[str, Tensor]],
         sizes: Sequence[tuple[int, int]],
     ) -> None:
         """Add images.
 
         Args:
-            found: ``boxes`` ``(n, 4)``, ``labels`` and ``scores`` of each image, with masks ``masks``
-                ``(n, 1, H, W)`` as probabilities, or ``mask_crops`` ``(n, 1, side, side)`` of the boxes.
-            true: ``boxes``, ``labels``, ``iscrowd`` and ``area`` of each image, with masks ``masks``
+            detections: ``boxes`` ``(n, 4)``, ``labels`` and ``scores`` of each image. With masks also
+                ``masks`` ``(n, 1, H, W)`` as probabilities, or ``mask_crops`` ``(n, 1, side, side)`` of the
+                boxes.
+            targets: ``boxes``, ``labels``, ``iscrowd`` and ``area`` of each image. With masks also ``masks``
                 ``(n, H, W)`` of 0 and 1.
             sizes: Height and width of each image.
         """
-        for one, truth, size in zip(found, true, sizes, strict=True):
-            self.found.append(self._kept(one, ("scores",), size))
-            self.true.append(self._kept(truth, ("iscrowd", "area"), size))
+        for detected, target, size in zip(detections, targets, sizes, strict=True):
+            self.detections.append(self._to_arrays(detected, ("scores",), size))
+            self.ground_truth.append(self._to_arrays(target, ("iscrowd", "area"), size))
 
-    def _kept(self, one: dict[str, Tensor], more: tuple[str, ...], size: tuple[int, int]) -> dict[str, Any]:
-        kept: dict[str, Any] = {
-            name: one[name].cpu().double().numpy() for name in ("boxes", *more) if name in one
+    def _to_arrays(
+        self, objects: dict[str, Tensor], fields: tuple[str, ...], size: tuple[int, int]
+    ) -> dict[str, Any]:
+        arrays: dict[str, Any] = {
+            name: objects[name].cpu().double().numpy() for name in ("boxes", *fields) if name in objects
         }
-        kept["labels"] = one["labels"].cpu().numpy()
-        kept["size"] = dict(zip(("height", "width"), size))
+        arrays["labels"] = objects["labels"].cpu().numpy()
+        arrays["size"] = {"height": size[0], "width": size[1]}
         if "mask" in self.kinds:
-            kept["masks"] = list(encoded_masks(one, size))
-        return kept
+            arrays["masks"] = list(encode_masks(objects, size))
+        return arrays
 
     def gather(self) -> None:
-        """Give each process what all of them have seen."""
-        for name in ("found", "true"):
-            everyone: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(everyone, getattr(self, name))
-            setattr(self, name, [image for of_one in everyone for image in of_one])
+        """Gather the images of all processes in each process."""
+        for name in ("detections", "ground_truth"):
+            gathered: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(gathered, getattr(self, name))
+            setattr(self, name, [image for images in gathered for image in images])
 
     def compute(self) -> tuple[dict[str, float], dict[int, dict[str, NDArray[np.float64]]]]:
-        """AP of all classes, and precision of each.
+        """Compute average precision over all classes and precision of each class, then forget all images.
 
         Returns:
-            `box_ap`, `box_ap50`, …, `mask_recall`, -1 where there are no such objects; and by label and kind
-            the precision at IoUs of 0.5 to 0.95 and recalls of 0 to 1, (10, 101), of objects of any size.
+            Metrics ``box_ap``, ``box_ap50``, …, ``mask_recall``, -1 where there are no such objects. And the
+            precision of each label and kind at IoU thresholds of 0.5 to 0.95 and recalls of 0 to 1,
+            ``(10, 101)``, for objects of any size.
         """
-        labels = sorted(
-            {int(k) for images in (self.found, self.true) for one in images for k in one["labels"]}
-        )
-        figures: dict[str, float] = {}
+        all_images = [*self.detections, *self.ground_truth]
+        labels = sorted({int(label) for image in all_images for label in image["labels"]})
+        metrics: dict[str, float] = {}
         precisions: dict[int, dict[str, NDArray[np.float64]]] = {label: {} for label in labels}
         for kind in self.kinds:
-            evaluated = self._evaluated(kind, labels) if labels else None
+            names = [f"{kind}_{name}" for name in (*PRECISIONS, "recall")]
+            metrics |= dict.fromkeys(names, -1.0)
+            if not labels:
+                continue
+            results = self._evaluate(kind, labels)
             for name, (iou, area) in PRECISIONS.items():
-                figures[f"{kind}_{name}"] = -1.0
-                if evaluated is not None:
-                    precision = evaluated["precision"][..., area, -1]  # IoU, recall, class
-                    of_iou = precision if iou is None else precision[[round((iou - 0.5) / 0.05)]]
-                    figures[f"{kind}_{name}"] = _mean(of_iou)
-            figures[f"{kind}_recall"] = -1.0 if evaluated is None else _mean(evaluated["recall"][..., 0, -1])
+                precision = results["precision"][..., area, -1]  # IoU, recall, class
+                if iou is not None:
+                    precision = precision[[round((iou - 0.5) / 0.05)]]
+                metrics[f"{kind}_{name}"] = _mean(precision)
+            metrics[f"{kind}_recall"] = _mean(results["recall"][..., 0, -1])
             for k, label in enumerate(labels):
-                precisions[label][kind] = evaluated["precision"][:, :, k, 0, -1].copy()  # type: ignore[index]
+                precisions[label][kind] = results["precision"][:, :, k, 0, -1].copy()
         self.reset()
-        return figures, precisions
+        return metrics, precisions
 
-    def _evaluated(self, kind: str, labels: list[int]) -> dict[str, NDArray[np.float64]]:
-        images = [{"id": n, **one.get("size", {})} for n, one in enumerate(self.true)]
+    def _evaluate(self, kind: str, labels: list[int]) -> dict[str, NDArray[np.float64]]:
+        images = [{"id": n, **image.get("size", {})} for n, image in enumerate(self.ground_truth)]
         categories = [{"id": label} for label in labels]
-        both = []
-        for of_images in (self.true, self.found):
+        datasets = []
+        for arrays in (self.ground_truth, self.detections):
             coco = COCO()
             coco.dataset = {
                 "images": images,
                 "categories": categories,
-                "annotations": _annotations(of_images, kind),
+                "annotations": _to_annotations(arrays, kind),
             }
             coco.createIndex()
-            both.append(coco)
-        evaluation = COCOeval_faster(*both, TYPES[kind], print_function=_silent, extra_calc=False)
+            datasets.append(coco)
+        evaluation = COCOeval_faster(*datasets, IOU_TYPES[kind], print_function=_ignore, extra_calc=False)
         evaluation.params.iouThrs = np.linspace(0.5, 0.95, 10)
         evaluation.params.recThrs = np.linspace(0, 1, 101)
         evaluation.params.maxDets = [1, 10, self.max_detections]
         evaluation.evaluate()
         evaluation.accumulate()
-        found: dict[str, NDArray[np.float64]] = evaluation.eval
-        return found
+        results: dict[str, NDArray[np.float64]] = evaluation.eval
+        return results
 
 
-def encoded_masks(objects: dict[str, Tensor], size: tuple[int, int]) -> Iterator[dict[str, Any]]:
-    """Run lengths of the masks of an image's objects, decoded or pasted one at a time; see ``update``."""
+def encode_masks(objects: dict[str, Tensor], size: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    """Run-length encode the masks of an image's objects, one at a time to save memory.
+
+    Args:
+        objects: See `CocoMetrics.update`.
+        size: Height and width of the image.
+    """
     for n in range(len(objects["labels"])):
         if "mask_crops" in objects:
-            one = slice(n, n + 1)
-            mask = paste_binary_masks(objects["mask_crops"][one], objects["boxes"][one], size)[0]
+            row = slice(n, n + 1)
+            mask = paste_binary_masks(objects["mask_crops"][row], objects["boxes"][row], size)[0]
         else:
             mask = objects["masks"][n].reshape(size)
             mask = mask > 0.5 if mask.is_floating_point() else mask
         yield rle.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
 
 
-def _annotations(of_images: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+def _to_annotations(images: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Annotations in COCO's format."""
     annotations: list[dict[str, Any]] = []
-    for n, one in enumerate(of_images):
-        boxes = one["boxes"].reshape(-1, 4).copy()
+    for image_id, image in enumerate(images):
+        boxes = image["boxes"].reshape(-1, 4).copy()
         boxes[:, 2:] -= boxes[:, :2]
         areas = boxes[:, 2] * boxes[:, 3]
-        if kind == "mask":
-            areas = rle.area(one["masks"]) if one["masks"] else areas
-        if "area" in one:  # of the file, where it has one
-            areas = np.where(one["area"] > 0, one["area"], areas)
+        if kind == "mask" and image["masks"]:
+            areas = rle.area(image["masks"])
+        if "area" in image:  # areas in the annotation file take precedence
+            areas = np.where(image["area"] > 0, image["area"], areas)
         count = len(boxes)
-        crowds = one["iscrowd"].astype(int).tolist() if "iscrowd" in one else [0] * count
-        scores = one["scores"].tolist() if "scores" in one else [1.0] * count
-        rows = zip(boxes.tolist(), areas.tolist(), one["labels"].tolist(), crowds, scores)
+        crowds = image["iscrowd"].astype(int).tolist() if "iscrowd" in image else [0] * count
+        scores = image["scores"].tolist() if "scores" in image else [1.0] * count
+        rows = zip(boxes.tolist(), areas.tolist(), image["labels"].tolist(), crowds, scores)
         for k, (box, area, label, crowd, score) in enumerate(rows):
             annotation = {
                 "id": len(annotations) + 1,
-                "image_id": n,
+                "image_id": image_id,
                 "category_id": label,
                 "bbox": box,
                 "area": area,
@@ -162,15 +175,16 @@ def _annotations(of_images: list[dict[str, Any]], kind: str) -> list[dict[str, A
                 "score": score,
             }
             if kind == "mask":
-                annotation["segmentation"] = one["masks"][k]
+                annotation["segmentation"] = image["masks"][k]
             annotations.append(annotation)
     return annotations
 
 
 def _mean(values: NDArray[np.float64]) -> float:
-    known = values[values > -1]
-    return float(known.mean()) if known.size else -1.0
+    """Mean of the values that are defined (not -1), or -1."""
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else -1.0
 
 
-def _silent(*_: Any) -> None:
-    """faster-coco-eval says what it does, line by line."""
+def _ignore(*_: Any) -> None:
+    """Discard faster-coco-eval's progress messages."""

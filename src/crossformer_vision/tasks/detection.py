@@ -1,4 +1,4 @@
-"""Object detection and instance segmentation: losses, COCO's metrics, and what a validation shows."""
+"""Object detection and instance segmentation: losses, COCO metrics and plots."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -10,39 +10,46 @@ from torchvision.transforms import v2
 
 from crossformer_vision.data.detection import Batch
 from crossformer_vision.files import write_csv
-from crossformer_vision.models import drop_path
+from crossformer_vision.models import drop_path_kwargs
 from crossformer_vision.models.dense.detectors import MaskRCNN, create_detector
-from crossformer_vision.models.dense.openmmlab import mask_crops, paste_binary_masks
+from crossformer_vision.models.dense.masks import paste_binary_masks
+from crossformer_vision.models.dense.transform import return_mask_crops
 from crossformer_vision.plotting import visualize
-from crossformer_vision.tasks.base import Task, describe_initial_weights, starts_from_published
+from crossformer_vision.tasks.base import Task, describe_initial_weights, use_published_weights
 from crossformer_vision.tasks.coco_metrics import CocoMetrics
-from crossformer_vision.weights.checkpoints import load_checkpoint
+from crossformer_vision.weights.loading import load_checkpoint
 
-SHOWN = 8  # validation images in the picture of predictions
-PICTURE = 1280  # largest side of such an image, in pixels
+PLOTTED = 8  # validation images in predictions.png
+PLOT_SIZE = 1280  # maximum longer side of these images, in pixels
+
+Objects = dict[str, Tensor]
+"""Objects of an image: ``boxes``, ``labels``, and where present ``scores``, ``masks``, ``iscrowd``."""
 
 
 class Detection(Task):
     """Train and validate RetinaNet or Mask R-CNN on any timm backbone.
 
     Args:
-        detector: `retinanet` for boxes, `mask_rcnn` for boxes and masks.
-        model: timm name of the backbone, with a tag (`crossformer_small.in1k`) to choose weights.
-        num_classes: classes of objects; the command takes them from the data.
-        pretrained: start from the backbone's published weights; null where they are here or can be
-            fetched, with a notice where not.
-        checkpoint: start from these weights instead, of a detector or of a backbone, published or own; layers
-            of another class count are trained anew.
-        model_args: further keywords of the backbone, such as `{group_size: [14, 14, 7, 7]}`.
-        detector_args: further keywords of torchvision's detector, such as `{box_score_thresh: 0.01}`.
-        drop_path_rate: stochastic depth of the backbone.
-        width: channels of the pyramid and the heads.
-        anchor_scale: side of a level's smallest anchor, in strides; null for 4 (RetinaNet) or 8 (Mask R-CNN).
-        max_detections: most objects that are found in an image, and that the metrics count; COCO's is 100.
-        min_size: an image's shorter side is brought to this many pixels; of several, training takes one at
-            random and validation the last,
-        max_size: but its longer side to at most so many.
-        **optimization: see `Task`.
+        detector: ``retinanet`` for boxes, ``mask_rcnn`` for boxes and masks.
+        backbone: timm name of the backbone, with a tag (``crossformer_small.in1k``) to choose weights.
+        num_classes: Number of classes. The command takes it from the data.
+        pretrained: Start from the backbone's published weights; null to use them if they are cached or
+            downloadable, with a notice if not.
+        checkpoint: Start from this file instead: a detector or a backbone, published or own. Layers for
+            another number of classes are initialized anew.
+        model_args: Further arguments of the backbone, such as ``{group_size: [14, 14, 7, 7]}``.
+        detector_args: Further arguments of torchvision's detector, such as ``{box_score_thresh: 0.01}``.
+        drop_path_rate: Stochastic depth rate of the backbone.
+        width: Channels of the pyramid and the heads.
+        anchor_scale: Side of a level's smallest anchor, in strides; null for 4 (RetinaNet) or 8 (Mask R-CNN).
+        max_detections: Maximum number of objects per image, also in the metrics; 100 for COCO.
+        min_size: Images are resized so that the shorter side has this many pixels. From a list, training
+            chooses one at random and validation uses the last.
+        max_size: Maximum longer side of resized images, in pixels.
+        **optimization: See ``Task``.
+
+    Raises:
+        UserError: If an argument is invalid or the backbone does not accept it.
     """
 
     name = "detection"
@@ -50,7 +57,7 @@ class Detection(Task):
     def __init__(
         self,
         detector: Literal["retinanet", "mask_rcnn"] = "retinanet",
-        model: str = "crossformer_nano",
+        backbone: str = "crossformer_nano",
         num_classes: int = 10,
         pretrained: bool | None = False,
         checkpoint: str | None = None,
@@ -66,10 +73,10 @@ class Detection(Task):
     ) -> None:
         super().__init__(**optimization)
         self.save_hyperparameters()
-        published = starts_from_published(model, pretrained, checkpoint)
+        published = use_published_weights(backbone, pretrained, checkpoint)
         self.net = create_detector(
             detector,
-            model,
+            backbone,
             num_classes,
             pretrained=published,
             width=width,
@@ -77,24 +84,34 @@ class Detection(Task):
             max_detections=max_detections,
             min_size=min_size,
             max_size=max_size,
-            backbone_args={**drop_path(model, drop_path_rate), **(model_args or {})},
-            _skip_resize=True,  # in training: the data does it
+            backbone_args={**drop_path_kwargs(backbone, drop_path_rate), **(model_args or {})},
+            skip_resize=True,  # in training, the data module resizes
             **(detector_args or {}),
         )
         report = load_checkpoint(self.net, checkpoint) if checkpoint else None
-        self.initial_weights = describe_initial_weights(model, num_classes, published, checkpoint, report)
+        self.initial_weights = describe_initial_weights(backbone, num_classes, published, checkpoint, report)
         self.kinds = ["box", "mask"] if isinstance(self.net, MaskRCNN) else ["box"]
         self.monitor = f"val_{self.kinds[-1]}_ap"
-        self.in_line = (f"{self.monitor}50", *(f"val_{kind}_ap" for kind in self.kinds[:-1]))
+        self.printed_metrics = (f"{self.monitor}50", *(f"val_{kind}_ap" for kind in self.kinds[:-1]))
         self.metric = CocoMetrics(self.kinds, max_detections)
-        self.shown: list[tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]] = []  # image, truth, found
-        self.precisions: dict[int, dict[str, np.ndarray]] = {}  # by label and kind, at the last validation
+        # Image, ground truth and predictions.
+        self.plotted: list[tuple[Tensor, Objects, Objects]] = []
+        # Precision by label and by kind (box or mask), from the last validation.
+        self.precisions: dict[int, dict[str, np.ndarray]] = {}
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        """Images (3, H, W) in 0..1 -> boxes, labels, scores and masks of each; see `create_detector`."""
+        """Detect objects.
+
+        Args:
+            images: Images with values in 0..1, shape ``(C, H, W)`` each.
+
+        Returns:
+            Boxes, labels, scores and masks for each image, see ``create_detector``.
+        """
         return self.net(images)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Sum of the losses of a batch."""
         images, targets = batch
         losses = self.compute_loss(images, targets)
         loss: Tensor = sum(losses.values())  # type: ignore[assignment]
@@ -105,38 +122,46 @@ class Detection(Task):
         return loss
 
     def compute_loss(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The losses of a training batch by name, whose sum is the loss; to be overridden."""
+        """Losses of a training batch by name, whose sum is minimized. Override it for other losses.
+
+        Args:
+            images: Images with values in 0..1, shape ``(C, H, W)`` each.
+            targets: Boxes, labels and masks of each image.
+        """
         losses: dict[str, Tensor] = self.net(images, targets)
         return losses
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Tensor]] | None:
-        """A list of images, or a pair of which it comes first -> what is found in each."""
+        """Objects in each of a list of images, or of a batch with images first."""
         if batch is None:
             return None
         return self(batch[0] if isinstance(batch, tuple) else batch)
 
     def on_validation_epoch_start(self) -> None:
+        """Reset the metrics."""
         self.metric.reset()
-        self.shown = []
+        self.plotted = []
 
     def validation_step(self, batch: Batch | None, batch_idx: int) -> None:
+        """Update the metrics with a batch. ``None`` is a batch without readable images."""
         if batch is None:
             return
         images, targets = batch
-        with mask_crops(self.net):
-            found = self(images)
+        with return_mask_crops(self.net):
+            predicted = self(images)
         sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]
-        self.metric.update(found, targets, sizes)
-        batches = self.batches_evaluated
-        if batch_idx % max(1, batches // SHOWN) == 0 and len(self.shown) < SHOWN:
-            self.shown += [shrink(*one) for one in zip(images, targets, found, strict=True)]
+        self.metric.update(predicted, targets, sizes)
+        batches = self.evaluation_batches
+        if batch_idx % max(1, batches // PLOTTED) == 0 and len(self.plotted) < PLOTTED:
+            self.plotted += [shrink(*one) for one in zip(images, targets, predicted, strict=True)]
 
     def on_validation_epoch_end(self) -> None:
+        """Log the metrics of all processes."""
         if self.trainer.world_size > 1:
             self.metric.gather()
-        figures, self.precisions = self.metric.compute()
-        for name, value in figures.items():
-            if name.endswith("_ap") or value >= 0:  # -1: no such objects
+        metrics, self.precisions = self.metric.compute()
+        for name, value in metrics.items():
+            if name.endswith("_ap") or value >= 0:  # -1 if there are no objects of this size
                 self.log(
                     f"val_{name}",
                     torch.tensor(max(0.0, value), device=self.device),
@@ -144,63 +169,72 @@ class Detection(Task):
                 )
 
     def class_table(self, classes: list[str]) -> list[dict[str, Any]]:
-        """AP and AP50 of each class at the last validation, one row a class."""
+        """AP and AP50 of each class in the last validation, one row per class."""
         rows: list[dict[str, Any]] = [{"class": name} for name in classes]
-        for label, of_kind in self.precisions.items():
-            for kind, precision in of_kind.items():
+        for label, by_kind in self.precisions.items():
+            for kind, precision in by_kind.items():
                 for name, values in (("ap", precision), ("ap50", precision[:1])):
                     if (values >= 0).any():
                         rows[label - 1][f"{kind}_{name}"] = round(float(values[values >= 0].mean()), 4)
         return rows
 
-    def pictures(self, folder: Path, classes: list[str]) -> None:
-        """Draw the last validation: `predictions.png`, `precision_recall.png`; its table: `classes.csv`."""
-        write_csv(folder / "classes.csv", self.class_table(classes))
-        visualize.precision_recall(
+    def plot(self, plot_dir: Path, classes: list[str]) -> None:
+        """Write ``predictions.png``, ``precision_recall.png`` and ``classes.csv``."""
+        write_csv(plot_dir / "classes.csv", self.class_table(classes))
+        visualize.plot_precision_recall(
             {
-                kind: {classes[label - 1]: of_kind[kind][0] for label, of_kind in self.precisions.items()}
+                kind: {classes[label - 1]: by_kind[kind][0] for label, by_kind in self.precisions.items()}
                 for kind in self.kinds
             },
-            folder / "precision_recall.png",
+            plot_dir / "precision_recall.png",
         )
         rows = []
-        for image, truth, found in self.shown:
-            pixels = visualize.denormalised(
-                image.float().cpu().numpy(), (0, 0, 0), (1, 1, 1), self.shown_channels
+        for image, truth, predicted in self.plotted:
+            pixels = visualize.denormalize(
+                image.float().cpu().numpy(), (0, 0, 0), (1, 1, 1), self.rgb_channels
             )
-            rows.append((pixels, _arrays(truth), _arrays(found)))
-        visualize.detections(rows, classes, folder / "predictions.png")
+            rows.append((pixels, _arrays(truth), _arrays(predicted)))
+        visualize.plot_detections(rows, classes, plot_dir / "predictions.png")
 
 
-def shrink(
-    image: Tensor, truth: dict[str, Tensor], found: dict[str, Tensor]
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """An image and its objects at a size for pictures: large photos would take gigabytes.
+def shrink(image: Tensor, truth: Objects, predicted: Objects) -> tuple[Tensor, Objects, Objects]:
+    """Resize an image and its objects for a plot, where full-size masks would take gigabytes.
 
     Args:
-        image: ``(3, H, W)``.
-        truth: Objects in the image, with ``boxes``, ``labels`` and perhaps ``masks`` ``(n, H, W)``.
-        found: Objects that a detector found; those of a score of one half or more are kept.
+        image: Shape ``(C, H, W)``.
+        truth: Objects with ``boxes``, ``labels`` and perhaps ``masks`` of shape ``(N, H, W)``.
+        predicted: Predicted objects. Those with a score below 0.5 are dropped.
 
     Returns:
-        The same three with sides of ``PICTURE`` pixels at most, masks as 0 and 1, on the CPU.
+        The same three on the CPU with sides of at most ``PLOT_SIZE`` pixels and binary masks.
     """
     height, width = image.shape[1:]
-    size = [max(1, round(side * min(1.0, PICTURE / max(height, width)))) for side in (height, width)]
-    factors = torch.tensor([size[1] / width, size[0] / height] * 2)
-    found = {k: v[found["scores"] >= 0.5].cpu() for k, v in found.items()}
-    truth = {k: v.cpu() for k, v in truth.items()}
-    smaller = [{k: v for k, v in o.items() if k in ("labels", "scores", "iscrowd")} for o in (truth, found)]
-    for objects, kept in zip((truth, found), smaller):
-        kept["boxes"] = objects["boxes"].float() * factors
-        if "mask_crops" in objects:
-            kept["masks"] = paste_binary_masks(objects["mask_crops"], kept["boxes"], (size[0], size[1]))
-        elif "masks" in objects:
-            masks = objects["masks"].reshape(-1, 1, height, width)
-            binary = masks > 0.5 if masks.is_floating_point() else masks
-            kept["masks"] = v2.functional.resize_mask(binary.to(torch.uint8), size)[:, 0]
-    return v2.functional.resize_image(image.float().cpu(), size, antialias=True), *smaller
+    factor = min(1.0, PLOT_SIZE / max(height, width))
+    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    is_confident = predicted["scores"] >= 0.5
+    predicted = {name: value[is_confident] for name, value in predicted.items()}
+    resized = v2.functional.resize_image(image.float().cpu(), list(size), antialias=True)
+    return (
+        resized,
+        _shrink_objects(truth, (height, width), size),
+        _shrink_objects(predicted, (height, width), size),
+    )
 
 
-def _arrays(objects: dict[str, Tensor]) -> dict[str, np.ndarray]:
+def _shrink_objects(objects: Objects, old_size: tuple[int, int], size: tuple[int, int]) -> Objects:
+    """Resize boxes and masks from an old height and width to a new one."""
+    objects = {name: value.cpu() for name, value in objects.items()}
+    result: Objects = {name: objects[name] for name in ("labels", "scores", "iscrowd") if name in objects}
+    factors = torch.tensor([size[1] / old_size[1], size[0] / old_size[0]] * 2)
+    result["boxes"] = objects["boxes"].float() * factors
+    if "mask_crops" in objects:
+        result["masks"] = paste_binary_masks(objects["mask_crops"], result["boxes"], size)
+    elif "masks" in objects:
+        masks = objects["masks"].reshape(-1, 1, *old_size)
+        is_object = masks > 0.5 if masks.is_floating_point() else masks
+        result["masks"] = v2.functional.resize_mask(is_object.to(torch.uint8), list(size))[:, 0]
+    return result
+
+
+def _arrays(objects: Objects) -> dict[str, np.ndarray]:
     return {name: value.detach().cpu().numpy() for name, value in objects.items()}

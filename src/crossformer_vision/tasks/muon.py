@@ -10,7 +10,7 @@ from timm.optim.muon import get_lr_scale, zeropower_via_newtonschulz
 from torch import Tensor
 
 from crossformer_vision.compat import is_muon_matrix, muon_coefficients
-from crossformer_vision.training.devices import computes_fast
+from crossformer_vision.devices import computes_fast
 
 GRAM_ASPECT_RATIO = 1.5  # from which iterating on the Gram matrix needs fewer operations
 

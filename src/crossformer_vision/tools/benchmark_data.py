@@ -1,4 +1,4 @@
-"""How fast the images of a run are read, how fast its network takes them, and which of the two waits."""
+"""Time the data loading of a training run against its network, and report which one limits training."""
 
 import itertools
 import os
@@ -9,198 +9,236 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
 
-from crossformer_vision.data.images import reason, to_rgb
-from crossformer_vision.data.loading import ResumableData, kept_generators
+from crossformer_vision.data.images import error_summary, to_rgb
+from crossformer_vision.data.module import BaseDataModule
+from crossformer_vision.data.randomness import preserve_rng_state
 from crossformer_vision.errors import UserError
+from crossformer_vision.files import write_json, write_text
 from crossformer_vision.plotting import visualize
+from crossformer_vision.training.build import RunObjects
+from crossformer_vision.training.run import environment_info
 
-SAMPLES = 64  # that are taken apart
+SAMPLES = 64  # images whose steps are timed one by one
 
 
 def worker_counts(configured: int) -> list[int]:
-    """None, one, and on by doubling up to the cores; and as many as the run would have."""
+    """Numbers of workers to try: 0, powers of two up to the number of cores, and the configured one."""
     cores = os.cpu_count() or 1
     return sorted({0, configured, *(2**k for k in range(8) if 2**k <= cores)})
 
 
-def images_read(data: ResumableData, workers: int, seconds: float) -> float:
-    """Training images a second that a number of workers bring, from the second batch on."""
+def measure_loading(data: BaseDataModule, workers: int, seconds: float) -> float:
+    """Training images per second from the DataLoader, without its first batch.
+
+    Args:
+        data: Data module.
+        workers: Number of worker processes.
+        seconds: Duration of the measurement.
+    """
     data.num_workers = workers
     loader: Any = data.train_dataloader()
-    count, began, epoch = 0, 0.0, 0
+    count, start, epoch = 0, 0.0, 0
     try:
         while True:
             loader.batches.set_epoch(epoch)
             for batch in loader:
                 now = time.perf_counter()
-                if began:
+                if start:
                     count += len(batch[0])
-                    if now - began > seconds:
-                        return count / (now - began)
+                    if now - start > seconds:
+                        return count / (now - start)
                 else:
-                    began = now
+                    start = now
             epoch += 1
     finally:
         loader.close()
 
 
-def parts_of_a_sample(data: ResumableData) -> dict[str, float]:
-    """Milliseconds of a training image in one process: to read and decode it, and to augment it."""
+def measure_sample_steps(data: BaseDataModule) -> dict[str, float]:
+    """Milliseconds per training image in one process, for reading with decoding and for augmentation.
+
+    Raises:
+        UserError: If an image cannot be read and ``skip_corrupt`` is off.
+    """
     images: Any = data.open("train")
-    spent = {"read and decode": 0.0, "augment": 0.0}
-    read = 0
-    with kept_generators():
+    totals = {"read and decode": 0.0, "augment": 0.0}
+    count = 0
+    with preserve_rng_state():
         for n in range(SAMPLES):
             index = n * len(images) // SAMPLES
             start = time.perf_counter()
             try:
                 image, target = images.source.read(index)
                 image = to_rgb(image)
-            except UserError:  # of its labels
+            except UserError:  # about its labels
                 raise
             except Exception as error:  # decoders raise errors of any kind
                 if data.skip_corrupt:
                     continue
                 name = images.source.name(index)
-                raise UserError(f"{name}: cannot read this image ({reason(error)})") from None
+                raise UserError(f"{name}: cannot read this image ({error_summary(error)})") from None
             middle = time.perf_counter()
             images.transform(image, target)
-            spent["read and decode"] += middle - start
-            spent["augment"] += time.perf_counter() - middle
-            read += 1
-    return {name: 1e3 * total / max(1, read) for name, total in spent.items()}
+            totals["read and decode"] += middle - start
+            totals["augment"] += time.perf_counter() - middle
+            count += 1
+    return {name: 1e3 * total / max(1, count) for name, total in totals.items()}
 
 
-class Repeated:
-    """One batch, over and over; an epoch has a length, which the schedule asks for."""
+class RepeatedBatch:
+    """A loader that repeats one batch.
+
+    Args:
+        batch: The batch.
+    """
 
     def __init__(self, batch: Any) -> None:
         self.batch = batch
 
     def __len__(self) -> int:
-        return 1_000_000
+        return 1_000_000  # schedules need a length
 
     def __iter__(self) -> Iterator[Any]:
         return itertools.repeat(self.batch, len(self))
 
 
-class Clock(L.Callback):
-    """Stops training after some seconds; counts from the third step on."""
+class StepTimer(Callback):
+    """Times training steps from the third on, and stops training after some seconds.
+
+    Args:
+        seconds: Duration of the measurement.
+    """
 
     def __init__(self, seconds: float) -> None:
-        self.seconds, self.steps, self.began, self.taken = seconds, -2, 0.0, 0.0
+        self.seconds = seconds
+        self.steps = -2
+        self.start = self.elapsed = 0.0
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Count a step."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self.began = now if self.steps < 0 else self.began
+        self.start = now if self.steps < 0 else self.start
         self.steps += 1
-        self.taken = now - self.began
-        trainer.should_stop = self.steps > 0 and self.taken > self.seconds
+        self.elapsed = now - self.start
+        trainer.should_stop = self.steps > 0 and self.elapsed > self.seconds
 
 
-def images_trained(cli: Any, seconds: float) -> float:
-    """Images a second that the training step of a run takes, on one device, of a batch that is there."""
-    cli.datamodule.num_workers = 0
-    batch = next(iter(cli.datamodule.train_dataloader()))
-    given, clock = cli.config_init.trainer, Clock(seconds)
+def measure_training(objects: RunObjects, seconds: float) -> float:
+    """Images per second of training steps on one device, with a batch that is in memory.
+
+    Args:
+        objects: Task, data module and Trainer of a training run.
+        seconds: Duration of the measurement.
+    """
+    objects.data.num_workers = 0
+    batch = next(iter(objects.data.train_dataloader()))
+    timer = StepTimer(seconds)
     trainer = L.Trainer(
-        accelerator=given.accelerator,
+        accelerator=objects.trainer.accelerator,
         devices=1,
-        precision=given.precision,
-        gradient_clip_val=given.gradient_clip_val,
+        precision=objects.trainer.precision,
+        gradient_clip_val=objects.trainer.gradient_clip_val,
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[clock],
+        callbacks=[timer],
         default_root_dir="runs",
     )
-    trainer.fit(cli.model, Repeated(batch))
-    return clock.steps * len(batch[0]) / clock.taken
+    trainer.fit(objects.task, RepeatedBatch(batch))
+    return timer.steps * len(batch[0]) / timer.elapsed
 
 
-def verdict(read: dict[int, float], trained: float, parts: dict[str, float]) -> list[str]:
-    """Which of the two waits, in words."""
-    enough = [workers for workers, rate in read.items() if rate >= trained]
-    if enough:
-        how_many = (
-            "no worker is" if not enough[0] else "one worker is" if enough[0] == 1 else f"{enough[0]} are"
-        )
-        return [f"the network is what one waits for: {how_many} needed to bring what it takes"]
-    best = max(read, key=lambda workers: read[workers])
-    slower = max(parts, key=lambda name: parts[name])
-    lines = [
-        f"the data are what one waits for: {best} workers bring {read[best] / trained:.0%} of what it takes"
-    ]
-    if slower == "augment":
-        lines.append(
-            "most of an image's time is augmentation: smaller images on disk, or a lighter policy, help"
-        )
-    else:
-        lines.append(
-            "most of an image's time is reading and decoding: smaller images on disk help, and shards"
-        )
-    return lines
-
-
-def run(cli: Any, out: Path, seconds: float = 5.0, counts: Sequence[int] | None = None) -> dict[str, Any]:
-    """Measure, print, and write `data.json`, `data.md` and `data.png` to `out`.
+def verdict(loading: dict[int, float], training: float, steps: dict[str, float]) -> list[str]:
+    """Lines that tell whether data loading or the network limits training.
 
     Args:
-        cli: task, data and trainer, as `options.parse` builds them.
-        out: folder.
-        seconds: of each measurement.
-        counts: of workers.
+        loading: Images per second by number of workers.
+        training: Images per second of training steps.
+        steps: Milliseconds per image by step of loading.
     """
-    from crossformer_vision.files import make_folder, write_json, write_text
-    from crossformer_vision.training.run import about
-
-    make_folder(out)
-    data = cli.datamodule
-    counts = counts or worker_counts(data.num_workers)
-    parts = parts_of_a_sample(data)
-    read = {workers: images_read(data, workers, seconds) for workers in counts}
-    trained = images_trained(cli, seconds)
-    found = {
-        "images_per_second_by_workers": read,
-        "images_per_second_trained": trained,
-        "ms_of_a_sample": parts,
-        "images": len(data.open("train")),
-        "model": cli.model.name,
-        **about(),
+    sufficient = [workers for workers, rate in loading.items() if rate >= training]
+    if sufficient:
+        count = sufficient[0]
+        needed = "no worker is" if count == 0 else "one worker is" if count == 1 else f"{count} workers are"
+        return [f"compute-bound: {needed} needed to keep the network busy"]
+    best = max(loading, key=lambda workers: loading[workers])
+    slowest = max(steps, key=lambda name: steps[name])
+    advice = {
+        "augment": "most of the time is augmentation: use smaller images on disk or a lighter policy",
+        "read and decode": "most of the time is reading and decoding: use smaller images on disk, or shards",
     }
-    head = ["workers", "images/s", "times what the network takes"]
-    rows = [[str(w), f"{rate:.1f}", f"{rate / trained:.2f}"] for w, rate in read.items()]
-    rows.append(["network", f"{trained:.1f}", ""])
-    of_a_sample = ", ".join(f"{name} {ms:.1f} ms" for name, ms in parts.items())
-    said = [f"an image in one process: {of_a_sample}", *verdict(read, trained, parts)]
-    table = [head, ["---"] * 3, *rows]
-    lines = ["| " + " | ".join(row) + " |" for row in table]
-    write_json(out / "data.json", found)
-    write_text(out / "data.md", "\n".join([*lines, "", *said]) + "\n")
-    plot(read, trained, out / "data.png")
-    shown = Table(box=None)
-    for name in head:
-        shown.add_column(name, justify="right")
+    return [
+        f"input-bound: {best} workers deliver {loading[best] / training:.0%} of what the network can process",
+        advice[slowest],
+    ]
+
+
+def run(
+    objects: RunObjects, output_dir: Path, seconds: float = 5.0, counts: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Measure, print, and write ``data.json``, ``data.md`` and ``data.png``.
+
+    Args:
+        objects: Task, data module and Trainer of a training run.
+        output_dir: Existing directory to write to.
+        seconds: Duration of each measurement.
+        counts: Numbers of workers to try. ``None`` for those of ``worker_counts``.
+
+    Returns:
+        Content of ``data.json``.
+    """
+    data = objects.data
+    counts = counts or worker_counts(data.num_workers)
+    steps = measure_sample_steps(data)
+    loading = {workers: measure_loading(data, workers, seconds) for workers in counts}
+    training = measure_training(objects, seconds)
+    result = {
+        "images_per_second_by_workers": loading,
+        "images_per_second_trained": training,
+        "ms_of_a_sample": steps,
+        "images": len(data.open("train")),
+        "model": objects.task.name,
+        **environment_info(),
+    }
+    titles = ["workers", "images/s", "relative to network"]
+    rows = [[str(workers), f"{rate:.1f}", f"{rate / training:.2f}"] for workers, rate in loading.items()]
+    rows.append(["network", f"{training:.1f}", ""])
+    durations = ", ".join(f"{name} {ms:.1f} ms" for name, ms in steps.items())
+    notes = [f"one image in one process: {durations}", *verdict(loading, training, steps)]
+    lines = ["| " + " | ".join(row) + " |" for row in [titles, ["---"] * 3, *rows]]
+    write_json(output_dir / "data.json", result)
+    write_text(output_dir / "data.md", "\n".join([*lines, "", *notes]) + "\n")
+    plot(loading, training, output_dir / "data.png")
+    table = Table(box=None)
+    for title in titles:
+        table.add_column(title, justify="right")
     for row in rows:
-        shown.add_row(*row)
-    Console().print(shown)
-    print("\n".join([*said, f"data.md, .json and .png in {out}"]))
-    return found
+        table.add_row(*row)
+    Console().print(table)
+    print("\n".join([*notes, f"data.md, .json and .png in {output_dir}"]))
+    return result
 
 
-def plot(read: dict[int, float], trained: float, path: Path) -> None:
-    """Images a second by workers, and the line that the network takes."""
+def plot(loading: dict[int, float], training: float, path: Path) -> None:
+    """Plot images per second by number of workers, with a line for the network.
+
+    Args:
+        loading: Images per second of data loading, by number of workers.
+        training: Images per second of the network.
+        path: PNG file to write.
+    """
     figure, axes = visualize.subplots(5.5, 3.6)
     axis = axes[0, 0]
-    axis.bar([str(workers) for workers in read], list(read.values()), color="#56b4e9", label="read")
-    axis.axhline(trained, color="#d55e00", lw=2, label=f"the network takes {trained:.0f}")
-    axis.set(xlabel="workers", ylabel="images a second", ylim=(0, 1.2 * max(trained, *read.values())))
+    axis.bar([str(workers) for workers in loading], list(loading.values()), color="#56b4e9", label="loading")
+    axis.axhline(training, color="#d55e00", lw=2, label=f"network: {training:.0f}")
+    axis.set(xlabel="workers", ylabel="images per second", ylim=(0, 1.2 * max(training, *loading.values())))
     axis.legend()
     visualize.save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""A page in the browser: a photo, what trained networks see in it, and what each point of it attends to."""
+"""A page in the browser that shows predictions for an image and the attention of each point in it."""
 
 import os
 import tempfile
@@ -7,41 +7,47 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crossformer_vision.data.images import read
+from crossformer_vision.data.images import load_image
 from crossformer_vision.data.readers.digits import MultiScaleDigits
-from crossformer_vision.errors import UserError
-from crossformer_vision.inference.predictor import Predictor, load_predictor
+from crossformer_vision.errors import UserError, missing_extra
+from crossformer_vision.inference.load import load_predictor
+from crossformer_vision.inference.predictor import DetectionPredictor, Predictor
 from crossformer_vision.tools.inspection_page import attention_page
 
-WIDEST = 1600  # pixels of a picture that is sent to the page
+MAX_SIDE = 1600  # longer side of pictures on the page, in pixels
 
 
-def serve(what: Sequence[str], host: str = "127.0.0.1", port: int | None = None, device: Any = None) -> None:
+def serve(
+    sources: Sequence[str], host: str = "127.0.0.1", port: int | None = None, device: Any = None
+) -> None:
     """Serve the page until it is interrupted.
 
     Args:
-        what: of each network, as for `load_predictor`.
-        host: address that it listens on; the default is seen by this machine alone.
-        port: None for the first free one from 7860.
-        device: to compute on; the best there is if None.
+        sources: Sources of ``load_predictor``.
+        host: Address to bind to. The default is reachable from this machine only.
+        port: Port. ``None`` for the first free one from 7860.
+        device: Device to compute on. ``None`` for the best available.
 
     Raises:
-        UserError: gradio is not installed; a port in use; see `load_predictor`.
+        UserError: If gradio is not installed, the port is in use, or a source cannot be loaded.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
     try:
         import gradio
     except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed: pip install 'crossformer-vision[demo]'") from None
-    predictors = {name: load_predictor(name, device) for name in what}
-    with tempfile.TemporaryDirectory(prefix="crossformer-demo-") as folder:  # photos do not outlive the page
+        raise missing_extra(error, "demo") from None
+    predictors = {name: load_predictor(name, device) for name in sources}
+    with tempfile.TemporaryDirectory(
+        prefix="crossformer-demo-"
+    ) as folder:  # uploads are removed with the page
         os.environ["GRADIO_TEMP_DIR"] = folder
-        app = page(predictors, Path(folder))
+        app = build_page(predictors, Path(folder))
         try:
             _, url, _ = app.launch(
                 server_name=host,
                 server_port=port,
-                theme=gradio.themes.Default(font="system-ui", font_mono="monospace"),  # nothing is fetched
+                # Fonts of the system: nothing is downloaded.
+                theme=gradio.themes.Default(font="system-ui", font_mono="monospace"),
                 prevent_thread_lock=True,
                 quiet=True,
                 show_error=True,
@@ -52,9 +58,9 @@ def serve(what: Sequence[str], host: str = "127.0.0.1", port: int | None = None,
         except OSError:
             where = f"--port {port}" if port else "ports 7860 to 7959"
             raise UserError(
-                f"{where} on {host}: cannot be served: in use, or no address of this machine; name another"
+                f"{where} on {host}: in use, or not an address of this machine. Choose another"
             ) from None
-        print(f"{url}   (Ctrl-C ends it)", flush=True)
+        print(f"{url}   (Ctrl-C stops it)", flush=True)
         try:
             threading.Event().wait()
         finally:
@@ -62,59 +68,68 @@ def serve(what: Sequence[str], host: str = "127.0.0.1", port: int | None = None,
 
 
 def examples(folder: Path) -> list[str]:
-    """Photos that come with scikit-learn, and our digits."""
+    """Photos that scikit-learn bundles, and digits, as files in a folder."""
     from sklearn.datasets import load_sample_images
 
     photos = load_sample_images()
     paths = []
     for name, pixels in zip(photos.filenames, photos.images, strict=True):
-        paths.append(_saved(pixels, folder / f"{Path(name).stem}.png"))
+        paths.append(_save(pixels, folder / f"{Path(name).stem}.png"))
     digits, _ = MultiScaleDigits("val", 1, 256, (3, 4), (0.2, 0.6), seed=1)[0]
-    paths.append(_saved(digits, folder / "digits.png"))
+    paths.append(_save(digits, folder / "digits.png"))
     return paths
 
 
-def _saved(image: Any, path: Path) -> str:
+def _save(image: Any, path: Path) -> str:
     from PIL import Image
 
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path)
     return str(path)
 
 
-def page(predictors: dict[str, Predictor], folder: Path) -> Any:
-    """The page, as gradio's `Blocks`, with the examples in a folder, into which photos are uploaded, too."""
+def build_page(predictors: dict[str, Predictor], folder: Path) -> Any:
+    """Build the page.
+
+    Args:
+        predictors: Predictors by name.
+        folder: Folder of uploads and examples.
+
+    Returns:
+        gradio's ``Blocks``.
+    """
     import gradio as gr
 
     names = list(predictors)
 
     def read_photo(sent: dict[str, Any]) -> Any:
-        """What was uploaded, as it is: our own reader knows orientation and bits, and says what is wrong."""
+        """Read an upload with the library's own reader, for orientation, bit depth and error messages."""
         path = Path(sent["path"]).resolve()
-        if not path.is_relative_to(folder.resolve()):  # a page sends what it likes
+        if not path.is_relative_to(folder.resolve()):  # clients may send any path
             raise UserError(f"{path.name}: is not a photo of this page")
-        return read(path, path.name)
+        return load_image(path, path.name)
 
-    def shown_error(error: UserError) -> None:
-        gr.Warning(str(error), title="This does not work")
+    def show_error(error: UserError) -> None:
+        gr.Warning(str(error), title="Cannot do this")
 
-    def predicted(sent: dict[str, Any] | None, name: str, score: float) -> tuple[Any, str]:
+    def predict(sent: dict[str, Any] | None, name: str, score: float) -> tuple[Any, str]:
         if sent is None:
             return None, ""
         predictor = predictors[name]
-        predictor.score = score
+        if isinstance(predictor, DetectionPredictor):
+            predictor.score_threshold = score
         try:
             result = predictor(read_photo(sent))
         except UserError as error:
-            shown_error(error)
+            show_error(error)
             return None, ""
-        drawn = result.plot()
-        drawn.thumbnail((WIDEST, WIDEST))
-        return drawn, str(result).removeprefix(f"{result.name}: ")
+        plot = result.plot()
+        plot.thumbnail((MAX_SIDE, MAX_SIDE))
+        return plot, str(result).removeprefix(f"{result.name}: ")
 
-    def clicked(at: gr.SelectData) -> list[int]:
-        return list(at.index)
+    def clicked_pixel(event: gr.SelectData) -> list[int]:
+        return list(event.index)
 
-    def attended(sent: dict[str, Any] | None, name: str, stage: int, pixel: list[int] | None) -> Any:
+    def draw_attention(sent: dict[str, Any] | None, name: str, stage: int, pixel: list[int] | None) -> Any:
         if sent is None or pixel is None:
             return None
         try:
@@ -122,40 +137,42 @@ def page(predictors: dict[str, Predictor], folder: Path) -> Any:
             point = ((pixel[0] + 0.5) / photo.width, (pixel[1] + 0.5) / photo.height)
             return attention_page(predictors[name], photo, point, int(stage) - 1, 224)
         except UserError as error:
-            shown_error(error)
+            show_error(error)
             return None
 
-    # Their label would lie on what is written in them.
+    # Labels would cover text in the pictures.
     picture: Any = dict(interactive=False, format="png", show_label=False, buttons=["download", "fullscreen"])
     with gr.Blocks(title="CrossFormer", analytics_enabled=False, delete_cache=(600, 3600)) as app:
-        gr.Markdown("# CrossFormer\nChoose a photo and see what the network sees in it.")
+        gr.Markdown("# CrossFormer\nChoose a photo to see what the model predicts.")
         with gr.Row():
             with gr.Column():
                 photo = gr.Image(sources=["upload", "clipboard"], label="photo", elem_id="photo")
-                name = gr.Dropdown(names, value=names[0], label="network", visible=len(names) > 1)
-                detects = any(p.task == "detection" for p in predictors.values())
-                score = gr.Slider(
-                    0.05, 0.95, 0.5, step=0.05, label="least score of an object", visible=detects
-                )
+                name = gr.Dropdown(names, value=names[0], label="model", visible=len(names) > 1)
+                has_detector = any(p.task == "detection" for p in predictors.values())
+                score = gr.Slider(0.05, 0.95, 0.5, step=0.05, label="score threshold", visible=has_detector)
                 gr.Examples(examples(folder), photo, label="examples")
             with gr.Column():
                 result = gr.Image(**picture, elem_id="result")
-                text = gr.Textbox(label="in words", interactive=False, elem_id="words")
+                text = gr.Textbox(label="prediction", interactive=False, elem_id="words")
         gr.Markdown(
-            "## What a point attends to\nClick on the photo above: in short distance attention, and in long."
+            "## Attention of a point\nClick on the photo above to see its short- and long-distance attention."
         )
         stage = gr.Slider(1, 4, 3, step=1, label="stage", elem_id="stage")
         attention = gr.Image(**picture, elem_id="attention")
         one_at_a_time: Any = dict(concurrency_id="network", concurrency_limit=1, preprocess=False)
         inputs = [photo, name, score]
         for event in (photo.change, name.change, score.release):
-            event(predicted, inputs, [result, text], **one_at_a_time)
-        pixel = gr.JSON(visible="hidden")  # x, y of the last click; preprocess=False does not pass a gr.State
+            event(predict, inputs, [result, text], **one_at_a_time)
+        pixel = gr.JSON(visible="hidden")  # last click; gr.State needs preprocess
         photo.change(lambda: (None, None), None, [attention, pixel])
-        selected = photo.select(clicked, None, pixel, preprocess=False)
+        selected = photo.select(clicked_pixel, None, pixel, preprocess=False)
         for event in (selected.then, name.change):
-            event(attended, [photo, name, stage, pixel], attention, **one_at_a_time)
+            event(draw_attention, [photo, name, stage, pixel], attention, **one_at_a_time)
         stage.change(
-            attended, [photo, name, stage, pixel], attention, trigger_mode="always_last", **one_at_a_time
+            draw_attention,
+            [photo, name, stage, pixel],
+            attention,
+            trigger_mode="always_last",
+            **one_at_a_time,
         )
     return app

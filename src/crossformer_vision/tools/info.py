@@ -1,4 +1,4 @@
-"""Parameters and operations of a model, beside the published ones."""
+"""Parameters and operations of a model, compared with the published ones."""
 
 from typing import Any
 
@@ -9,16 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 from crossformer_vision.errors import check_range
-from crossformer_vision.models import find_model, fixed_size
+from crossformer_vision.models import find_model, img_size_kwargs
 from crossformer_vision.models.crossformer import LongShortAttention
 from crossformer_vision.models.dense.detectors import create_detector
 from crossformer_vision.models.dense.segmenters import create_segmenter
 from crossformer_vision.models.grouping import padded_size
 from crossformer_vision.models.variants import published_groups
 
-# Parameters in millions, and operations in billions by the papers' count (`paper_operations`): tables 1 and 3
-# to 5 of CrossFormer, and those of CrossFormer++. Classifiers at 224x224, detectors at 1280x800, segmenters
-# at 1024x1024. RetinaNet on ++S is left out: both its figures are misprinted there.
+# Parameters in millions and operations in billions, counted as in the papers (see `paper_operations`): tables
+# 1 and 3 to 5 of CrossFormer, and those of CrossFormer++. Classifiers at 224x224, detectors at 1280x800,
+# segmenters at 1024x1024. RetinaNet on ++S is omitted because both of its values are misprinted.
 PUBLISHED = {
     ("crossformer_tiny", None): (27.8, 2.9),
     ("crossformer_small", None): (30.7, 4.9),
@@ -54,30 +54,50 @@ DETECTORS = ("retinanet", "mask_rcnn")
 # ------------------------------------------------------------------------------------------------------------
 
 
-def network(model: str, head: str | None, backbone_args: dict[str, Any], **detector_args: Any) -> nn.Module:
-    """A classifier, or a detector or segmenter of as many classes as published."""
-    named: Any = head
+def create_network(
+    model: str, head: str | None, backbone_args: dict[str, Any], **detector_args: Any
+) -> nn.Module:
+    """Create a classifier, or a detector or segmenter with the published number of classes.
+
+    Args:
+        model: timm model.
+        head: Detector or segmenter on it, or ``None`` for the classifier.
+        backbone_args: Arguments of the model.
+        **detector_args: Arguments of a detector.
+    """
+    head_name: Any = head
     if head in DETECTORS:
-        return create_detector(named, model, backbone_args=backbone_args, **detector_args)
+        return create_detector(head_name, model, backbone_args=backbone_args, **detector_args)
     if head:
-        return create_segmenter(named, model, backbone_args=backbone_args)
+        return create_segmenter(head_name, model, backbone_args=backbone_args)
     return timm.create_model(model, **backbone_args)
 
 
-def build(model: str, head: str | None, backbone_args: dict[str, Any]) -> nn.Module:
-    """The `network` as shapes alone, in evaluation."""
+def create_meta_network(model: str, head: str | None, backbone_args: dict[str, Any]) -> nn.Module:
+    """Create a network in evaluation mode on the meta device. See `create_network`.
+
+    Args:
+        model: timm model.
+        head: Detector or segmenter on it, or ``None``.
+        backbone_args: Arguments of the model.
+    """
     with torch.device("meta"):
-        return network(model, head, backbone_args).eval()
+        return create_network(model, head, backbone_args).eval()
 
 
 @torch.no_grad()
-def run(net: Any, height: int, width: int) -> None:
-    """One forward pass of an image, of what `build` gave.
+def forward_image(net: Any, height: int, width: int) -> None:
+    """Run the forward pass of one image on the meta device.
 
-    Of Mask R-CNN with 1000 proposals through the box head and 100 through the mask head, as published.
+    As published, the box head of Mask R-CNN gets 1000 proposals and its mask head 100.
+
+    Args:
+        net: Network of `create_meta_network`.
+        height: Height of the image.
+        width: Width of the image.
     """
     image = torch.zeros(1, 3, height, width, device="meta")
-    if not hasattr(net, "transform"):  # not one of torchvision's detectors
+    if not hasattr(net, "transform"):  # not a detector
         net(image)
         return
     maps = net.backbone(image)
@@ -91,22 +111,33 @@ def run(net: Any, height: int, width: int) -> None:
 
 
 def count_macs(net: nn.Module, height: int, width: int) -> float:
-    """Multiply-accumulates of an image: matrix products, convolutions and attention, nothing else."""
+    """Multiply-accumulates of matrix products, convolutions and attention for one image.
+
+    Args:
+        net: Network of `create_meta_network`.
+        height: Height of the image.
+        width: Width of the image.
+    """
     with FlopCounterMode(display=False) as counter:
-        run(net, height, width)
+        forward_image(net, height, width)
     return counter.get_total_flops() / 2
 
 
 def paper_operations(net: nn.Module, height: int, width: int) -> float:
-    """Operations of an image as the papers count them, in what they call FLOPs.
+    """Operations for one image, counted as in the papers, which call them FLOPs.
 
-    Multiply-accumulates of convolutions and linear layers and of both products of the attention over the
-    padded map; one more for each convolution's bias, each output of a ReLU and each input of a pooling layer;
-    nothing for norms, GELU, softmax and interpolation. Transposed convolutions count at their input's
-    positions. The background has no boxes and masks in the published Mask R-CNN.
+    Counted are the multiply-accumulates of convolutions, linear layers and both products of the attention
+    over the padded map, and one operation for each bias of a convolution, output of a ReLU and input of a
+    pooling layer. Norms, GELU, softmax and interpolation are not counted. Transposed convolutions are counted
+    at the positions of their input. The background of the published Mask R-CNN has no boxes and masks.
+
+    Args:
+        net: Network of `create_meta_network`.
+        height: Height of the image.
+        width: Width of the image.
     """
     total = 0.0
-    background: dict[nn.Module, float] = {}  # share of a layer's outputs
+    background: dict[nn.Module, float] = {}  # share of a layer's outputs that belong to the background
     if hasattr(net, "roi_heads"):
         heads: Any = net.roi_heads
         for layer in (heads.box_predictor.bbox_pred, heads.mask_predictor.mask_fcn_logits):
@@ -125,7 +156,7 @@ def paper_operations(net: nn.Module, height: int, width: int) -> float:
             total += output.numel()
         elif isinstance(module, (nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.AvgPool2d)):
             total += x.numel()
-        elif isinstance(module, TwoMLPHead):  # its two ReLUs are no modules
+        elif isinstance(module, TwoMLPHead):  # its two ReLUs are not modules
             total += 2 * output.numel()
         elif isinstance(module, LongShortAttention):
             layout = module.layout(x.shape[1], x.shape[2])
@@ -133,40 +164,40 @@ def paper_operations(net: nn.Module, height: int, width: int) -> float:
             total += 2 * H * W * layout.gh * layout.gw * x.shape[3]
 
     hooks = [module.register_forward_hook(count) for module in net.modules()]
-    run(net, height, width)
+    forward_image(net, height, width)
     for hook in hooks:
         hook.remove()
     return total
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What the command prints
+# Summary
 # ------------------------------------------------------------------------------------------------------------
 
 
-def figures(model: str, head: str | None = None, size: tuple[int, int] | None = None) -> dict[str, Any]:
-    """Parameters and multiply-accumulates of a model as it is built here, and what the papers say of theirs.
+def model_stats(model: str, head: str | None = None, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Parameters and multiply-accumulates of a model, and the published values if there are any.
 
     Args:
-        model: any timm model.
-        head: `retinanet`, `mask_rcnn`, `semantic_fpn` or `upernet` on it, or None.
-        size: H, W of the image; the task's own if None.
+        model: timm model.
+        head: ``retinanet``, ``mask_rcnn``, ``semantic_fpn`` or ``upernet``. ``None`` for the classifier.
+        size: Height and width of the image. ``None`` for the published size of the task.
 
     Returns:
-        `model`, `head`, `classes`, `size`, `parameters`, `macs`; of the papers' models also `paper_gflops`,
-        by the papers' count, of the `paper_configuration` (the backbone's keywords and the image's size), and
-        what was `published`.
+        ``model``, ``head``, ``classes``, ``size``, ``parameters`` and ``macs``. For models of the papers also
+        ``paper_gflops``, counted as in the papers for ``paper_configuration`` (arguments of the backbone and
+        size of the image), and the ``published`` values.
 
     Raises:
-        ValueError: unknown model.
+        ValueError: If the model is unknown.
     """
     cfg = find_model(model)
-    own = (800, 1280) if head in DETECTORS else (1024, 1024) if head else cfg.input_size[-2:]
-    height, width = size or own
+    published_size = (800, 1280) if head in DETECTORS else (1024, 1024) if head else cfg.input_size[-2:]
+    height, width = size or published_size
     check_range("size", min(height, width), 1)
-    sized = fixed_size(model, height) if not head and height == width else {}
-    net: Any = build(model, head, sized)
-    found: dict[str, Any] = {
+    sized = img_size_kwargs(model, height) if not head and height == width else {}
+    net: Any = create_meta_network(model, head, sized)
+    stats: dict[str, Any] = {
         "model": model,
         "head": head,
         "classes": 80 if head in DETECTORS else 150 if head else net.num_classes,
@@ -177,33 +208,39 @@ def figures(model: str, head: str | None = None, size: tuple[int, int] | None = 
     name = model.split(".")[0]
     if name.startswith("crossformer") and name != "crossformer_nano":
         groups = published_groups(name, head)
-        paper = build(model, head, groups)
-        found["paper_gflops"] = round(paper_operations(paper, *own) / 1e9, 2)
-        found["paper_configuration"] = {**groups, "size": list(own)}
+        paper = create_meta_network(model, head, groups)
+        stats["paper_gflops"] = round(paper_operations(paper, *published_size) / 1e9, 2)
+        stats["paper_configuration"] = {**groups, "size": list(published_size)}
     if (name, head) in PUBLISHED:
         parameters, giga = PUBLISHED[name, head]
-        found["published"] = {"parameters_millions": parameters, "gflops": giga}
-    return found
+        stats["published"] = {"parameters_millions": parameters, "gflops": giga}
+    return stats
 
 
 def describe(model: str, head: str | None = None, size: tuple[int, int] | None = None) -> str:
-    """`figures` in some lines for a person."""
-    found = figures(model, head, size)
-    height, width = found["size"]
-    macs = found["macs"] / 1e9
+    """Format `model_stats` as text.
+
+    Args:
+        model: timm model.
+        head: Detector or segmenter on it, or ``None``.
+        size: Height and width of the image, or ``None``.
+    """
+    stats = model_stats(model, head, size)
+    height, width = stats["size"]
+    macs = stats["macs"] / 1e9
     lines = [
-        f"{f'{head} on ' if head else ''}{model}, {found['classes']} classes",
-        f"  parameters  {found['parameters'] / 1e6:.1f} M",
+        f"{f'{head} on ' if head else ''}{model}, {stats['classes']} classes",
+        f"  parameters  {stats['parameters'] / 1e6:.1f} M",
         f"  MACs        {macs:.{1 if macs > 30 else 3}f} G at {width}x{height} (width x height)",
     ]
-    if "paper_gflops" in found:
-        paper = found["paper_configuration"]
+    if "paper_gflops" in stats:
+        paper = stats["paper_configuration"]
         names = {"group_size": "groups", "interval": "intervals"}
         groups = [f"{n} {'/'.join(map(str, paper[key]))}" for key, n in names.items() if key in paper]
         at = "x".join(map(str, reversed(paper["size"])))
         where = ", ".join([at, *groups])
-        lines.append(f"  papers' way {found['paper_gflops']:.2f} G at {where}")
-    if "published" in found:
-        published = found["published"]
+        lines.append(f"  as in paper {stats['paper_gflops']:.2f} G at {where}")
+    if "published" in stats:
+        published = stats["published"]
         lines.append(f"  published   {published['parameters_millions']} M, {published['gflops']} G")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A trained classifier for others: a folder, or a repository of Hugging Face, in timm's own format."""
+"""Save a trained classifier in the format of timm and transformers, or upload it to Hugging Face."""
 
 import json
 import shutil
@@ -10,10 +10,11 @@ import timm
 from timm.models import save_for_hf
 
 from crossformer_vision import __version__
-from crossformer_vision.errors import UserError
-from crossformer_vision.inference.predictor import Predictor, load_predictor
+from crossformer_vision.errors import UserError, error_line
+from crossformer_vision.inference.load import load_predictor
+from crossformer_vision.inference.predictor import Predictor
 
-PLOTS = ("curves.png", "confusion_matrix.png")  # `predictions.png` shows images that may not be ours to share
+PLOTS = ("curves.png", "confusion_matrix.png")  # not predictions.png, whose images may not be shareable
 CITATION = """\
 ```bibtex
 @inproceedings{wang2022crossformer,
@@ -26,48 +27,50 @@ CITATION = """\
 ```"""
 
 
-def share(what: str, to: str) -> str:
-    """Write a trained classifier as timm and transformers open it, with a model card of its results.
+def share(source: str, to: str) -> str:
+    """Save a trained classifier with a model card of its results.
 
     Args:
-        what: as for `load_predictor`: a run, whose results and plots go into the card, a checkpoint or the
-            name of published weights.
-        to: a new folder; or `hf:owner/name`, a repository of Hugging Face that you may write to.
+        source: Run directory, whose results and plots go into the card, checkpoint of a run, or name of
+            published weights.
+        to: New folder, or ``hf:OWNER/NAME`` for a repository on Hugging Face.
 
     Returns:
-        What `timm.create_model` takes: `local-dir:FOLDER` or `hf-hub:owner/name`.
+        Name for ``timm.create_model``: ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
 
     Raises:
-        UserError: no classifier; a folder that is there already; Hugging Face cannot be reached or refuses.
+        UserError: If it is not a classifier, the folder exists, or Hugging Face refuses.
     """
-    predictor = load_predictor(what, "cpu")
-    if predictor.task != "classification" or not predictor.options:
-        raise UserError(f"{what}: timm's format is for trained classifiers, not for {predictor.task} or ONNX")
+    predictor = load_predictor(source, "cpu")
+    if predictor.task != "classification" or not predictor.info.options:
+        raise UserError(
+            f"{source}: only trained classifiers can be shared, not {predictor.task} models or exported files"
+        )
     repository = to.removeprefix("hf:") if to.startswith("hf:") else None
     if repository is not None and len([part for part in repository.split("/") if part]) != 2:
-        raise UserError(f"--to {to}: a repository is hf:owner/name")
-    file = Path(what) / "best.ckpt" if Path(what).is_dir() else Path(what)
-    own = file if file.exists() else None  # not published weights
+        raise UserError(f"--to {to}: not a repository, such as hf:owner/name")
+    file = Path(source) / "best.ckpt" if Path(source).is_dir() else Path(source)
+    own_file = file if file.exists() else None  # else published weights
     if repository is None:
         folder = Path(to)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder}: is there already; name a new folder")
+            raise UserError(f"{folder}: exists already. Choose a new folder")
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".share-") as new:
-                _write(predictor, own, Path(new) / "model", f"local-dir:{folder.name}", folder.name)
+                _write(predictor, own_file, Path(new) / "model", f"local-dir:{folder.name}", folder.name)
                 (Path(new) / "model").replace(folder)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
         return f"local-dir:{folder}"
     with tempfile.TemporaryDirectory() as new:
-        _write(predictor, own, Path(new), f"hf-hub:{repository}", repository.split("/")[1])
+        _write(predictor, own_file, Path(new), f"hf-hub:{repository}", repository.split("/")[1])
         _upload(Path(new), repository)
     return f"hf-hub:{repository}"
 
 
 def _results(file: Path | None) -> dict[str, Any]:
-    """What the run of a checkpoint says of it; nothing where it says it of another, as best beside last."""
+    """Results of a run, if they are of this checkpoint file."""
     if file is None or not (file.parent / "results.json").is_file():
         return {}
     results = json.loads((file.parent / "results.json").read_text(encoding="utf-8"))
@@ -75,27 +78,28 @@ def _results(file: Path | None) -> dict[str, Any]:
 
 
 def _write(predictor: Predictor, file: Path | None, folder: Path, opened: str, title: str) -> None:
-    args = dict(predictor.options.get("model_args") or {})
-    net: Any = predictor.net
-    prepared = dict(predictor.image)
-    if file is not None:  # own weights: not the model's published ones, nor under their licence
-        prepared |= {"tag": None, "license": None}
-    config = {"label_names": list(predictor.classes), "pretrained_cfg": prepared}
-    save_for_hf(net, str(folder), model_config=config, model_args=args, safe_serialization=True)
-    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    # timm notes them twice, and transformers passes on both.
+    """Write weights, configuration, plots and model card."""
+    model_args = dict(predictor.info.options.get("model_args") or {})
+    pretrained_cfg = dict(predictor.info.image)
+    if file is not None:  # not the published weights, and not under their licence
+        pretrained_cfg |= {"tag": None, "license": None}
+    model_config = {"label_names": list(predictor.classes), "pretrained_cfg": pretrained_cfg}
+    save_for_hf(
+        predictor.net, str(folder), model_config=model_config, model_args=model_args, safe_serialization=True
+    )
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # timm writes them twice, and transformers would pass both.
     for name in ("num_classes", "global_pool"):
-        written.get("model_args", {}).pop(name, None)
-    (folder / "config.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
+        config.get("model_args", {}).pop(name, None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     results = _results(file)
     plots = (
         [file.parent / name for name in PLOTS if (file.parent / name).is_file()] if file and results else []
     )
     for plot in plots:
         shutil.copy(plot, folder)
-    shutil.copymode(
-        folder / "config.json", folder / "model.safetensors"
-    )  # safetensors writes files with mode 0600
+    # safetensors writes files that only their owner can read.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
     card = model_card(predictor, title, opened, results, [plot.name for plot in plots])
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -107,19 +111,26 @@ def _upload(folder: Path, repository: str) -> None:
         api = HfApi(library_name="crossformer-vision", library_version=__version__)
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Add model")
-    except Exception as error:  # of the network, of the account, of many kinds
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:  # of the network or the account
         raise UserError(
-            f"hf:{repository}: {line}; log in with `hf auth login`, or share to a folder"
+            f"hf:{repository}: {error_line(error)}. Log in with `hf auth login`, or share to a folder"
         ) from None
 
 
 def model_card(
     predictor: Predictor, title: str, opened: str, results: dict[str, Any], plots: list[str]
 ) -> str:
-    """The README of a shared model, in Markdown with Hugging Face's head."""
-    name, classes = str(predictor.options["model"]), predictor.classes
-    size = predictor.image["input_size"]
+    """README of a shared model: Markdown with the metadata of Hugging Face.
+
+    Args:
+        predictor: Predictor of the shared model.
+        title: Title of the card.
+        opened: Python code that opens the model.
+        results: Metrics of the run.
+        plots: File names of plots.
+    """
+    name, classes = str(predictor.info.options["backbone"]), predictor.classes
+    size = predictor.info.image["input_size"]
     parameters = sum(p.numel() for p in predictor.net.parameters())
     listed = ", ".join(f"`{c}`" for c in classes[:20]) + (
         f" and {len(classes) - 20} more" * (len(classes) > 20)
@@ -142,11 +153,10 @@ def model_card(
     ):
         if results.get(key) is not None:
             facts.append(f"- **{label}:** {results[key]}")
-    pictures = "".join(f"\n![{p.removesuffix('.png').replace('_', ' ')}]({p})\n" for p in plots)
-    ours = name.startswith(("crossformer_", "pvt_"))
-    needed = (
-        "import crossformer_vision  # registers the model; pip install crossformer-vision\n" if ours else ""
-    )
+    images = "".join(f"\n![{p.removesuffix('.png').replace('_', ' ')}]({p})\n" for p in plots)
+    needs_import = name.startswith(("crossformer_", "pvt_"))
+    line = "import crossformer_vision  # registers the model; pip install crossformer-vision\n"
+    import_line = line if needs_import else ""
     return f"""---
 tags:
 - image-classification
@@ -160,22 +170,22 @@ library_name: timm
 An image classifier, shared by crossformer-vision {__version__}.
 
 {chr(10).join(facts)}
-{pictures}
+{images}
 ## Use
 
 ```python
 import timm
-{needed}
+{import_line}
 net = timm.create_model("{opened}", pretrained=True).eval()
 ```
 
 ```python
 from transformers import pipeline
-{needed}
+{import_line}
 print(pipeline("image-classification", model="{opened.partition(":")[2]}")("photo.jpg"))
 ```
 
-Written for timm {timm.__version__}. The licence is for whoever shares these weights to name.
+Saved with timm {timm.__version__}. Whoever shares these weights chooses their licence.
 
 ## Citation
 

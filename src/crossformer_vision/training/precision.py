@@ -1,12 +1,12 @@
-"""Numeric precision of a run: what ``auto`` stands for, and which choices are warned about or refused."""
+"""Numeric precision of a run: resolution of ``auto``, warnings and errors."""
 
 import logging
 from typing import Any, Literal
 
 import torch
 
+from crossformer_vision.devices import computes_fast, emulation_note, fast_dtype
 from crossformer_vision.errors import UserError
-from crossformer_vision.training.devices import computes_fast, emulation_note, fast_dtype
 
 log = logging.getLogger("crossformer_vision")
 
@@ -20,7 +20,7 @@ AUTO = {torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed", torch.float32: 
 
 
 def training_device(accelerator: Any) -> torch.device | None:
-    """The device that an accelerator option of Lightning's Trainer stands for.
+    """The device that Lightning's Trainer selects for an ``accelerator`` option.
 
     Args:
         accelerator: ``auto``, ``gpu``, ``cpu``, ``cuda``, ``mps`` or anything else that Lightning takes.

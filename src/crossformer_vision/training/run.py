@@ -1,59 +1,65 @@
-"""A run and its folder: the same for every task.
+"""A run: train, then validate the best checkpoint. The same for every task.
 
-config.yaml       the resolved configuration; val_list.txt the validation images, where they were held out
-metrics.csv       one row an epoch; curves.png draws it
-tensorboard/      the same for TensorBoard
-best.ckpt         the epoch with the best validation, EMA weights if there are any; last.ckpt to resume from
-results.json      what came out, and on what
-*.png             what a validation of the task shows
+A run directory contains:
+
+- ``config.yaml``: resolved configuration; ``val_list.txt``: held-out validation images, if any
+- ``metrics.csv``: one row per epoch, plotted in ``curves.png``; ``tensorboard/``: the same for TensorBoard
+- ``best.ckpt``: epoch with the best validation (averaged weights if ``--run.ema`` is set)
+- ``last.ckpt``: state to resume from
+- ``results.json``: metrics of the best checkpoint, and how they were obtained
+- plots of the task's validation, such as ``confusion_matrix.png``
 """
 
-import os
+import logging
 import platform
 import re
 import signal
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import (
-    Callback,
-    ModelCheckpoint,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from torch import distributed
 
-from crossformer_vision.errors import UserError as UserError
-from crossformer_vision.errors import check_range, counted
-from crossformer_vision.files import new_folder, write_json
+from crossformer_vision.compat import epochs_started
+from crossformer_vision.errors import UserError, check_range, counted
+from crossformer_vision.files import create_run_dir, write_json
 from crossformer_vision.tasks.base import Task
-from crossformer_vision.training.run_directory import (
+from crossformer_vision.training.checkpointing import (
     AverageWeights,
     BestCheckpoint,
-    Patience,
-    RunFolder,
-    Stopped,
+    LastCheckpoint,
+    PatienceInEpochs,
 )
+from crossformer_vision.training.cluster import init_restarted_process_group
+from crossformer_vision.training.interruption import StopOnNonFiniteLoss, StopOnSignal, Stopped
+from crossformer_vision.training.progress import MetricsWriter, Throughput
+from crossformer_vision.training.run_directory import RunDirectory
+from crossformer_vision.weights.loading import load_checkpoint
+from crossformer_vision.weights.reading import read_checkpoint
+
+CallbackType = TypeVar("CallbackType", bound=Callback)
 
 
 @dataclass
-class Run:
-    """Where a run is kept, and how.
+class RunOptions:
+    """Where a run is saved, and which weights it keeps.
 
     Args:
-        folder: of the run; null for `runs/<task>-<model>`, numbered if there is one.
-        ema: decay of an exponential moving average of the weights, which is then validated and kept; 0 for
-            none. The decay rises to this value, as (1 + steps) / (10 + steps).
-        patience: stop after so many epochs without a better validation; 0 to go on to the end.
-        save_every: also save `last.ckpt` every so many steps; 0 for at each epoch's end alone.
+        dir: Run directory; null for ``runs/<task>-<backbone>``, numbered if it exists.
+        ema: Decay of an exponential moving average of the weights, which is validated and saved in place of
+            the weights; 0 for none. The decay rises to this value as (1 + steps) / (10 + steps).
+        patience: Stop after this many epochs without a better validation; 0 to train to the end.
+        save_every: Also save ``last.ckpt`` every n steps; 0 to save it at the end of each epoch only.
     """
 
-    folder: str | None = None
+    dir: str | None = None
     ema: float = 0.0
     patience: int = 0
     save_every: int = 0
@@ -63,111 +69,69 @@ class Run:
         check_range("--run.patience", self.patience, 0)
         check_range("--run.save_every", self.save_every, 0)
 
-    def callbacks(self, task: Task, config: str, resumed: bool, tensorboard: bool = True) -> list[Callback]:
-        """What Lightning's Trainer needs for a run; `RunFolder` chooses the folder of the others."""
-        callbacks: list[Callback] = [AverageWeights(self.ema)] if self.ema else []
-        callbacks += [
-            RunFolder(self, config, resumed, tensorboard),
-            BestCheckpoint(  # before `last`, which keeps what the best one is
-                None,
-                "best",
-                monitor=task.monitor,
-                mode=task.monitor_mode,
-                enable_version_counter=False,
-                save_on_train_epoch_end=False,
-            ),
-            ModelCheckpoint(None, "last", enable_version_counter=False, save_on_train_epoch_end=False),
-        ]
-        if self.save_every:
-            callbacks.append(
-                ModelCheckpoint(
-                    None, "last", enable_version_counter=False, every_n_train_steps=self.save_every
-                )
-            )
-        if self.patience:
-            callbacks.append(Patience(self.patience, task))
-        return callbacks
 
+def run_callbacks(
+    options: RunOptions, task: Task, config: str, is_resumed: bool = False, use_tensorboard: bool = True
+) -> list[Callback]:
+    """Callbacks that make a training of Lightning's Trainer a run.
 
-def quiet() -> None:
-    """Silence what Lightning says of itself; its errors still come."""
-    import logging
-
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # What a person has asked for still speaks.
-    logging.getLogger("lightning.pytorch.callbacks.model_summary").setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings(
-        "ignore", message="The ``compute`` method of metric"
-    )  # of a process without images
-    warnings.filterwarnings("ignore", message="Grad strides do not match")  # of depth-wise convolutions
-    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
-
-
-def parts(task: Task) -> dict[str, str]:
-    """The names of what is trained: of the model, and of the detector or segmenter on it."""
-    return {key: task.hparams[key] for key in ("detector", "segmenter", "model") if key in task.hparams}
-
-
-def join_again(trainer: L.Trainer) -> None:
-    """Processes that torchrun has started anew meet under names of their own.
-
-    Under the usual ones its store still has the addresses of those that died (torch 2.15, gloo).
+    Args:
+        options: Options of the run.
+        task: Task that is trained.
+        config: Configuration to save, as YAML.
+        is_resumed: Whether the run directory holds the run already.
+        use_tensorboard: Whether to log to TensorBoard.
     """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or trainer.world_size == 1 or distributed.is_initialized():
-        return
-    store, rank, size = next(distributed.rendezvous("env://"))
-    backend = "nccl" if trainer.strategy.root_device.type == "cuda" else "gloo"
-    store = distributed.PrefixStore(f"attempt-{attempt}", store)
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
+    run_directory = RunDirectory(options.dir, config, is_resumed, use_tensorboard)
+    throughput = Throughput()
+    callbacks: list[Callback] = [AverageWeights(options.ema)] if options.ema else []
+    callbacks += [
+        StopOnNonFiniteLoss(),  # before the run directory counts the batch
+        run_directory,
+        throughput,
+        MetricsWriter(run_directory, throughput),
+        StopOnSignal(run_directory),
+        BestCheckpoint(task),  # before last.ckpt, which stores the state of this callback
+        LastCheckpoint(),
+    ]
+    if options.save_every:
+        callbacks.append(LastCheckpoint(options.save_every))
+    if options.patience:
+        callbacks.append(PatienceInEpochs(options.patience, task))
+    return callbacks
 
 
-def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | None) -> dict[str, Any]:
-    """Train, then validate the best checkpoint and write what it shows; returns what `results.json` holds."""
-    join_again(trainer)
-    params = sum(p.numel() for p in task.net.parameters())
-    train, val = (len(data.open(stage)) for stage in ("train", "val"))
-    writer: Any = next(c for c in trainer.callbacks if isinstance(c, RunFolder))  # type: ignore[attr-defined]
-    if trainer.is_global_zero:
-        name = " on ".join(parts(task).values())
-        split = f" in {data.found_splits['val']}" if "val" in data.found_splits else ""
-        print(
-            f"training {name} ({params / 1e6:.1f} M parameters) on {counted(train, 'image')} of "
-            f"{counted(len(data.classes), 'class', 'classes')}, validating on {val}{split}\n"
-            f"precision: {trainer.precision} on {trainer.strategy.root_device.type}",
-            flush=True,
-        )
-        if not resume and task.initial_weights:
-            print(task.initial_weights, flush=True)
-    last = Path(resume) / "last.ckpt" if resume else None
-    try:
-        trainer.fit(task, data, ckpt_path=str(last) if last and last.exists() else None, weights_only=True)
-    except RuntimeError as error:
-        if trainer.world_size > 1 and re.search("gloo|nccl|peer|connection", str(error), re.IGNORECASE):
-            raise UserError(f"another process of this run died; {writer.how_to_go_on()}") from error
-        raise
-    except SystemExit as stop:  # Lightning's, of a second Ctrl-C, or of one before the first step
-        if not writer.batches and not (writer.folder / "last.ckpt").exists():
-            raise KeyboardInterrupt from stop
-        raise Stopped(f"stopped; {writer.how_to_go_on()}", signal.SIGINT) from None
-    finally:
-        data.teardown("fit")  # Lightning calls it only where nothing was raised
-        writer.close()
-        if trainer.is_global_zero:
-            writer.remove_unused()
-    folder = writer.folder
-    # Without a validation there is no best one, and `fast_dev_run` saves nothing. The first process knows.
-    saved = [path for path in (folder / "best.ckpt", folder / "last.ckpt") if path.exists()]
-    saved = trainer.strategy.broadcast(saved)
-    # It would validate the last epoch's average in place of the best weights.
-    kept = [c for c in trainer.callbacks if not isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
-    trainer.callbacks = kept  # type: ignore[attr-defined]
-    metrics = validate(trainer, task, data, saved[0] if saved else None, folder)
+def train(trainer: L.Trainer, task: Task, data: Any, resume: str | None = None) -> dict[str, Any]:
+    """Train, validate the best checkpoint and write ``results.json``.
+
+    Args:
+        trainer: Trainer with the callbacks of ``run_callbacks``.
+        task: Task to train.
+        data: Data module.
+        resume: Run directory to continue from.
+
+    Returns:
+        Content of ``results.json``.
+
+    Raises:
+        UserError: If the run cannot start or continue.
+        Stopped: If a signal has ended it.
+    """
+    init_restarted_process_group(trainer)
+    parameters = sum(p.numel() for p in task.net.parameters())
+    _print_start(trainer, task, data, parameters, resume)
+    _fit(trainer, task, data, resume)
+    run_directory, throughput = find_callback(trainer, RunDirectory), find_callback(trainer, Throughput)
+    run_dir = run_directory.path
+    # There is no best.ckpt without a validation, and no checkpoint at all in a fast_dev_run.
+    checkpoints = [path for path in (run_dir / "best.ckpt", run_dir / "last.ckpt") if path.exists()]
+    checkpoints = trainer.strategy.broadcast(checkpoints)
+    # WeightAveraging would validate the last epoch's average instead of the best weights.
+    _set_callbacks(trainer, [c for c in _callbacks(trainer) if not isinstance(c, WeightAveraging)])
+    metrics = validate(trainer, task, data, checkpoints[0] if checkpoints else None, run_dir)
     results = {
-        **parts(task),
-        "parameters": params,
+        **task.model_names(),
+        "parameters": parameters,
         **metrics,
         "metric": task.monitor,
         "image_size": data.training_size(),
@@ -176,83 +140,165 @@ def train(trainer: L.Trainer, task: Task, data: Any, run: Run, resume: str | Non
         "global_batch": data.global_batch * trainer.accumulate_grad_batches,
         "epochs": trainer.current_epoch,
         "images_seen": task.images_seen,
-        "minutes": round(writer.minutes(), 2),
-        "checkpoint": str(saved[0]) if saved else None,
-        **about(),
+        "minutes": round(throughput.minutes(), 2),
+        "checkpoint": str(checkpoints[0]) if checkpoints else None,
+        **environment_info(),
     }
     if trainer.is_global_zero:
-        write_json(folder / "results.json", results)
+        write_json(run_dir / "results.json", results)
     return results
 
 
-def about() -> dict[str, Any]:
-    """What figures came from."""
+def _print_start(trainer: L.Trainer, task: Task, data: Any, parameters: int, resume: str | None) -> None:
+    """Print model, data, precision and initial weights."""
+    train, val = (len(data.open(stage)) for stage in ("train", "val"))
+    if not trainer.is_global_zero:
+        return
+    name = " on ".join(task.model_names().values())
+    split = f" in {data.found_splits['val']}" if "val" in data.found_splits else ""
+    classes = counted(len(data.classes), "class", "classes")
+    print(
+        f"training {name} ({parameters / 1e6:.1f} M parameters) on {counted(train, 'image')} of {classes}, "
+        f"validating on {val}{split}\n"
+        f"precision: {trainer.precision} on {trainer.strategy.root_device.type}",
+        flush=True,
+    )
+    if not resume and task.initial_weights:
+        print(task.initial_weights, flush=True)
+
+
+def _fit(trainer: L.Trainer, task: Task, data: Any, resume: str | None) -> None:
+    """Train, and leave the run directory consistent however training ends."""
+    run_directory = find_callback(trainer, RunDirectory)
+    last = Path(resume) / "last.ckpt" if resume else None
+    try:
+        trainer.fit(task, data, ckpt_path=str(last) if last and last.exists() else None, weights_only=True)
+    except RuntimeError as error:
+        if trainer.world_size > 1 and re.search("gloo|nccl|peer|connection", str(error), re.IGNORECASE):
+            raise UserError(f"another process of this run died; {run_directory.resume_hint()}") from error
+        raise
+    except SystemExit as stop:  # raised by Lightning on a second Ctrl-C, or on one before the first step
+        if not run_directory.has_trained and not (run_directory.path / "last.ckpt").exists():
+            raise KeyboardInterrupt from stop
+        raise Stopped(f"stopped; {run_directory.resume_hint()}", signal.SIGINT) from None
+    finally:
+        data.teardown("fit")  # Lightning calls it only if nothing was raised
+        find_callback(trainer, MetricsWriter).plot()
+        find_callback(trainer, StopOnSignal).restore_handlers()
+        run_directory.release_lock()
+        if trainer.is_global_zero:
+            run_directory.remove_unused()
+
+
+def validate(
+    trainer: L.Trainer, task: Task, data: Any, checkpoint: Path | None, plot_dir: Path | None
+) -> dict[str, Any]:
+    """Validate a checkpoint and plot its results.
+
+    Args:
+        trainer: Lightning's Trainer.
+        task: Task, into which the weights are loaded.
+        data: Data module.
+        checkpoint: Checkpoint file. ``None`` for the weights that the task has.
+        plot_dir: Directory for plots. ``None`` for no plots.
+
+    Returns:
+        Metrics, the monitored one first; empty if there are no validation images.
+    """
+    is_parallel = distributed.is_available() and distributed.is_initialized()
+    if checkpoint is not None and (trainer.is_global_zero or not is_parallel):
+        load_checkpoint(task.net, checkpoint, adapt_classifier=False)
+    if checkpoint is not None and is_parallel:  # other machines may not have the file
+        task.net.load_state_dict(trainer.strategy.broadcast(task.net.state_dict()))
+    found = trainer.validate(task, data, verbose=False)
+    metrics = dict(found[0]) if found else {}
+    metrics = {**{k: v for k, v in metrics.items() if k == task.monitor}, **metrics}
+    if metrics and plot_dir is not None and trainer.is_global_zero:
+        plot_dir.mkdir(parents=True, exist_ok=True)
+        task.plot(plot_dir, data.classes)
+    return metrics
+
+
+def evaluate(
+    trainer: L.Trainer, task: Task, data: Any, checkpoint: Path | None, output_dir: Path
+) -> tuple[dict[str, Any], Path]:
+    """Validate into a new directory.
+
+    Args:
+        trainer: Lightning's Trainer.
+        task: Task, into which the weights are loaded.
+        data: Data module.
+        checkpoint: Checkpoint file. ``None`` for the weights that the task has.
+        output_dir: Directory for plots and ``results.json``, numbered if it exists.
+
+    Returns:
+        Content of ``results.json``, and the directory.
+    """
+    images = len(data.open("val"))
+    if images and trainer.is_global_zero:
+        output_dir = create_run_dir(output_dir)
+    try:
+        metrics = validate(trainer, task, data, checkpoint, output_dir)
+    finally:
+        if trainer.is_global_zero and not any(output_dir.iterdir()):
+            output_dir.rmdir()
+    results = {
+        **task.model_names(),
+        **metrics,
+        "data": data.root,
+        "images": images,
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        **environment_info(),
+    }
+    if trainer.is_global_zero:
+        write_json(output_dir / "results.json", results)
+    return results, output_dir
+
+
+def is_finished(run_dir: Path, trainer: L.Trainer) -> bool:
+    """Whether a run has results and no step left under the options of a Trainer."""
+    if not all((run_dir / name).exists() for name in ("results.json", "last.ckpt")):
+        return False
+    content = read_checkpoint(run_dir / "last.ckpt")
+    if 0 < trainer.max_steps <= content["global_step"]:
+        return True
+    if any(isinstance(c, PatienceInEpochs) and c.has_stopped(content) for c in _callbacks(trainer)):
+        return True
+    return 0 < (trainer.max_epochs or -1) <= completed_epochs(content)
+
+
+def completed_epochs(checkpoint: dict[str, Any]) -> int:
+    """Number of complete epochs in a checkpoint of a run."""
+    data = [v for k, v in checkpoint.items() if k.endswith("Data") and isinstance(v, dict)]
+    is_within_epoch = any(state.get("taken") for state in data)
+    return epochs_started(checkpoint) - is_within_epoch
+
+
+def find_callback(trainer: L.Trainer, kind: type[CallbackType]) -> CallbackType:
+    """The Trainer's callback of a type."""
+    return next(callback for callback in _callbacks(trainer) if isinstance(callback, kind))
+
+
+def _callbacks(trainer: L.Trainer) -> Sequence[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def _set_callbacks(trainer: L.Trainer, callbacks: list[Callback]) -> None:
+    trainer.callbacks = callbacks  # type: ignore[attr-defined]
+
+
+def environment_info() -> dict[str, Any]:
+    """Command, hardware, torch version and date, for result files."""
     return {
         "command": " ".join(["crossformer", *sys.argv[1:]]),
-        "hardware": hardware(),
+        "hardware": hardware_name(),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def validate(
-    trainer: L.Trainer, task: Task, data: Any, checkpoint: Path | None, folder: Path | None
-) -> dict[str, Any]:
-    """Validate the weights of a checkpoint, or those that the task has; pictures go to `folder`."""
-    from crossformer_vision.weights.checkpoints import load_checkpoint
-
-    together = distributed.is_available() and distributed.is_initialized()
-    if checkpoint is not None and (trainer.is_global_zero or not together):
-        load_checkpoint(task.net, checkpoint, adapt_classifier=False)
-    if checkpoint is not None and together:  # other machines may not see the file
-        task.net.load_state_dict(trainer.strategy.broadcast(task.net.state_dict()))
-    found = trainer.validate(task, data, verbose=False)
-    metrics = dict(found[0]) if found else {}  # no validation was wanted
-    metrics = {**{k: v for k, v in metrics.items() if k == task.monitor}, **metrics}
-    if metrics and folder is not None and trainer.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        task.pictures(folder, data.classes)
-    return metrics
-
-
-def evaluate(
-    trainer: L.Trainer, task: Task, data: Any, checkpoint: Path | None, folder: Path
-) -> tuple[dict[str, Any], Path]:
-    """Validate into a folder of its own, of this name or numbered; returns what its `results.json` holds."""
-    if len(data.open("val")) and trainer.is_global_zero:
-        folder = new_folder(folder)
-    try:
-        metrics = validate(trainer, task, data, checkpoint, folder)
-    finally:
-        if trainer.is_global_zero and not any(folder.iterdir()):
-            folder.rmdir()
-    weights = None if checkpoint is None else str(checkpoint)
-    images = {"data": data.root, "images": len(data.open("val"))}
-    results = {**parts(task), **metrics, **images, "checkpoint": weights, **about()}
-    if trainer.is_global_zero:
-        write_json(folder / "results.json", results)
-    return results, folder
-
-
-def is_finished(folder: Path, trainer: L.Trainer) -> bool:
-    """Whether a run has its figures, and no step to go."""
-    if not all((folder / name).exists() for name in ("results.json", "last.ckpt")):
-        return False
-    from crossformer_vision.weights.checkpoints import read_checkpoint
-
-    content = read_checkpoint(folder / "last.ckpt")
-    if 0 < trainer.max_steps <= content["global_step"]:
-        return True
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    if any(isinstance(c, Patience) and c.has_stopped(content) for c in callbacks):
-        return True
-    taken = any(v.get("taken") for k, v in content.items() if k.endswith("Data") and isinstance(v, dict))
-    epochs = content["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"] - bool(taken)
-    return 0 < (trainer.max_epochs or -1) <= epochs
-
-
-def hardware() -> str:
-    """The accelerators, or else the processor and its threads."""
+def hardware_name() -> str:
+    """Names of the GPUs, or else of the CPU with the number of threads."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     model = platform.processor() or platform.machine()
@@ -262,3 +308,18 @@ def hardware() -> str:
     except (OSError, StopIteration):
         pass
     return f"{model}, {torch.get_num_threads()} threads"
+
+
+def silence_lightning() -> None:
+    """Hide Lightning's log messages below errors, and warnings that users cannot act on."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Requested by an option of the Trainer.
+    logging.getLogger("lightning.pytorch.callbacks.model_summary").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", module="lightning")
+    for message in (
+        "The ``compute`` method of metric",  # in a process without validation images
+        "Grad strides do not match",  # depthwise convolutions
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,4 +1,4 @@
-"""Classification datasets by name: Hugging Face's, from local files."""
+"""Tests for classification datasets selected by name: Hugging Face datasets from local files."""
 
 import datasets
 import numpy as np
@@ -11,7 +11,7 @@ from crossformer_vision.data.classification import ClassificationData
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Function that writes a dataset of parquet files and returns its name; the columns are keywords."""
+    """Return a function that writes a Parquet dataset with the given columns and returns its name."""
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     pixels = np.random.default_rng(0).integers(0, 255, (40, 36, 3), dtype=np.uint8)
 
@@ -61,7 +61,7 @@ CLASSES = datasets.ClassLabel(names=["cat", "dog"])
     ],
     ids=["usual", "other names", "label column", "image column and integers", "strings"],
 )
-def test_columns(columns, options, classes, write, tmp_path):
+def test_image_and_label_columns_are_detected(columns, options, classes, write, tmp_path):
     module = load(write(**columns), tmp_path, **options)
     assert module.num_classes == len(classes) and module.classes == classes
     images, labels = next(iter(module.val_dataloader()))
@@ -87,17 +87,17 @@ def test_columns(columns, options, classes, write, tmp_path):
     ],
     ids=["two labels", "two images", "unknown column", "no images", "images of no type", "negative labels"],
 )
-def test_unclear_columns_are_refused(columns, options, message, write, tmp_path):
+def test_invalid_columns_are_rejected(columns, options, message, write, tmp_path):
     with pytest.raises(UserError, match=message):
         _ = load(write(**columns), tmp_path, **options).num_classes
 
 
-def test_a_missing_dataset_is_one_line(write, tmp_path):
+def test_missing_dataset_raises_one_line_error(write, tmp_path):
     with pytest.raises(UserError, match="dataset 'hfds/.*nowhere', split 'train': "):
         _ = load(f"hfds/{tmp_path}/nowhere", tmp_path).num_classes
 
 
-def test_a_split_with_fewer_names_has_the_indices_of_the_training_split(write, tmp_path):
+def test_split_with_fewer_classes_uses_training_class_indices(write, tmp_path):
     name = write(image="image", name=["emu", "bee"] * 4)
     file = str(tmp_path / "pets/test-00000-of-00001.parquet")
     whole = datasets.Dataset.from_parquet(file, cache_dir=str(tmp_path / "cache"))
@@ -109,6 +109,6 @@ def test_a_split_with_fewer_names_has_the_indices_of_the_training_split(write, t
 
 
 @pytest.mark.parametrize("dataset", [None, "torch/cifar10"])
-def test_columns_of_other_datasets_are_refused(dataset):
+def test_column_options_are_rejected_for_other_datasets(dataset):
     with pytest.raises(UserError, match="--data.label_column fine: only for a Hugging Face dataset"):
         ClassificationData(dataset=dataset, label_column="fine")

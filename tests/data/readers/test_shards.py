@@ -1,4 +1,4 @@
-"""WebDataset's shards: each image once, in order, whoever reads; and shards that are damaged."""
+"""Tests for WebDataset shards: coverage and order across workers and processes, and damaged shards."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def shard(path, first, count, classes=3, kind="cls", extension="jpg"):
             stream = io.BytesIO()
             Image.fromarray(pixels).save(stream, "JPEG")
             label = str(n % classes) if kind == "cls" else json.dumps({"label": n % classes, "width": 40})
-            add(f"{n:06d}.{kind}", label.encode())  # before or after the image
+            add(f"{n:06d}.{kind}", label.encode())  # labels may precede or follow the image
             add(f"{n:06d}.{extension}", stream.getvalue())
             add(f"{n:06d}.txt", b"a caption")
     return path
@@ -47,25 +47,25 @@ def data(root, **keywords):
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow), 3])
-def test_every_image_once(tmp_path, world, workers):
+def test_each_image_is_read_once(tmp_path, world, workers):
     module = data(shards(tmp_path))
     assert module.num_classes == 3 and module.classes == ["0", "1", "2"]
     module.num_workers = workers
     seen = {"train": [], "val": []}
     for rank in range(world):
         for stage, kept in seen.items():
-            loader = module.loader(stage, batch_size=2)
+            loader = module.create_loader(stage, batch_size=2)
             loader.batches.rank, loader.batches.world = rank, world
             for batch in loader:
                 if batch is not None:
                     kept += batch[1].tolist()
             loader.close()
     assert sorted(seen["val"]) == sorted(n % 3 for n in range(30, 37))
-    whole = 30 // (2 * world) * 2 * world  # a batch that is not full is left out in training
+    whole = 30 // (2 * world) * 2 * world  # training drops the last incomplete batch
     assert len(seen["train"]) == whole
 
 
-def test_images_and_names(tmp_path):
+def test_images_and_sample_names_are_read(tmp_path):
     source = ShardImages([shard(tmp_path / "a-train-0.tar", 0, 5), shard(tmp_path / "b.tar", 5, 5)], [])
     assert len(source) == 10 and source.name(7) == f"{tmp_path / 'b.tar'}/000007.jpg"
     for n in range(10):
@@ -75,29 +75,29 @@ def test_images_and_names(tmp_path):
     assert by_json.labels.tolist() == [0, 1, 2, 0] and by_json.classes == ["x", "y", "z"]
 
 
-def test_a_run(tmp_path, monkeypatch):
-    """Numbered shards beside one another, and names for the classes."""
+def test_training_run_on_shards(tmp_path, monkeypatch):
+    """Numbered shards in one directory, with class names."""
     monkeypatch.chdir(tmp_path)
     for name, first in (("train-0000", 0), ("train-0001", 10), ("val-0000", 20)):
         shard(tmp_path / f"data/pets-{name}.tar", first, 10)
     options = ["--data.root", "data", "--data.classes", "[cat,dog,owl]", "--data.image_size", "32"]
     options += ["--data.batch_size", "4", "--data.num_workers", "1", "--trainer.max_epochs", "1"]
     options += ["--model.model_args", '{"depths":[1,1,1,1]}', "--model.pretrained", "false"]
-    assert main(["train", *options, "--trainer.accelerator", "cpu", "--run.folder", "run"]) == 0
+    assert main(["train", *options, "--trainer.accelerator", "cpu", "--run.dir", "run"]) == 0
     best = torch.load("run/best.ckpt", weights_only=True)
     assert best["classes"] == ["cat", "dog", "owl"]
 
 
-def test_damaged_shards(tmp_path):
+def test_damaged_shards_are_rejected(tmp_path):
     good = shard(tmp_path / "good.tar", 0, 4).read_bytes()
     for cut, name in ((3000, "middle"), (len(good.rstrip(b"\0")), "end"), (0, "empty")):
         (tmp_path / f"{name}.tar").write_bytes(good[:cut])
-        with pytest.raises(UserError, match=rf"{name}.tar: cannot be read as a shard .*; fetch it again"):
+        with pytest.raises(UserError, match=rf"{name}.tar: cannot be read as a shard .*. Download it again"):
             ShardImages([tmp_path / f"{name}.tar"], [])
     (tmp_path / "text.tar").write_text("no tar file" * 100)
     with pytest.raises(UserError, match="text.tar: cannot be read as a shard"):
         ShardImages([tmp_path / "text.tar"], [])
-    with pytest.raises(UserError, match=r"000000.jpg: has no class beside it, no 000000.cls"):
+    with pytest.raises(UserError, match=r"000000.jpg: has no class file 000000.cls"):
         ShardImages([shard(tmp_path / "unlabelled.tar", 0, 2, kind="other")], [])
     with pytest.raises(UserError, match="000002.jpg: class 2 is not among the 2 classes"):
         ShardImages([shard(tmp_path / "three.tar", 0, 4)], ["a", "b"])
@@ -114,8 +114,8 @@ def members(path, *named):
     return path
 
 
-def test_what_else_is_in_shards(tmp_path):
-    """Several images of a sample, folders, what other systems leave behind, long names."""
+def test_unrelated_shard_members_are_ignored(tmp_path):
+    """Covers several images per sample, nested directories, operating system metadata and long names."""
     photo = io.BytesIO()
     Image.new("RGB", (40, 36), (200, 0, 0)).save(photo, "PNG")
     red, long = photo.getvalue(), "x" * 150
@@ -135,19 +135,19 @@ def test_what_else_is_in_shards(tmp_path):
         ShardImages([members(tmp_path / "wrong.tar", ("0.png", red), ("0.json", b'{"label": [1]}'))], [])
     damaged = bytearray(shard(tmp_path / "damaged.tar", 0, 6).read_bytes())
     third = damaged.index(b"000003.cls")
-    damaged[third : third + 4] = b"\xff\xfe\xfd\xfc"  # the header no longer fits its checksum
+    damaged[third : third + 4] = b"\xff\xfe\xfd\xfc"  # invalidates the header checksum
     (tmp_path / "damaged.tar").write_bytes(damaged)
     with pytest.raises(
-        UserError, match="damaged.tar: cannot be read as a shard .it is cut or damaged.; fetch"
+        UserError, match="damaged.tar: cannot be read as a shard .it is truncated or damaged.. Download"
     ):
         ShardImages([tmp_path / "damaged.tar"], [])
 
 
-def test_where_there_are_none(tmp_path):
+def test_missing_shards_raise_error(tmp_path):
     shard(tmp_path / "data/train/0.tar", 0, 5)
     with pytest.raises(UserError, match="data/val: no such folder or tar file"):
         data(tmp_path / "data").val_dataloader()
-    with pytest.raises(UserError, match="http://x/y: data are read from a disk"):
+    with pytest.raises(UserError, match="http://x/y: only local folders can be read"):
         assert data("http://x/y").num_classes
-    with pytest.raises(UserError, match="give the folder of WebDataset's shards as --data.root"):
+    with pytest.raises(UserError, match="pass the folder of WebDataset shards as --data.root"):
         assert data(tmp_path, dataset="wds/x").num_classes

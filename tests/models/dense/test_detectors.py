@@ -1,4 +1,4 @@
-"""The detectors compute what the published ones computed, and behave as torchvision's."""
+"""Detectors match the published implementations and follow the torchvision API."""
 
 import json
 
@@ -11,14 +11,14 @@ from parity.formula import formula_images, formula_state_dict
 from crossformer_vision import UserError, create_detector, load_checkpoint
 
 KEYS = json.loads((PARITY / "dense_model_keys.json").read_text())
-RECORDS = {  # of the 2023 and the 2021 code
+RECORDS = {  # outputs of the 2023 and the 2021 code
     "region": np.load(PARITY / "dense_model_outputs.npz"),
     "map": np.load(PARITY / "dense_model_outputs_2021.npz"),
 }
 
 
 def published(tmp_path, name: str, span: str) -> torch.nn.Module:
-    """A detector with the formula weights, loaded from a file of the published form."""
+    """Build a detector with the formula weights, loaded from a checkpoint in the published format."""
     torch.save(
         {"state_dict": formula_state_dict(KEYS[f"{name}_small"]), "meta": {}}, tmp_path / "published.pth"
     )
@@ -35,7 +35,7 @@ def compare(span: str, name: str, value: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("span", RECORDS)
-def test_retinanet_is_the_published_one(span, tmp_path):
+def test_retinanet_matches_published_outputs(span, tmp_path):
     detector = published(tmp_path, "retinanet", span)
     with torch.no_grad():
         maps = detector.backbone(formula_images(1, 256, 320))
@@ -51,7 +51,7 @@ def test_retinanet_is_the_published_one(span, tmp_path):
 
 
 @pytest.mark.parametrize("span", RECORDS)
-def test_mask_rcnn_is_the_published_one(span, tmp_path):
+def test_mask_rcnn_matches_published_outputs(span, tmp_path):
     detector = published(tmp_path, "mask_rcnn", span)
     heads = detector.roi_heads
     rois = [torch.from_numpy(RECORDS[span]["mask_rcnn_small.roi_boxes"])]
@@ -63,7 +63,7 @@ def test_mask_rcnn_is_the_published_one(span, tmp_path):
     for level in range(5):
         compare(span, f"mask_rcnn_small.objectness.{level}", objectness[level])
         compare(span, f"mask_rcnn_small.rpn_deltas.{level}", deltas[level])
-    compare(span, "mask_rcnn_small.roi_class_logits", logits.roll(-1, 1))  # OpenMMLab's background comes last
+    compare(span, "mask_rcnn_small.roi_class_logits", logits.roll(-1, 1))  # OpenMMLab: background last
     compare(span, "mask_rcnn_small.roi_box_deltas", boxes[:, 4:])
     compare(span, "mask_rcnn_small.roi_mask_logits", masks[:, 1:])
 
@@ -78,7 +78,7 @@ def test_mask_rcnn_is_the_published_one(span, tmp_path):
         ("mask_rcnn", "crossformer_pp_small", 43.0),
     ],
 )
-def test_published_numbers_of_parameters(name, backbone, millions):
+def test_published_parameter_counts(name, backbone, millions):
     with torch.device("meta"):
         detector = create_detector(name, backbone)
     assert sum(p.numel() for p in detector.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
@@ -126,7 +126,7 @@ def test_any_timm_backbone_trains(name, backbone):
 
 
 @pytest.mark.parametrize("name", ["retinanet", pytest.param("mask_rcnn", marks=pytest.mark.slow)])
-def test_it_learns_an_image_by_heart(name):
+def test_overfits_one_image(name):
     torch.manual_seed(0)
     detector = create_detector(name, "crossformer_nano", **SMALL).train()
     optimizer = torch.optim.AdamW(detector.parameters(), 2e-3)
@@ -149,7 +149,7 @@ def test_it_learns_an_image_by_heart(name):
         assert overlap.min() > 0.7
 
 
-def test_sizes_seen_before_change_nothing():
+def test_outputs_are_independent_of_earlier_image_sizes():
     torch.manual_seed(0)
     detector = create_detector("retinanet", "crossformer_nano", score_thresh=0.0, **SMALL).eval()
     image = torch.rand(3, 64, 80)
@@ -161,7 +161,7 @@ def test_sizes_seen_before_change_nothing():
     assert len(before["boxes"]) and all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_groups_of_test_time_take_the_same_weights():
+def test_group_size_can_change_at_test_time():
     plain = create_detector("retinanet", "crossformer_nano", **SMALL)
     wide = create_detector(
         "retinanet", "crossformer_nano", backbone_args=dict(group_size=(8, 8, 4, 4)), **SMALL
@@ -176,7 +176,7 @@ def test_groups_of_test_time_take_the_same_weights():
 @pytest.mark.parametrize(
     "channels, normalised", [(1, {}), (5, {"image_mean": [0.5] * 5, "image_std": [0.25] * 5})]
 )
-def test_images_of_other_channels(channels, normalised):
+def test_other_input_channel_counts(channels, normalised):
     args = dict(num_classes=2, width=16, min_size=64, max_size=64, backbone_args={"in_chans": channels})
     net = create_detector("retinanet", "crossformer_nano", **args, **normalised).eval()
     (found,) = net([torch.rand(channels, 64, 64)])
@@ -192,12 +192,12 @@ def test_anchors_are_unrounded_multiples_of_the_stride():
     (anchors,) = detector.anchor_generator(ImageList(images, [(100, 100)]), maps)
     assert len(anchors) == 9 * sum(x.shape[2] * x.shape[3] for x in maps)
     side = 32 * 2 ** (1 / 3)
-    half = torch.tensor([side * 0.5**-0.5, side * 0.5**0.5]) / 2  # ratio 1/2: height half the width
+    half = torch.tensor([side * 0.5**-0.5, side * 0.5**0.5]) / 2  # ratio 1/2: height is half the width
     torch.testing.assert_close(anchors[1], torch.cat([-half, half]))
     centres = (anchors[:, :2] + anchors[:, 2:]) / 2
     assert torch.allclose(centres[9], torch.tensor([8.0, 0.0]), atol=1e-5)
     p6 = 9 * sum(x.shape[2] ** 2 for x in maps[:3])
-    assert torch.allclose(centres[p6 + 9], torch.tensor([64.0, 0.0]), atol=1e-5)  # 100 // 2 would be 50
+    assert torch.allclose(centres[p6 + 9], torch.tensor([64.0, 0.0]), atol=1e-5)  # 100 // 2 would give 50
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -206,8 +206,8 @@ def test_anchors_are_unrounded_multiples_of_the_stride():
 
 
 @pytest.mark.parametrize("name", ["retinanet", "mask_rcnn"])
-def test_a_file_of_a_backbone_loads_the_backbone(name, tmp_path, caplog):
-    """A published classifier, as people train from: nothing of it may be lost silently."""
+def test_backbone_checkpoint_loads_into_backbone(name, tmp_path, caplog):
+    """A published classifier loads into the backbone, and missing weights are logged."""
     state = formula_state_dict(json.loads((PARITY / "classifier_keys.json").read_text())["crossformer_small"])
     torch.save({"model": state}, tmp_path / "crossformer-s.pth")
     detector = create_detector(name, "crossformer_small")
@@ -219,7 +219,7 @@ def test_a_file_of_a_backbone_loads_the_backbone(name, tmp_path, caplog):
     assert torch.equal(loaded, state["patch_embed.projs.0.weight"])
 
 
-def test_own_detectors_and_other_class_counts(tmp_path, caplog):
+def test_own_checkpoints_and_other_class_counts(tmp_path, caplog):
     for name in ("retinanet", "mask_rcnn"):
         source = create_detector(name, "crossformer_nano", **SMALL)
         torch.save(
@@ -238,7 +238,7 @@ def test_own_detectors_and_other_class_counts(tmp_path, caplog):
             load_checkpoint(five, tmp_path / "own.ckpt", adapt_classifier=False)
 
 
-def test_what_does_not_fit_is_refused(tmp_path):
+def test_mismatched_checkpoints_raise(tmp_path):
     detector = create_detector("mask_rcnn", "crossformer_nano", **SMALL)
     before = {key: value.clone() for key, value in detector.state_dict().items()}
     published = formula_state_dict(KEYS["retinanet_small"])
@@ -256,16 +256,16 @@ def test_what_does_not_fit_is_refused(tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in detector.state_dict().items())
 
 
-def test_a_size_for_a_backbone_of_any_size_is_refused():
+def test_img_size_of_variable_size_backbone_raises():
     for name in ("resnet18", "crossformer_nano"):
-        with pytest.raises(UserError, match=f"model '{name}' takes no img_size"):
+        with pytest.raises(UserError, match=f"model '{name}' has no argument img_size"):
             create_detector("retinanet", name, backbone_args={"img_size": 128})
 
 
-def test_unknown_names():
-    with pytest.raises(ValueError, match="unknown detector 'yolo'; there are: retinanet, mask_rcnn"):
+def test_unknown_names_raise():
+    with pytest.raises(ValueError, match="unknown detector 'yolo'. Choose from retinanet, mask_rcnn"):
         create_detector("yolo")
     with pytest.raises(ValueError, match="unknown model 'crossformer_smal'; did you mean crossformer_small"):
         create_detector("retinanet", "crossformer_smal")
-    with pytest.raises(ValueError, match="of 8, 16 or 32 one is needed"):
+    with pytest.raises(ValueError, match="One of 8, 16 or 32 is needed"):
         create_detector("retinanet", "vit_small_patch14_dinov2")

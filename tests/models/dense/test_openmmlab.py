@@ -1,4 +1,4 @@
-"""What the published detectors do otherwise than torchvision's: masks, losses, matches, initial weights."""
+"""OpenMMLab behavior that differs from torchvision: masks, losses, matching, initialization."""
 
 import math
 
@@ -12,15 +12,18 @@ from torchvision.ops import box_iou, masks_to_boxes, sigmoid_focal_loss
 from torchvision.transforms.functional import pil_to_tensor
 
 from crossformer_vision import UserError, create_detector
-from crossformer_vision.models.dense import matching
-from crossformer_vision.models.dense import openmmlab as detector_parts
-from crossformer_vision.models.dense.openmmlab import box_losses, mask_loss, mask_targets, paste_masks
+from crossformer_vision.models.dense import anchors as anchors_module
+from crossformer_vision.models.dense import masks as masks_module
+from crossformer_vision.models.dense.anchors import match_anchors
+from crossformer_vision.models.dense.feature_pyramid import LastLevelP6P7
+from crossformer_vision.models.dense.masks import crop_mask_targets, paste_masks
+from crossformer_vision.models.dense.roi_heads import compute_box_losses, compute_mask_loss
 
 SMALL = dict(num_classes=3, width=16, min_size=64, max_size=96)
 
 
 def shapes(smallest: float, largest: float, count: int = 60) -> torch.Tensor:
-    """Ellipses and stars at any place and turn: (count, 120, 120) of 0 and 1."""
+    """Random ellipses and stars as binary masks, shape ``(count, 120, 120)``."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(low, high):
@@ -50,11 +53,11 @@ def shapes(smallest: float, largest: float, count: int = 60) -> torch.Tensor:
 
 
 def reached(masks: torch.Tensor, aligned: bool) -> float:
-    """Mean IoU of masks that went to their targets of 28x28 and back."""
-    boxes = masks_to_boxes(masks) + torch.tensor([0.0, 0.0, 1.0, 1.0])  # its right and lower edges are inside
+    """Mean IoU of masks after cropping to 28x28 targets and pasting back."""
+    boxes = masks_to_boxes(masks) + torch.tensor([0.0, 0.0, 1.0, 1.0])  # right and bottom edges are inclusive
     index = torch.arange(len(masks))
     if aligned:
-        back = paste_masks(mask_targets(masks, boxes, index, 28)[:, None], boxes, (120, 120))
+        back = paste_masks(crop_mask_targets(masks, boxes, index, 28)[:, None], boxes, (120, 120))
     else:
         back = paste_masks_in_image(
             project_masks_on_boxes(masks, boxes, index, 28)[:, None], boxes, (120, 120)
@@ -63,8 +66,8 @@ def reached(masks: torch.Tensor, aligned: bool) -> float:
     return float(((back & masks).sum((1, 2)) / (back | masks).sum((1, 2))).mean())
 
 
-def test_masks_that_can_be_reached():
-    """The bound that targets and pasting set, beside torchvision's."""
+def test_mask_round_trip_iou():
+    """Upper bound of mask quality set by cropping and pasting, compared with torchvision."""
     small, large = shapes(10, 32), shapes(32, 96)
     assert reached(small, aligned=True) >= 0.97
     assert reached(small, aligned=False) < 0.87
@@ -72,7 +75,7 @@ def test_masks_that_can_be_reached():
     assert reached(large, aligned=True) > reached(large, aligned=False)
 
 
-def test_pasted_masks_lie_where_their_boxes_do():
+def test_pasted_masks_align_with_boxes():
     box = torch.tensor([[10.25, 20.5, 30.75, 44.0], [-6.0, -4.0, 5.0, 6.0], [110.0, 100.0, 130.0, 125.0]])
     pasted = paste_masks(torch.ones(3, 1, 28, 28), box, (120, 115))
     assert pasted.shape == (3, 1, 120, 115)
@@ -83,8 +86,8 @@ def test_pasted_masks_lie_where_their_boxes_do():
     assert paste_masks(torch.zeros(0, 1, 28, 28), torch.zeros(0, 4), (8, 9)).shape == (0, 1, 8, 9)
 
 
-def test_objects_are_found_with_gradients_and_in_half_precision():
-    """Each mask is written into a map of the image's size."""
+def test_mask_inference_with_gradients_and_bfloat16():
+    """Pasted masks have the image size, with gradients enabled and in bfloat16."""
     torch.manual_seed(0)
     options = dict(num_classes=1, width=16, min_size=64, max_size=96, box_score_thresh=0.0)
     detector = create_detector("mask_rcnn", "test_resnet", **options).eval()
@@ -99,10 +102,10 @@ def test_objects_are_found_with_gradients_and_in_half_precision():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 2), (3, 3)])
-def test_gradients_of_the_coarsest_levels_in_bfloat16(size):
-    """oneDNN's own are of uninitialized memory where a map is one pixel wide."""
+def test_bfloat16_gradients_of_coarsest_levels(size):
+    """oneDNN gradients of one-pixel-wide maps read uninitialized memory."""
     torch.manual_seed(0)
-    levels, x = detector_parts.P6P7(8, 16), torch.randn(2, 8, *size)
+    levels, x = LastLevelP6P7(8, 16), torch.randn(2, 8, *size)
 
     def gradients():
         levels.zero_grad()
@@ -112,7 +115,7 @@ def test_gradients_of_the_coarsest_levels_in_bfloat16(size):
 
     exact = gradients()
     junk = [torch.full((n,), float("nan")) for n in (64, 256, 1152, 2304, 4096) for _ in range(8)]
-    del junk  # what is allocated next holds it
+    del junk  # later allocations reuse this memory
     with torch.autocast("cpu", torch.bfloat16):
         low = gradients()
     for a, b in zip(low, exact, strict=True):
@@ -120,63 +123,64 @@ def test_gradients_of_the_coarsest_levels_in_bfloat16(size):
 
 
 @pytest.mark.parametrize("low_quality", [True, False])
-@pytest.mark.parametrize("chunk", [1 << 21, 700])  # all anchors at once, and some of 90 at a time
-def test_matching_in_chunks_is_torchvisions(chunk, low_quality, monkeypatch):
-    monkeypatch.setattr(matching, "CHUNK", chunk)
+@pytest.mark.parametrize("chunk", [1 << 21, 700])  # all anchors at once, then about 90 at a time
+def test_chunked_matching_matches_torchvision(chunk, low_quality, monkeypatch):
+    monkeypatch.setattr(anchors_module, "CHUNK_SIZE", chunk)
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(497, 2, generator=generator) * 80
     anchors = torch.cat([corners, corners + 4 + 30 * torch.rand(497, 2, generator=generator)], 1).round()
     boxes = torch.cat([anchors[:5] + 3, anchors[7:8], torch.tensor([[200.0, 200, 210, 210]])])
     matcher = Matcher(0.5, 0.4, allow_low_quality_matches=low_quality)
     expected = matcher(box_iou(boxes, anchors))
-    assert torch.equal(matching.match_anchors(matcher, boxes, anchors), expected)
-    assert matching.match_anchors(matcher, boxes[:0], anchors).eq(-1).all()
+    thresholds = (0.4, 0.5, low_quality)
+    assert torch.equal(match_anchors(boxes, anchors, *thresholds), expected)
+    assert match_anchors(boxes[:0], anchors, *thresholds).eq(-1).all()
 
 
-def test_an_object_that_nothing_overlaps_claims_no_anchor():
+def test_object_without_overlap_matches_no_anchor():
     anchors = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10]])
-    boxes = torch.tensor([[0.0, 0, 10, 8], [20, 0, 30, 3.5], [60, 0, 70, 2.9]])  # overlaps 0.8, 0.35, 0.29
-    matcher = Matcher(0.7, 0.3, allow_low_quality_matches=True)
-    assert matching.match_anchors(matcher, boxes, anchors).tolist() == [0, 1, -1, 2]
-    assert matching.match_anchors(matcher, boxes, anchors, least_claim=0.3).tolist() == [0, 1, -1, -1]
+    boxes = torch.tensor([[0.0, 0, 10, 8], [20, 0, 30, 3.5], [60, 0, 70, 2.9]])  # IoU 0.8, 0.35, 0.29
+    thresholds = (0.3, 0.7)
+    assert match_anchors(boxes, anchors, *thresholds).tolist() == [0, 1, -1, 2]
+    assert match_anchors(boxes, anchors, *thresholds, min_claim_iou=0.3).tolist() == [0, 1, -1, -1]
     rpn = create_detector("mask_rcnn", "crossformer_nano", **SMALL).rpn
     labels, matched = rpn.assign_targets_to_anchors([anchors], [{"boxes": boxes}])
     assert labels[0].tolist() == [1, 1, 0, 0] and matched[0][:2].tolist() == boxes[:2].tolist()
 
 
-def test_mask_targets_a_few_at_a_time(monkeypatch):
+def test_chunked_mask_targets(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     masks = (torch.rand(7, 40, 30, generator=generator) > 0.5).to(torch.uint8)
     boxes = torch.rand(12, 2, generator=generator) * 10
     boxes = torch.cat([boxes, boxes + 8], 1)
     index = torch.tensor([6, 0, 3, 3, 0, 5, 2, 6, 1, 0, 3, 2])
-    at_once = mask_targets(masks, boxes, index, 14)
-    monkeypatch.setattr(detector_parts, "MASKS_AT_A_TIME", 2)
-    assert torch.equal(mask_targets(masks, boxes, index, 14), at_once) and 0 < at_once.mean() < 1
+    at_once = crop_mask_targets(masks, boxes, index, 14)
+    monkeypatch.setattr(masks_module, "CHUNK_SIZE", 2)
+    assert torch.equal(crop_mask_targets(masks, boxes, index, 14), at_once) and 0 < at_once.mean() < 1
 
 
 @pytest.mark.parametrize("name", ["retinanet", "mask_rcnn"])
 @pytest.mark.parametrize("label", [0, 4, -1])
-def test_labels_of_no_class_are_refused(name, label):
-    """Labels from 0, as other libraries have them, would train the last class."""
+def test_out_of_range_labels_raise(name, label):
+    """Zero-based labels, as in other libraries, would train the last class."""
     net = create_detector(name, "crossformer_nano", **SMALL).train()
     target = dict(boxes=torch.tensor([[1.0, 1, 9, 9]]), labels=torch.tensor([label]))
     target["masks"] = torch.zeros(1, 64, 64, dtype=torch.uint8)
-    with pytest.raises(UserError, match=rf"a target has label {label}: labels run from 1 to 3"):
+    with pytest.raises(UserError, match=rf"a target has label {label}. Labels must be from 1 to 3"):
         net([torch.rand(3, 64, 64)], [target])
 
 
-def test_losses_of_the_box_head():
+def test_box_head_losses():
     torch.manual_seed(0)
     logits, deltas, targets = torch.randn(5, 4), torch.randn(5, 16), torch.randn(5, 4)
     labels = torch.tensor([0, 2, 3, 0, 1])
-    losses = box_losses(logits, deltas, labels, targets)
+    losses = compute_box_losses(logits, deltas, labels, targets)
     own = torch.stack([deltas[i, 4 * k : 4 * k + 4] for i, k in ((1, 2), (2, 3), (4, 1))])
     assert torch.isclose(losses["loss_box_reg"], (own - targets[[1, 2, 4]]).abs().sum() / 5)
     assert torch.isclose(losses["loss_classifier"], F.cross_entropy(logits, labels))
 
 
-def test_loss_of_masks():
+def test_mask_loss():
     masks = torch.zeros(2, 20, 20, dtype=torch.uint8)
     masks[0, 4:12, 4:12] = masks[1, 10:18, 2:10] = 1
     rois, objects = torch.tensor([[4.0, 4.0, 12.0, 12.0], [0.0, 10.0, 10.0, 20.0]]), torch.tensor([0, 1])
@@ -184,11 +188,11 @@ def test_loss_of_masks():
     target = [{"masks": masks, "labels": torch.tensor([2, 1])}]
     wanted = torch.stack([torch.ones(10, 10), F.pad(torch.ones(8, 8), (2, 0, 0, 2))])
     expected = F.binary_cross_entropy_with_logits(torch.stack([logits[0, 2], logits[1, 1]]), wanted)
-    assert torch.isclose(mask_loss(logits, [rois], [objects], target), expected)
-    assert mask_loss(logits[:0], [rois[:0]], [objects[:0]], target) == 0
+    assert torch.isclose(compute_mask_loss(logits, [rois], [objects], target), expected)
+    assert compute_mask_loss(logits[:0], [rois[:0]], [objects[:0]], target) == 0
 
 
-def test_retinanet_divides_by_the_positives_of_the_batch():
+def test_retinanet_loss_is_normalized_by_batch_positives():
     torch.manual_seed(0)
     net = create_detector("retinanet", "crossformer_nano", **SMALL).train()
     images = [torch.rand(3, 64, 64), torch.rand(3, 64, 64), torch.rand(3, 64, 64)]
@@ -221,7 +225,7 @@ def test_retinanet_divides_by_the_positives_of_the_batch():
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_images_without_objects_alone(masks):
+def test_batch_without_objects(masks):
     name = "mask_rcnn" if masks else "retinanet"
     net = create_detector(name, "crossformer_nano", **SMALL).train()
     empty = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))

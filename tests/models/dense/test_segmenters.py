@@ -1,4 +1,4 @@
-"""The segmenters compute what the published ones computed, at any size, and average windows, scales, flips."""
+"""Segmenters: published outputs, any image size, sliding windows, scales and flips."""
 
 import json
 from types import SimpleNamespace
@@ -10,11 +10,12 @@ from conftest import PARITY
 from parity.formula import formula_images, formula_state_dict
 
 from crossformer_vision import UserError, create_segmenter, load_checkpoint
-from crossformer_vision.models.dense import segmenters
-from crossformer_vision.models.dense.segmenters import SemanticFPN, segment, sliding_window
+from crossformer_vision.models.dense import windows
+from crossformer_vision.models.dense.segmenters import SemanticFPN
+from crossformer_vision.models.dense.windows import segment, sliding_window
 
 KEYS = json.loads((PARITY / "dense_model_keys.json").read_text())
-RECORDS = {  # of the 2023 and the 2021 code
+RECORDS = {  # outputs of the 2023 and the 2021 code
     "region": np.load(PARITY / "dense_model_outputs.npz"),
     "map": np.load(PARITY / "dense_model_outputs_2021.npz"),
 }
@@ -27,7 +28,7 @@ def compare(span: str, name: str, value: torch.Tensor, every: int = 7) -> None:
 
 @pytest.mark.parametrize("span", RECORDS)
 @pytest.mark.parametrize("name", ["semantic_fpn", pytest.param("upernet", marks=pytest.mark.slow)])
-def test_segmenter_is_the_published_one(name, span, tmp_path):
+def test_segmenter_matches_published_outputs(name, span, tmp_path):
     file = tmp_path / "published.pth"
     torch.save({"state_dict": formula_state_dict(KEYS[f"{name}_small"]), "meta": {}}, file)
     net = create_segmenter(name, "crossformer_small", backbone_args={"lda_span": span}).eval()
@@ -62,7 +63,7 @@ def test_segmenter_is_the_published_one(name, span, tmp_path):
         ("upernet", "crossformer_large", 125.5),
     ],
 )
-def test_published_numbers_of_parameters(name, backbone, millions):
+def test_published_parameter_counts(name, backbone, millions):
     with torch.device("meta"):
         net = create_segmenter(name, backbone)
     assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
@@ -81,7 +82,7 @@ def test_any_timm_backbone_trains_at_odd_sizes(name, backbone):
         assert logits.shape == (2, 3, 75, 98)
     sum(logits.square().mean() for logits in outputs).backward()
     for key, parameter in net.named_parameters():
-        if "backbone.norm" not in key and "backbone.body.norm" not in key:  # a Swin's last norm has no map
+        if "backbone.norm" not in key and "backbone.body.norm" not in key:  # final norm of Swin is unused
             assert parameter.grad is not None and parameter.grad.isfinite().all(), key
     net.eval()
     with torch.no_grad():
@@ -89,7 +90,7 @@ def test_any_timm_backbone_trains_at_odd_sizes(name, backbone):
             assert net(torch.randn(1, 3, *size)).shape == (1, 3, *size)
 
 
-def test_a_backbone_file_keeps_the_heads_and_another_one_is_refused(tmp_path):
+def test_backbone_checkpoint_keeps_heads_and_mismatch_raises(tmp_path):
     net = create_segmenter("upernet", "crossformer_tiny", num_classes=3, width=16)
     backbone = {
         k.removeprefix("backbone."): v
@@ -106,7 +107,7 @@ def test_a_backbone_file_keeps_the_heads_and_another_one_is_refused(tmp_path):
     assert torch.equal(small.head.conv_seg.weight, before)
 
 
-def test_other_classes_keep_the_rest(tmp_path):
+def test_other_class_count_drops_only_classifier(tmp_path):
     file = tmp_path / "published.pth"
     torch.save({"state_dict": formula_state_dict(KEYS["semantic_fpn_small"])}, file)
     net = create_segmenter("semantic_fpn", "crossformer_small", num_classes=11)
@@ -114,34 +115,34 @@ def test_other_classes_keep_the_rest(tmp_path):
     assert report.dropped == ["head.conv_seg.weight", "head.conv_seg.bias"] and not report.unused
 
 
-def test_bad_names():
-    with pytest.raises(ValueError, match=r"unknown segmenter 'fcn'; there are: semantic_fpn, upernet"):
+def test_unknown_names_raise():
+    with pytest.raises(ValueError, match=r"unknown segmenter 'fcn'. Choose from semantic_fpn, upernet"):
         create_segmenter("fcn")
     with pytest.raises(ValueError, match="unknown model 'crossformer_smal'"):
         create_segmenter("upernet", "crossformer_smal")
-    with pytest.raises(ValueError, match="of 8, 16 or 32 one is needed"):
+    with pytest.raises(ValueError, match="One of 8, 16 or 32 is needed"):
         create_segmenter("upernet", "vit_small_patch14_dinov2")
 
 
 def pixelwise(images):
-    """Logits that follow from each pixel alone: windows must not change them."""
+    """Logits that depend on each pixel alone, so sliding windows must not change them."""
     return torch.cat([images, images.square()], dim=1)
 
 
 @pytest.mark.parametrize("window, stride", [(16, 10), (16, 16), (7, 3), (40, 40), (64, 5)])
-def test_windows_cover_each_pixel_alike(window, stride):
+def test_sliding_window_averages_overlaps(window, stride):
     images = torch.randn(2, 3, 33, 40)
     assert torch.allclose(sliding_window(pixelwise, images, window, stride), pixelwise(images), atol=1e-6)
 
 
-def test_windows_that_cover_the_image_are_the_image():
+def test_window_larger_than_image_uses_whole_image():
     torch.manual_seed(0)
     net = create_segmenter("semantic_fpn", "crossformer_nano", num_classes=3, width=16).eval()
     images = torch.randn(1, 3, 64, 80)
     with torch.no_grad():
         assert torch.equal(sliding_window(net, images, 80, 50), net(images))
         assert torch.equal(segment(net, [images], window=80), net(images).softmax(1))
-        inside = sliding_window(net, images, 64, 16)  # both windows' logits, each at its place
+        inside = sliding_window(net, images, 64, 16)  # logits of two overlapping windows
     expected = torch.zeros(1, 3, 64, 80)
     with torch.no_grad():
         expected[..., :64] += net(images[..., :64])
@@ -151,15 +152,15 @@ def test_windows_that_cover_the_image_are_the_image():
 
 
 @pytest.mark.parametrize("stride", [0, 17])
-def test_a_stride_that_leaves_pixels_out(stride):
-    with pytest.raises(ValueError, match=f"stride {stride} of windows of 16 pixels: it is 1 to 16"):
+def test_stride_that_skips_pixels_raises(stride):
+    with pytest.raises(ValueError, match=f"stride {stride} of windows of 16 pixels: must be from 1 to 16"):
         sliding_window(pixelwise, torch.zeros(1, 3, 32, 32), 16, stride)
 
 
-def test_scales_and_flips_are_averaged_and_undone():
+def test_scales_and_flips_are_reversed_and_averaged():
     images = torch.randn(1, 3, 32, 48)
 
-    def places(x):  # logits that depend on the place: a flip that is not undone shows
+    def places(x):  # position-dependent logits reveal a flip that is not reversed
         columns = torch.linspace(-2, 2, x.shape[3]).expand(1, 1, x.shape[2], -1)
         return torch.cat([x[:, :1] * columns, x[:, 1:2], x[:, 2:]], dim=1)
 
@@ -177,26 +178,26 @@ def test_scales_and_flips_are_averaged_and_undone():
 
 
 @pytest.mark.parametrize("classes, width", [(3, 17), (150, 40), (1, 5)])
-def test_classes_and_logarithms_are_torch_s(classes, width):
-    """In strips, which end in the middle of a map."""
+def test_class_map_and_log_prob_match_torch(classes, width):
+    """Processing in strips matches torch when the last strip is partial."""
     torch.manual_seed(0)
     logits = torch.randn(2, classes, 300, width)
     labels = torch.randint(0, classes, (2, 300, width))
-    assert torch.equal(segmenters.class_map(logits), logits.argmax(1))
+    assert torch.equal(windows.class_map(logits), logits.argmax(1))
     assert torch.equal(
-        segmenters.class_map(logits.round()), logits.round().max(1).indices
-    )  # the first of equals
+        windows.class_map(logits.round()), logits.round().max(1).indices
+    )  # ties resolve to the first class
     expected = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    torch.testing.assert_close(segmenters.logs_of(logits, labels), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(segmenters.softmax_(logits.clone()), logits.softmax(1))
+    torch.testing.assert_close(windows.log_prob_at(logits, labels), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(windows.softmax_(logits.clone()), logits.softmax(1))
     held = logits.clone().requires_grad_()
-    segmenters.softmax_(held * 1).square().sum().backward()
+    windows.softmax_(held * 1).square().sum().backward()
     assert held.grad.abs().sum() > 0 or classes == 1
 
 
-def test_an_image_that_is_too_large_goes_by_windows(monkeypatch):
-    monkeypatch.setattr(segmenters, "WHOLE", 40 * 50)
-    monkeypatch.setattr(segmenters, "LARGE_WINDOW", 24)
+def test_large_images_use_sliding_windows(monkeypatch):
+    monkeypatch.setattr(windows, "MAX_WHOLE_PIXELS", 40 * 50)
+    monkeypatch.setattr(windows, "LARGE_WINDOW", 24)
     sides = []
 
     def net(x):
@@ -214,7 +215,7 @@ def test_an_image_that_is_too_large_goes_by_windows(monkeypatch):
 
 
 class Ruler(torch.nn.Module):
-    """A backbone whose maps hold the column, in pixels of the image, of each cell's centre."""
+    """A backbone whose feature maps hold the x coordinate of each cell center, in image pixels."""
 
     def __init__(self):
         super().__init__()
@@ -227,9 +228,9 @@ class Ruler(torch.nn.Module):
 
 
 @pytest.mark.parametrize("width", [256, 260, 288, 292])
-def test_maps_lie_over_the_image_at_any_size(width):
+def test_maps_align_with_image_at_any_size(width):
     net = SemanticFPN(Ruler(), num_classes=1, width=2).eval()
-    for module in net.modules():  # every layer hands its first channel on as it is
+    for module in net.modules():  # every layer passes its first channel through unchanged
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.zeros_(module.weight)
             module.weight.data[0, 0, module.kernel_size[0] // 2, module.kernel_size[1] // 2] = 1
@@ -238,13 +239,13 @@ def test_maps_lie_over_the_image_at_any_size(width):
     with torch.no_grad():
         seen = (
             net(torch.zeros(1, 3, 64, width))[0, 0, 32] / 10
-        )  # the pyramid adds the levels 1, 2, 3 and 4 times
+        )  # weights of the pyramid levels: 1, 2, 3 and 4
     assert abs((seen - torch.arange(width) - 0.5)[width // 2 : width - 40].mean()) < 0.5
 
 
 @pytest.mark.parametrize("name", ["semantic_fpn", "upernet"])
-def test_classifiers_of_pixels_start_as_xavier(name):
-    """torch's own, half as large, cost eight points of mIoU after a short run with Muon."""
+def test_segmentation_classifier_uses_xavier_init(name):
+    """The default PyTorch initialization lowers mIoU after a short run with Muon."""
     net = create_segmenter(name, "crossformer_nano", num_classes=11, width=64)
     layers = [layer for key, layer in net.named_modules() if key.endswith("conv_seg")]
     assert len(layers) == (2 if name == "upernet" else 1)
@@ -266,27 +267,27 @@ def test_gradients_through_scales_and_flips():
 
 @pytest.mark.parametrize("size", [(100, 70), (64, 130), (97, 97), (40, 90)])
 @pytest.mark.parametrize("stride", [32, 48, 64])
-def test_class_maps_by_rows_of_windows(size, stride):
-    """Those of all windows together, at borders and where they overlap."""
+def test_class_map_in_windows_matches_sliding_window(size, stride):
+    """Row-by-row class maps equal those of all windows together, including borders and overlaps."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 9, padding=4), torch.nn.ReLU(), torch.nn.Conv2d(8, 5, 1))
     images = torch.randn(2, 3, *size)
     with torch.no_grad():
-        expected = segmenters.sliding_window(net, images, 64, stride).argmax(1)
-        assert torch.equal(segmenters.class_map_in_windows(net, images, 64, stride), expected)
-        predicted = segmenters.predict_class_map(net, [images], size, window=64, stride=stride)
+        expected = windows.sliding_window(net, images, 64, stride).argmax(1)
+        assert torch.equal(windows.class_map_in_windows(net, images, 64, stride), expected)
+        predicted = windows.predict_class_map(net, [images], size, window=64, stride=stride)
         assert torch.equal(predicted, expected)
 
 
 @pytest.mark.parametrize("size", [(96, 96), (150, 200), (40, 60), (30, 120), (96, 50)])
-def test_windows_larger_than_an_image_of_a_backbone_of_one_size(size):
+def test_window_larger_than_image_with_fixed_size_backbone(size):
     net = create_segmenter(
         "semantic_fpn", "maxvit_pico_rw_256", 3, width=16, backbone_args={"img_size": 96}
     ).eval()
     with torch.no_grad():
-        found = segmenters.segment(net, [torch.randn(1, 3, *size)], window=96)
+        found = windows.segment(net, [torch.randn(1, 3, *size)], window=96)
         assert found.shape == (1, 3, *size)
-        assert segmenters.predict_class_map(net, [torch.randn(1, 3, *size)], size, window=96).shape == (
+        assert windows.predict_class_map(net, [torch.randn(1, 3, *size)], size, window=96).shape == (
             1,
             *size,
         )

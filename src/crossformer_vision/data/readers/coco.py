@@ -1,8 +1,8 @@
-"""Files in COCO's format: images, boxes and masks, as arrays.
+"""Annotation files in COCO's format: images, boxes and masks as arrays.
 
-COCO's own training file has 860,000 objects. A Python object for each would take gigabytes and be copied
-into every worker process. Annotations as COCO writes them are therefore decoded by msgspec straight into
-arrays; only the others go through the slower functions that name what is wrong with them.
+The training file of COCO has 860,000 objects. A Python object for each would take gigabytes and be copied
+into every worker process. Annotations written as COCO writes them are decoded by msgspec into arrays. All
+others take a slower path, which reports what is wrong with them.
 """
 
 import json
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from crossformer_vision.data.images import Names, upright
+from crossformer_vision.data.images import StringArray, apply_orientation
 from crossformer_vision.data.readers.coco_json import (
     check_numbers,
     coco_id,
@@ -35,36 +35,77 @@ from crossformer_vision.errors import UserError, check_names, counted
 log = logging.getLogger("crossformer_vision")
 
 
-class CocoImages:
-    """Images and objects of a file in COCO's format.
+class ObjectBuffer:
+    """Growing arrays of objects, in the order of their file."""
 
-    Boxes are kept as the file has them, over the image's border too, for COCO's metrics. What is left out or
-    read in another way than it is written is counted in a warning that names the first such annotation.
+    def __init__(self) -> None:
+        self.image, self.label, self.annotation_id, self.iscrowd = (
+            array("i"),
+            array("i"),
+            array("q"),
+            array("b"),
+        )
+        self.xywh, self.area = array("d"), array("d")
+        self.segmentations, self.segmentation_end, self.has_pixels = bytearray(), array("q"), array("b")
+
+    def append(
+        self, image: int, label: int, annotation_id: Any, xywh: Any, area: float | None, iscrowd: int
+    ) -> None:
+        """Append an object.
+
+        Args:
+            image: Index of its image.
+            label: Its label, from 1.
+            annotation_id: Its id. Ids that are not 64-bit integers become -1.
+            xywh: Its box.
+            area: Its area, ``None`` if unknown.
+            iscrowd: Whether it is a crowd.
+        """
+        self.image.append(image)
+        self.label.append(label)
+        self.xywh.extend(xywh)
+        self.area.append(area or 0.0)
+        self.iscrowd.append(iscrowd != 0)
+        is_int64 = isinstance(annotation_id, int) and abs(annotation_id) < 2**63
+        self.annotation_id.append(annotation_id if is_int64 else -1)
+
+    def append_segmentation(self, segmentation: Any, has_pixels: bool | None) -> None:
+        """Append the JSON of the last object's segmentation."""
+        self.segmentations += segmentation
+        self.segmentation_end.append(len(self.segmentations))
+        self.has_pixels.append(bool(has_pixels))
+
+
+class CocoImages:
+    """Images and objects of an annotation file in COCO's format.
+
+    Boxes are not clipped to their image, as COCO's metrics expect. A warning counts skipped annotations and
+    names the first of them.
 
     Args:
-        annotations: The JSON file.
+        annotations: Annotation file.
         folder: Folder of the images.
-        classes: Names of the training classes, in the order of their labels. ``None`` numbers the file's own,
-            in the order of ids.
-        masks: Read segmentations, too.
-        train: Leave out what cannot be learned: crowds, objects outside their image or without a size.
-        skip_empty: Leave out images without objects other than crowds.
-        as_outlines: Read polygons in place of masks, of images in which all objects but crowds have some.
-        skip_missing: Warn about listed images that are missing instead of refusing the file.
+        classes: Names of the training classes, in the order of their labels. ``None`` uses the file's
+            categories, in the order of their ids.
+        masks: Read segmentations.
+        train: Skip crowds and objects that are outside their image or have no area.
+        skip_empty: Skip images without objects other than crowds.
+        as_outlines: Return polygons instead of masks, for images in which all objects but crowds have them.
+        skip_missing: Warn about missing images instead of raising an error.
 
     Attributes:
-        categories: Names by the ids of the file; the label of the k-th is k + 1.
+        categories: Names of the categories by their ids. The k-th has label k + 1.
         sizes: Width and height of each image in pixels, ``(images, 2)``.
-        first: Number of the first object of each image, ``(images + 1,)``.
+        first: Index of the first object of each image, ``(images + 1,)``.
         boxes: ``x1, y1, x2, y2`` of the objects in pixels, ``(objects, 4)``.
         labels: Labels of the objects, from 1, ``(objects,)``.
         iscrowd: 1 for crowds, ``(objects,)``.
-        area: Areas that the file gives, 0 where it gives none, ``(objects,)``.
+        area: Areas in the file, 0 if missing, ``(objects,)``.
 
     Raises:
-        UserError: If the file is missing, no JSON or not COCO's; if an id stands twice, an image is missing,
-            nothing can be trained on, or an annotation is of an unknown image or category, has no box, no
-            finite numbers, a polygon of fewer than three points or a mask of another size.
+        UserError: If the file is missing, is not JSON or not in COCO's format, has a duplicate id, lists an
+            image that does not exist, has no usable objects, or has an annotation of an unknown image or
+            category, without a valid box, or with an invalid segmentation.
     """
 
     def __init__(
@@ -80,16 +121,16 @@ class CocoImages:
     ) -> None:
         self.annotations, self.folder, self.masks, self.as_outlines = annotations, folder, masks, as_outlines
         content = read_coco_json(annotations)
-        number = self._read_images(content, skip_missing)
+        image_index = self._read_images(content, skip_missing)
         names = list(classes or self.categories.values())
         label_of = {i: names.index(name) + 1 for i, name in self.categories.items() if name in names}
-        self._read_objects(content["annotations"], number, label_of, names, classes is None)
+        self._read_objects(content["annotations"], image_index, label_of, names, classes is None)
         if classes is None:
             self._drop_root_category(content["categories"])
-        self._leave_out(content["annotations"], train, skip_empty)
+        self._skip_unusable(content["annotations"], train, skip_empty)
 
     def _read_images(self, content: dict[str, Any], skip_missing: bool) -> dict[Any, int]:
-        """Read categories, names and sizes of the images; returns the number of each image id."""
+        """Read categories, names and sizes of the images; returns the index of each image id."""
         try:
             listed = [(coco_id(c["id"]), str(c["name"])) for c in content["categories"]]
             images = [
@@ -110,27 +151,27 @@ class CocoImages:
         check_names(self.annotations, list(self.categories.values()))
         files = self._find_files(images, skip_missing)
         first_of: dict[str, int] = {}
-        number: dict[Any, int] = {}
+        index_of: dict[Any, int] = {}
         kept: list[int] = []
         for n, (image, file) in enumerate(zip(images, files, strict=True)):
             if file not in first_of:
                 first_of[file] = len(kept)
                 kept.append(n)
-            number[image[0]] = first_of[file]
+            index_of[image[0]] = first_of[file]
         if len(kept) < len(images):
             repeated = counted(len(images) - len(kept), "entry repeats", "entries repeat")
-            log.warning("%s: %s an image; objects are taken together", self.annotations, repeated)
-        self.names = Names(files[n] for n in kept)
+            log.warning("%s: %s an image; their objects are merged", self.annotations, repeated)
+        self.names = StringArray(files[n] for n in kept)
         self.sizes = self._read_sizes([images[n][2:] for n in kept])
         usable = [isinstance(images[n][0], int) and abs(int(images[n][0])) < 2**63 for n in kept]
-        # Ids for the metrics. Ids that no tensor holds are replaced by the image's place in the file.
+        # Ids for the metrics. Ids that are not 64-bit integers are replaced by the position in the file.
         self.ids = np.array([images[n][0] if ok else n for n, ok in zip(kept, usable)], np.int64)
-        return number
+        return index_of
 
     def _find_files(self, images: list[tuple[Any, str, int, int]], skip_missing: bool) -> list[str]:
         """Paths of the images below the folder."""
         for identity, name, _, _ in images:
-            if is_outside(name.replace("\\", "/")):  # a link may lead anywhere
+            if is_outside(name.replace("\\", "/")):
                 raise UserError(f"{self.annotations}: image {identity}: {name} lies outside {self.folder}")
         found = find_listed_images([image[1] for image in images], self.folder)
         missing = [image for image, file in zip(images, found, strict=True) if file is None]
@@ -144,29 +185,29 @@ class CocoImages:
         return [file or image[1] for image, file in zip(images, found, strict=True)]
 
     def _read_sizes(self, listed: list[tuple[int, int]]) -> NDArray[np.int64]:
-        """Sizes as the file has them; of images without one, those of the image files."""
+        """Sizes in the annotation file or, where missing, of the image files."""
         unknown = [n for n, (width, height) in enumerate(listed) if width <= 0 or height <= 0]
         for n in unknown:
             try:
                 listed[n] = stored_size(self.folder / self.names[n])
             except OSError:
-                listed[n] = (0, 0)  # reading the image will name it
+                listed[n] = (0, 0)  # reported when the image is read
         if unknown:
             log.warning(
-                "%s: lists no size of %d images; those of the image files are taken",
+                "%s: lists no size of %d images; the sizes of the image files are used",
                 self.annotations,
                 len(unknown),
             )
         return np.array(listed, np.int64)
 
     def _drop_root_category(self, categories: list[Any]) -> None:
-        """Leave out a category without objects that only stands above the others, as Roboflow exports it."""
+        """Remove an unused category that is the supercategory of others, as Roboflow exports it."""
         parents = {str(c.get("supercategory")) for c in categories}
         used = set(self.labels.tolist())
         for label, (identity, name) in enumerate(list(self.categories.items()), start=1):
             if name in parents and label not in used and len(self.categories) > 1:
                 log.warning(
-                    "%s: category '%s' has no objects and stands above the others; it is no class",
+                    "%s: category '%s' has no objects and is the supercategory of others; it is ignored",
                     self.annotations,
                     name,
                 )
@@ -177,132 +218,151 @@ class CocoImages:
     def _read_objects(
         self,
         annotations: list[Any],
-        number: dict[Any, int],
+        image_index: dict[Any, int],
         label_of: dict[Any, int],
         names: list[str],
-        own: bool,
+        has_own_classes: bool,
     ) -> None:
-        """Read the objects, in the file's order; ``own`` tells that the classes are the file's categories."""
-        image, label, identity, crowd = array("i"), array("i"), array("q"), array("b")
-        box, area, end = array("d"), array("d"), array("q")
-        shapes, seen = bytearray(), array("b")
-        sizes = self.sizes.tolist()
-        is_seen: bool | None = True
-        rotated = 0
-        for entry in annotations:
-            plain: Any = None
-            if isinstance(entry, msgspec.Raw):
-                try:
-                    plain = decode_annotation(entry)
-                    n, k = number[plain.image_id], label_of[plain.category_id]
-                    if self.masks:
-                        is_seen = polygons_have_pixels(decode_polygons(plain.segmentation), *sizes[n])
-                        plain = None if is_seen is None else plain
-                    if plain is not None and b'"rotation"' in bytes(plain.attributes):
-                        plain = None
-                except (msgspec.MsgspecError, KeyError, ValueError):
-                    plain = None
-            if plain is not None:
-                xywh, surface, is_crowd = plain.bbox, plain.area, plain.iscrowd
-                shape: Any = plain.segmentation
-                own_id = plain.id
-            else:
-                annotation = self._whole(entry)
-                n, k = self._places(annotation, number, label_of, names, own)
-                name = f"{self.annotations}: annotation {annotation.get('id', '?')}"
-                xywh, surface, is_crowd = check_numbers(name, annotation)
-                segmentation = annotation.get("segmentation")
-                is_seen = not self.masks or check_segmentation(name, segmentation, *sizes[n])
-                if angle := rotation_of(annotation):
-                    xywh, rotated = enclosing_box(xywh, angle), rotated + 1
-                shape = json.dumps(annotation.get("segmentation")).encode()
-                own_id = annotation.get("id")
-            image.append(n)
-            label.append(k)
-            box.extend(xywh)
-            area.append(surface or 0.0)
-            crowd.append(is_crowd != 0)
-            identity.append(own_id if isinstance(own_id, int) and abs(own_id) < 2**63 else -1)
-            if self.masks:
-                shapes += shape
-                seen.append(bool(is_seen))
-                end.append(len(shapes))
-        if rotated:
-            boxes = counted(rotated, "box is", "boxes are")
-            log.warning("%s: %s rotated; upright boxes around them are taken", self.annotations, boxes)
-        self.order = np.argsort(np.array(image, np.int32), kind="stable")  # of the file's, by image
-        self.image = np.array(image, np.int32)[self.order]
-        self.labels = np.array(label, np.int32)[self.order]
-        self.identity = np.array(identity, np.int64)[self.order]
-        self.iscrowd = np.array(crowd, np.int8)[self.order]
-        self.xywh = np.array(box, np.float64).reshape(-1, 4)[self.order]
-        self.area = np.array(area, np.float32)[self.order]
-        self.shapes = np.frombuffer(shapes, np.uint8)
-        ends = np.array(end, np.int64)
-        self.shape_end = ends[self.order] if self.masks else ends
-        self.seen = np.array(seen, bool)[self.order] if self.masks else np.ones(len(label), bool)
-        self.shape_start = np.concatenate([[0], ends[:-1]])[self.order] if self.masks and len(ends) else ends
+        """Read the objects and sort them by image.
 
-    def _whole(self, entry: Any) -> Any:
-        """An annotation with all that it has."""
+        Args:
+            annotations: Annotations of the file, undecoded or decoded.
+            image_index: Index of each image id.
+            label_of: Label of each category id.
+            names: Names of the training classes.
+            has_own_classes: Whether these are the file's categories.
+        """
+        objects = ObjectBuffer()
+        sizes = self.sizes.tolist()
+        num_rotated = 0
+        for entry in annotations:
+            if self._append_plain(objects, entry, image_index, label_of, sizes):
+                continue
+            annotation = self._decode(entry)
+            image, label = self._look_up(annotation, image_index, label_of, names, has_own_classes)
+            name = f"{self.annotations}: annotation {annotation.get('id', '?')}"
+            xywh, area, iscrowd = check_numbers(name, annotation)
+            segmentation = annotation.get("segmentation")
+            has_pixels = not self.masks or check_segmentation(name, segmentation, *sizes[image])
+            if angle := rotation_of(annotation):
+                xywh, num_rotated = enclosing_box(xywh, angle), num_rotated + 1
+            objects.append(image, label, annotation.get("id"), xywh, area, iscrowd)
+            if self.masks:
+                objects.append_segmentation(json.dumps(segmentation).encode(), has_pixels)
+        if num_rotated:
+            boxes = counted(num_rotated, "box is", "boxes are")
+            log.warning("%s: %s rotated; their enclosing upright boxes are used", self.annotations, boxes)
+        indices = np.array(objects.image, np.int32)
+        self.order = order = np.argsort(indices, kind="stable")  # position in the file, by image
+        self.image = indices[order]
+        self.labels = np.array(objects.label, np.int32)[order]
+        self.annotation_ids = np.array(objects.annotation_id, np.int64)[order]
+        self.iscrowd = np.array(objects.iscrowd, np.int8)[order]
+        self.xywh = np.array(objects.xywh, np.float64).reshape(-1, 4)[order]
+        self.area = np.array(objects.area, np.float32)[order]
+        self.has_pixels = np.ones(len(order), bool)
+        if self.masks:
+            self.has_pixels = np.array(objects.has_pixels, bool)[order]
+            self.segmentations = np.frombuffer(objects.segmentations, np.uint8)
+            ends = np.array(objects.segmentation_end, np.int64)
+            self.segmentation_end = ends[order]
+            self.segmentation_start = np.concatenate([[0], ends[:-1]])[order] if len(ends) else ends
+
+    def _append_plain(
+        self,
+        objects: "ObjectBuffer",
+        entry: Any,
+        image_index: dict[Any, int],
+        label_of: dict[Any, int],
+        sizes: list[list[int]],
+    ) -> bool:
+        """Append an annotation that is written as COCO writes it; returns whether it is."""
+        if not isinstance(entry, msgspec.Raw):
+            return False
+        has_pixels: bool | None = True
+        try:
+            plain = decode_annotation(entry)
+            image, label = image_index[plain.image_id], label_of[plain.category_id]
+            if self.masks:
+                has_pixels = polygons_have_pixels(decode_polygons(plain.segmentation), *sizes[image])
+            if has_pixels is None or b'"rotation"' in bytes(plain.attributes):
+                return False
+        except (msgspec.MsgspecError, KeyError, ValueError):
+            return False
+        objects.append(image, label, plain.id, plain.bbox, plain.area, plain.iscrowd)
+        if self.masks:
+            objects.append_segmentation(plain.segmentation, has_pixels)
+        return True
+
+    def _decode(self, entry: Any) -> Any:
+        """Decode all fields of an annotation."""
         try:
             return json.loads(bytes(entry)) if isinstance(entry, msgspec.Raw) else entry
-        except ValueError as error:  # bytes that are no text: msgspec does not look at what nobody asks for
+        except ValueError as error:  # msgspec does not check the encoding of fields that it skips
             raise UserError(f"{self.annotations}: not JSON ({error})") from None
 
-    def _places(
-        self, annotation: Any, number: dict[Any, int], label_of: dict[Any, int], names: list[str], own: bool
+    def _look_up(
+        self,
+        annotation: Any,
+        image_index: dict[Any, int],
+        label_of: dict[Any, int],
+        names: list[str],
+        has_own_classes: bool,
     ) -> tuple[int, int]:
-        """The image's number and the label of an annotation."""
+        """Image index and label of an annotation."""
         if not isinstance(annotation, dict):
             raise UserError(f"{self.annotations}: an annotation that is a {type(annotation).__name__}")
         name = f"{self.annotations}: annotation {annotation.get('id', '?')}"
-        n = self._find(number, annotation, "image_id", name)
-        if n is None:
+        image = self._find(image_index, annotation, "image_id", name)
+        if image is None:
             raise UserError(f"{name}: of image {annotation.get('image_id')}, which is not in the file")
         label = self._find(label_of, annotation, "category_id", name)
         if label is None:
             category = self._find(self.categories, annotation, "category_id", name)
             what = f"{annotation.get('category_id')}{f' ({category})' if category else ''}"
-            known = [f"{i} ({c})" for i, c in self.categories.items()] if own else names
+            known = [f"{i} ({c})" for i, c in self.categories.items()] if has_own_classes else names
             raise UserError(f"{name}: of category {what}; known are {', '.join(known[:5])}")
-        return n, label
+        return image, label
 
-    def _leave_out(self, annotations: list[Any], train: bool, skip_empty: bool) -> None:
-        """Leave out what cannot be learned or found, and images without an object if these are skipped."""
+    def _skip_unusable(self, annotations: list[Any], train: bool, skip_empty: bool) -> None:
+        """Skip unusable objects and, with ``skip_empty``, images without objects."""
         width, height = self.sizes[self.image].T
         x1, y1, w, h = self.xywh.T
         x2, y2 = x1 + w, y1 + h
-        inside = (w > 0) & (h > 0)
-        inside &= (np.minimum(width, x2) > np.maximum(0, x1)) & (np.minimum(height, y2) > np.maximum(0, y1))
+        is_inside = (w > 0) & (h > 0)
+        is_inside &= (np.minimum(width, x2) > np.maximum(0, x1)) & (
+            np.minimum(height, y2) > np.maximum(0, y1)
+        )
         self.boxes = np.stack([x1, y1, x2, y2], 1).astype(np.float32)
         del self.xywh
-        total, crowds = len(inside), int(self.iscrowd.sum())
+        total, crowds = len(is_inside), int(self.iscrowd.sum())
         if train:
             self._check_trainable(total, crowds)
-            self._report(annotations, ~inside, "outside the image or of no size, not trained on")
+            self._report(annotations, ~is_inside, "outside the image or without area, skipped")
             if crowds:
                 what = counted(crowds, "crowd is", "crowds are")
-                log.warning("%s: %s not trained on (iscrowd 1)", self.annotations, what)
+                log.warning("%s: %s skipped in training (iscrowd 1)", self.annotations, what)
         elif not total:
             log.warning("%s: has no annotations; average precision cannot be measured", self.annotations)
-        else:  # COCO's metrics count such boxes as objects that were not found
-            self._report(annotations, ~inside, "outside the image or of no size, which nothing can match")
-        self._report(annotations, ~self.seen, "without a mask pixel in the image, left out")
-        kept = (inside | (not train)) & self.seen
+        else:  # COCO's metrics count such boxes as missed objects
+            self._report(
+                annotations, ~is_inside, "outside the image or without area, which no detection can match"
+            )
+        self._report(annotations, ~self.has_pixels, "without a mask pixel in the image, skipped")
+        kept = (is_inside | (not train)) & self.has_pixels
         if train and total and not (kept & (self.iscrowd == 0)).any():
             raise UserError(
                 f"{self.annotations}: no object of {total} can be trained on. Export the labels again"
             )
         if not kept.all():
-            self._keep(kept)
-        del self.order, self.seen
+            self._select(kept)
+        del self.order, self.has_pixels
         if skip_empty:
-            full = np.unique(self.image[self.iscrowd == 0])
-            self._keep(np.isin(self.image, full))
-            self.image = np.searchsorted(full, self.image).astype(np.int32)
-            self.names = Names(self.names[int(n)] for n in full)
-            self.sizes, self.ids = self.sizes[full], self.ids[full]
+            non_empty = np.unique(self.image[self.iscrowd == 0])
+            self._select(np.isin(self.image, non_empty))
+            self.image = np.searchsorted(non_empty, self.image).astype(np.int32)
+            self.names = StringArray(self.names[int(n)] for n in non_empty)
+            self.sizes, self.ids = self.sizes[non_empty], self.ids[non_empty]
         self.first = np.searchsorted(self.image, np.arange(len(self.sizes) + 1))
 
     def _check_trainable(self, total: int, crowds: int) -> None:
@@ -313,14 +373,14 @@ class CocoImages:
             )
         if crowds == total:
             raise UserError(
-                f"{self.annotations}: all objects ({total}) are crowds (iscrowd 1), which are not trained "
-                "on. Set iscrowd to 0 for single objects"
+                f"{self.annotations}: all objects ({total}) are crowds (iscrowd 1), which training "
+                "skips. Set iscrowd to 0 for single objects"
             )
 
     def _report(self, annotations: list[Any], chosen: NDArray[np.bool_], what: str) -> None:
-        """Warn about some objects: how many, and the first in the file."""
+        """Log a warning with the number of chosen objects and the first of them."""
         if chosen.any():
-            first = self._whole(annotations[int(self.order[chosen].min())])
+            first = self._decode(annotations[int(self.order[chosen].min())])
             log.warning(
                 "%s: %s %s; the first is annotation %s with bbox %s",
                 self.annotations,
@@ -330,59 +390,77 @@ class CocoImages:
                 first.get("bbox"),
             )
 
-    def _keep(self, chosen: NDArray[np.bool_]) -> None:
-        for name in ("image", "labels", "identity", "iscrowd", "area", "boxes"):
+    def _select(self, chosen: NDArray[np.bool_]) -> None:
+        for name in ("image", "labels", "annotation_ids", "iscrowd", "area", "boxes"):
             setattr(self, name, getattr(self, name)[chosen])
         if self.masks:
-            self.shape_start, self.shape_end = self.shape_start[chosen], self.shape_end[chosen]
+            self.segmentation_start = self.segmentation_start[chosen]
+            self.segmentation_end = self.segmentation_end[chosen]
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def name(self, index: int) -> str:
+        """Path of an image."""
         return str(self.folder / self.names[index])
 
     def read(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
+        """Read an image and its objects.
+
+        Args:
+            index: Index of the image.
+
+        Returns:
+            The image, opened and upright, and a dictionary with ``image_id``, ``boxes``, ``labels``,
+            ``iscrowd``, ``area`` and ``masks`` ``(n, H, W)`` or ``outlines``.
+
+        Raises:
+            UserError: If the image has another size than in the annotation file, or a mask cannot be decoded.
+        """
         file_name, (width, height) = self.names[index], self.sizes[index].tolist()
         path = self.folder / file_name
-        image = upright(Image.open(path), labelled=(width, height))
+        image = apply_orientation(Image.open(path), label_size=(width, height))
         if image.size != (width, height):
             raise UserError(
-                f"{path}: is {image.size[0]}x{image.size[1]} (turned as its EXIF orientation says), "
-                f"{self.annotations} says {width}x{height}"
+                f"{path}: is {image.size[0]}x{image.size[1]} (after its EXIF orientation is applied), but "
+                f"{width}x{height} in {self.annotations}"
             )
-        part = slice(self.first[index], self.first[index + 1])
+        rows = slice(self.first[index], self.first[index + 1])
         target: dict[str, Any] = dict(
             image_id=int(self.ids[index]),
-            boxes=self.boxes[part],
-            labels=self.labels[part].astype(np.int64),
-            iscrowd=self.iscrowd[part].astype(np.int64),
-            area=self.area[part],
+            boxes=self.boxes[rows],
+            labels=self.labels[rows].astype(np.int64),
+            iscrowd=self.iscrowd[rows].astype(np.int64),
+            area=self.area[rows],
         )
         if self.as_outlines:
-            outlines = [self._shape(k) for k in range(part.start, part.stop)]
+            outlines = [self._segmentation(k) for k in range(rows.start, rows.stop)]
             polygons = (isinstance(shape, list) for shape in outlines)
             if all(is_list or crowd for is_list, crowd in zip(polygons, target["iscrowd"], strict=True)):
                 return image, {**target, "outlines": outlines}
         if self.masks:
-            shapes = [self._mask(k, width, height) for k in range(part.start, part.stop)]
+            shapes = [self._mask(k, width, height) for k in range(rows.start, rows.stop)]
             target["masks"] = np.stack(shapes) if shapes else np.zeros((0, height, width), np.uint8)
         return image, target
 
-    def _shape(self, k: int) -> Any:
-        """Polygons or run lengths of an object, as the file has them."""
-        return msgspec.json.decode(self.shapes[self.shape_start[k] : self.shape_end[k]].tobytes())
+    def _segmentation(self, k: int) -> Any:
+        """Polygons or run-length encoding of an object, as in the file."""
+        start, end = self.segmentation_start[k], self.segmentation_end[k]
+        return msgspec.json.decode(self.segmentations[start:end].tobytes())
 
     def _mask(self, k: int, width: int, height: int) -> NDArray[np.uint8]:
         try:
-            return decode_mask(self._shape(k), width, height)
-        except Exception as error:  # of the C code
-            raise UserError(f"{self._named(k)}: its mask cannot be decoded ({error})") from None
+            return decode_mask(self._segmentation(k), width, height)
+        except Exception as error:  # the C++ decoder raises errors of several types
+            raise UserError(f"{self._describe(k)}: its mask cannot be decoded ({error})") from None
 
-    def _named(self, k: int) -> str:
-        return f"{self.annotations}: annotation {self.identity[k] if self.identity[k] >= 0 else '?'}"
+    def _describe(self, k: int) -> str:
+        return (
+            f"{self.annotations}: annotation {self.annotation_ids[k] if self.annotation_ids[k] >= 0 else '?'}"
+        )
 
     def _find(self, known: dict[Any, Any], annotation: dict[str, Any], key: str, name: str) -> Any:
+        """Look up an id of an annotation."""
         try:
             return known.get(coco_id(annotation.get(key)))
         except (TypeError, ValueError, OverflowError):

@@ -90,7 +90,7 @@ def read_coco_json(path: Path) -> dict[str, Any]:
     try:
         found = msgspec.json.decode(text, type=CocoFile)
         return {"images": found.images, "annotations": found.annotations, "categories": found.categories}
-    except (msgspec.MsgspecError, RecursionError, ValueError):  # json takes more, and says what it does not
+    except (msgspec.MsgspecError, RecursionError, ValueError):  # json accepts more and reports errors
         pass
     try:
         content = json.loads(text)

@@ -26,7 +26,13 @@ def decode_mask(segmentation: Any, width: int, height: int) -> NDArray[np.uint8]
 
 
 def encode_mask(segmentation: Any, width: int, height: int) -> dict[str, Any]:
-    """Compressed run lengths of polygons or a run-length encoding; see ``decode_mask``."""
+    """Compressed run lengths of polygons or a run-length encoding; see ``decode_mask``.
+
+    Args:
+        segmentation: Polygons or run-length encoding.
+        width: Width of the image.
+        height: Height of the image.
+    """
     if isinstance(segmentation, list) or not isinstance(segmentation["counts"], (str, bytes)):
         encoded: dict[str, Any] = rle.segmToRle(segmentation, width, height)
         return encoded

@@ -1,8 +1,8 @@
-"""Multi-scale digits: the data that comes with the library, for all four tasks.
+"""Multi-scale digits: bundled data for all tasks.
 
-Real handwritten digits (scikit-learn's copy of the UCI optical recognition set: 1797 images of 8x8, ten
-classes), drawn at many scales and places on textured canvases. Deterministic: an image follows from (seed,
-split, index). Training and validation images use the handwriting of different samples.
+Handwritten digits (scikit-learn's copy of the UCI optical recognition set: 1797 images of 8x8 pixels in ten
+classes), drawn at many scales and positions on textured canvases. An image depends only on (seed, split,
+index). Training and validation use different handwriting.
 """
 
 from functools import lru_cache
@@ -18,7 +18,7 @@ CLASSES = tuple(str(digit) for digit in range(10))
 
 @lru_cache(maxsize=2)
 def _handwriting(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Digits (count, 8, 8) in 0..255 and their classes; every fourth sample is for validation."""
+    """Digits of shape ``(N, 8, 8)`` in 0..255 and their classes. Every fourth sample is for validation."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -30,20 +30,15 @@ class MultiScaleDigits(Dataset[Any]):
     """Handwritten digits at many scales on textured canvases.
 
     Args:
-        split: `"train"` or `"val"`.
-        length: images in the split.
-        size: side of the square canvas, in pixels.
-        digits: fewest and most digits in an image; with one, `label` is the image's class.
-        scales: smallest and largest side of a digit, as a share of the canvas.
-        seed: of everything drawn.
+        split: ``"train"`` or ``"val"``.
+        length: Number of images.
+        size: Side of the square canvas, in pixels.
+        digits: Minimum and maximum number of digits per image.
+        scales: Minimum and maximum side of a digit, relative to the canvas.
+        seed: Seed.
 
-    Each item is `(image, target)`: a PIL image, RGB, and a dict of
-
-        label     int, class of the first digit
-        labels    int64 (n,), class of each digit
-        boxes     float32 (n, 4), x1, y1, x2, y2 of each digit's visible ink, in pixels
-        masks     uint8 (n, size, size), 1 on the visible ink of each digit
-        semantic  uint8 (size, size), 0 the canvas, 1 + class on ink
+    Raises:
+        ValueError: If the split is unknown.
     """
 
     def __init__(
@@ -56,7 +51,7 @@ class MultiScaleDigits(Dataset[Any]):
         seed: int = 0,
     ) -> None:
         if split not in ("train", "val"):
-            raise ValueError(f"split is 'train' or 'val', not '{split}'")
+            raise ValueError(f"split must be 'train' or 'val', not '{split}'")
         self.split, self.length, self.size = split, length, size
         self.digits, self.scales, self.seed = digits, scales, seed
 
@@ -64,12 +59,20 @@ class MultiScaleDigits(Dataset[Any]):
         return self.length
 
     def __getitem__(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
+        """An RGB image and its target.
+
+        Returns:
+            The image, and a dict of ``label``, the class of the first digit; ``labels``, shape ``(N,)``;
+            ``boxes`` as x1, y1, x2, y2 of the visible ink in pixels, shape ``(N, 4)``; ``masks`` of the
+            visible ink, shape ``(N, size, size)``; ``semantic``, 0 for the canvas and 1 + class for ink,
+            shape ``(size, size)``.
+        """
         rng = np.random.default_rng((self.seed, self.split == "val", index))
         canvas = _texture(rng, self.size)
         glyphs, classes = _handwriting(self.split)
         count = int(rng.integers(self.digits[0], self.digits[1] + 1))
         chosen = rng.integers(len(glyphs), size=count)
-        owner = np.full((self.size, self.size), -1)  # which digit's ink is on top
+        owner = np.full((self.size, self.size), -1)  # digit whose ink is on top
         for n, which in enumerate(chosen):
             low, high = np.log(self.scales)
             side = max(8, round(self.size * float(np.exp(rng.uniform(low, high)))))
@@ -77,7 +80,7 @@ class MultiScaleDigits(Dataset[Any]):
             glyph = Image.fromarray(glyphs[which]).rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR)
             ink = np.asarray(glyph.resize((side, side), Image.Resampling.BICUBIC), np.float32) / 255
             area = canvas[y : y + side, x : x + side]
-            area += ink[..., None] * (_ink_colour(rng) - area)
+            area += ink[..., None] * (_ink_color(rng) - area)
             owner[y : y + side, x : x + side][ink > 0.4] = n
         visible = [n for n in range(count) if (owner == n).any()]
         masks = np.stack([owner == n for n in visible])
@@ -94,7 +97,7 @@ class MultiScaleDigits(Dataset[Any]):
 
 
 def _texture(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
-    """A dark canvas of smooth colour noise at two scales, (size, size, 3), about 0.1 to 0.5."""
+    """A dark canvas of smooth color noise at two scales, shape ``(size, size, 3)``, about 0.1 to 0.5."""
     canvas = rng.uniform(0.2, 0.4, 3).astype(np.float32) * np.ones((size, size, 3), np.float32)
     for cells, strength in ((3, 0.1), (12, 0.05)):
         grid = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
@@ -104,11 +107,105 @@ def _texture(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
     return canvas
 
 
-def _ink_colour(rng: np.random.Generator) -> NDArray[np.float32]:
-    """A light colour, of any hue."""
+def _ink_color(rng: np.random.Generator) -> NDArray[np.float32]:
+    """A light color of any hue."""
     return rng.uniform(0.7, 1.0, 3).astype(np.float32)
 
 
 def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
     rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return cols[0], rows[0], cols[-1] + 1, rows[-1] + 1
+
+
+class DigitImages:
+    """Images with one digit, for classification.
+
+    Args:
+        split: ``train`` or ``val``.
+        length: Number of images.
+        size: Side of the images in pixels.
+        seed: Seed.
+    """
+
+    classes = list(CLASSES)
+
+    def __init__(self, split: str, length: int, size: int, seed: int) -> None:
+        self.dataset = MultiScaleDigits(split, length, size, seed=seed)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """An image and its class index."""
+        image, target = self.dataset[index]
+        return image, target["label"]
+
+    def name(self, index: int) -> str:
+        """Name of an image, for messages."""
+        return f"digit {index}"
+
+
+class DigitObjects:
+    """Images with up to four digits, for detection. See ``DigitImages`` for other arguments.
+
+    Args:
+        split: ``train`` or ``val``.
+        length: Number of images.
+        size: Side of the images in pixels.
+        masks: Whether targets have masks.
+        seed: Seed.
+    """
+
+    categories = {k + 1: name for k, name in enumerate(CLASSES)}
+
+    def __init__(self, split: str, length: int, size: int, masks: bool, seed: int) -> None:
+        self.dataset = MultiScaleDigits(split, length, size, (1, 4), (0.2, 0.6), seed)
+        self.sizes = [(size, size)] * length
+        self.masks = masks
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        """Name of an image, for messages."""
+        return f"digits {index}"
+
+    def read(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
+        """An image and its target, as from ``CocoImages``."""
+        image, digits = self.dataset[index]
+        target = {
+            "image_id": index,
+            "boxes": digits["boxes"],
+            "labels": digits["labels"] + 1,
+            "iscrowd": np.zeros(len(digits["labels"]), np.int64),
+            "area": digits["masks"].sum((1, 2)).astype(np.float32),
+        }
+        return image, {**target, "masks": digits["masks"]} if self.masks else target
+
+
+class DigitMaps:
+    """Images with one or two digits, for segmentation. The canvas is a class.
+
+    Args:
+        split: ``train`` or ``val``.
+        length: Number of images.
+        size: Side of the images in pixels.
+        seed: Seed.
+    """
+
+    classes = ["canvas", *CLASSES]
+
+    def __init__(self, split: str, length: int, size: int, seed: int) -> None:
+        self.dataset = MultiScaleDigits(split, length, size, (1, 2), (0.2, 0.6), seed)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        """Name of an image, for messages."""
+        return f"digits {index}"
+
+    def read(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
+        """An image and its class map."""
+        image, target = self.dataset[index]
+        return image, target["semantic"]

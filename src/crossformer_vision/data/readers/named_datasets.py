@@ -7,8 +7,8 @@ from typing import Any
 from PIL import Image
 from timm.data.dataset_factory import create_dataset
 
-from crossformer_vision.data.images import upright
-from crossformer_vision.errors import UserError
+from crossformer_vision.data.images import apply_orientation
+from crossformer_vision.errors import UserError, missing_extra
 
 CACHE = Path("~/.cache/crossformer-vision")
 
@@ -49,7 +49,7 @@ class TimmImages:
     def read(self, index: int) -> tuple[Image.Image, int]:
         """The image and its class index."""
         image, label = self.dataset[index]
-        return upright(image), int(label)
+        return apply_orientation(image), int(label)
 
     def name(self, index: int) -> str:
         """Name of an image in messages."""
@@ -86,9 +86,7 @@ class HuggingFaceImages:
         try:
             import datasets
         except ImportError as error:
-            raise UserError(
-                f"{error.name} is not installed: pip install 'crossformer-vision[huggingface]'"
-            ) from None
+            raise missing_extra(error, "huggingface") from None
         name = dataset.removeprefix("hfds/")
         datasets.disable_progress_bars()
         try:
@@ -129,7 +127,9 @@ class HuggingFaceImages:
         """The image and its class index."""
         row = self.dataset[index]
         value = row[self.label_column]
-        return upright(row[self.image_column]), self._indices[value] if isinstance(value, str) else int(value)
+        return apply_orientation(row[self.image_column]), self._indices[value] if isinstance(
+            value, str
+        ) else int(value)
 
     def name(self, index: int) -> str:
         """Name of an image in messages."""

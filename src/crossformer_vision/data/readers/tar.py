@@ -1,4 +1,4 @@
-"""Class folders inside a tar file, read where they lie on the disk."""
+"""Class folders inside a tar file, read by random access."""
 
 import io
 import tarfile
@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from crossformer_vision.data.images import EXTENSIONS, Names, is_hidden, upright
+from crossformer_vision.data.images import EXTENSIONS, StringArray, apply_orientation, is_hidden
 from crossformer_vision.errors import UserError
 
 
 class TarImages:
     """``<class>/.../<image>`` inside a tar file: the class is the first folder, as in a folder of images.
 
-    A tar file inside, as ImageNet has one for each class, stands for a folder of its name. Each image is read
-    through a file of its own, so workers do not share a position.
+    A tar file inside, as ImageNet has one for each class, is treated as a folder of its name. Each image is
+    read through its own file object, so workers do not share a position.
 
     Args:
         path: The tar file, not compressed.
@@ -30,25 +30,25 @@ class TarImages:
     def __init__(self, path: Path, classes: list[str]) -> None:
         self.path = path
         offsets, sizes, labels = array("q"), array("q"), array("i")
-        found: dict[str, int] = {}
+        class_ids: dict[str, int] = {}
 
         def names() -> Iterator[str]:
-            for name, offset, size in members(path):
+            for name, offset, size in iterate_members(path):
                 offsets.append(offset)
                 sizes.append(size)
-                labels.append(found.setdefault(name.partition("/")[0], len(found)))
+                labels.append(class_ids.setdefault(name.partition("/")[0], len(class_ids)))
                 yield name
 
         try:
-            self.names = Names(names())
+            self.names = StringArray(names())
         except (tarfile.TarError, OSError) as error:
             raise UserError(f"{path}: cannot be read as a tar file of class folders ({error})") from None
-        if not found:
+        if not class_ids:
             raise UserError(f"{path}: no images in class folders")
-        if classes and (unknown := sorted(set(found) - set(classes))):
+        if classes and (unknown := sorted(set(class_ids) - set(classes))):
             raise UserError(f"{path}/{unknown[0]}: class '{unknown[0]}' is not among the training classes")
-        self.classes = list(classes or sorted(found))
-        index = [self.classes.index(name) for name in found]
+        self.classes = list(classes or sorted(class_ids))
+        index = [self.classes.index(name) for name in class_ids]
         self.labels = np.array(index, np.int32)[np.array(labels)]
         self.offsets, self.sizes = np.array(offsets, np.int64), np.array(sizes, np.int64)
 
@@ -56,18 +56,18 @@ class TarImages:
         return len(self.labels)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """An image, upright, and its label."""
+        """An upright image and its label."""
         with open(self.path, "rb") as file:
             file.seek(int(self.offsets[index]))
             content = file.read(int(self.sizes[index]))
-        return upright(Image.open(io.BytesIO(content))), int(self.labels[index])
+        return apply_orientation(Image.open(io.BytesIO(content))), int(self.labels[index])
 
     def name(self, index: int) -> str:
         """Path of an image, for messages."""
         return f"{self.path}/{self.names[index]}"
 
 
-def members(path: Path) -> Iterator[tuple[str, int, int]]:
+def iterate_members(path: Path) -> Iterator[tuple[str, int, int]]:
     """Images in class folders of a tar file: name, offset in the file and size in bytes.
 
     Raises:

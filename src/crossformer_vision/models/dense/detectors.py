@@ -1,9 +1,18 @@
-"""RetinaNet and Mask R-CNN on any timm backbone, from torchvision's detectors.
+"""RetinaNet and Mask R-CNN on any timm backbone, composed from torchvision's parts and this package's.
 
-In structure, losses and numbers they are the OpenMMLab models that CrossFormer was published with; what
-differs from torchvision's own is in `detector_parts.py`.
+Structure, losses and initialization are those of the OpenMMLab models that CrossFormer was published with.
+They differ from torchvision's detectors in these points:
 
-Labels run from 1 to `num_classes`; 0 is the background, as in torchvision.
+- Anchors are not rounded to whole pixels, and their positions are multiples of the level's stride.
+- RetinaNet's P6 is computed from C5, and there is no ReLU between P6 and P7.
+- RoIAlign aligns half pixels and adapts its sampling density to the size of the RoI.
+- At most 100 detections per image, and 1000 proposals in training too.
+- Mask targets and pasted masks are sampled at pixel centers from unrounded boxes (see ``masks.py``).
+- Boxes are trained with L1 instead of smooth L1. RetinaNet's losses are divided by the positives of the batch
+  instead of each image's. An object that no anchor overlaps by 0.3 gets no anchor of the RPN.
+- P6, P7 and the box head have Xavier initialization.
+
+Labels run from 1 to ``num_classes``; 0 is the background, as in torchvision.
 """
 
 from typing import Any, Literal
@@ -13,39 +22,31 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from typing_extensions import override
 
 from crossformer_vision.errors import UserError
 from crossformer_vision.models import find_model
-from crossformer_vision.models.dense.backbones import (
+from crossformer_vision.models.dense.anchors import AnchorGenerator, match_anchors
+from crossformer_vision.models.dense.backbones import create_backbone, feature_channels
+from crossformer_vision.models.dense.base import DenseModel, find_body_prefix
+from crossformer_vision.models.dense.feature_pyramid import (
     PUBLISHED_NECK,
-    DenseModel,
-    Pyramid,
-    body_name,
-    create_backbone,
-    map_channels,
+    BackboneWithFPN,
+    LastLevelP6P7,
+    init_xavier,
 )
-from crossformer_vision.models.dense.matching import match_anchors
-from crossformer_vision.models.dense.openmmlab import (
-    P6P7,
-    RPN,
-    Anchors,
-    RoIAlign,
-    RoIHeads,
-    Transform,
-    xavier,
-)
+from crossformer_vision.models.dense.roi_heads import RoIAlign, RoIHeads
+from crossformer_vision.models.dense.rpn import RPN
+from crossformer_vision.models.dense.transform import DetectorTransform
 
 __all__ = ["MaskRCNN", "RetinaNet", "create_detector"]
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Published names
-# ------------------------------------------------------------------------------------------------------------
-
+# OpenMMLab's keys and the keys of the detectors here.
 RETINANET = [
     (r"^neck\.fpn_convs\.3\.conv\.", "backbone.fpn.extra_blocks.p6."),
     (r"^neck\.fpn_convs\.4\.conv\.", "backbone.fpn.extra_blocks.p7."),
@@ -70,35 +71,22 @@ MASK_RCNN = [
 ]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Detectors
-# ------------------------------------------------------------------------------------------------------------
-
-
-def _in_float32(module: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook of the heads: boxes and losses are computed in float32 under autocast, too."""
-    if isinstance(output, Tensor):
-        return output.float()
-    if isinstance(output, dict):
-        return {name: x.float() for name, x in output.items()}
-    return type(output)(_in_float32(module, args, x) for x in output)
-
-
-def check_labels(targets: list[dict[str, Tensor]] | None, num_classes: int) -> None:
-    """Check that labels of targets run from 1 to ``num_classes``; 0 is the background.
-
-    Raises:
-        UserError: If a label is outside this range.
-    """
-    for target in targets or ():
-        wrong = (target["labels"] < 1) | (target["labels"] > num_classes)
-        if wrong.any():
-            label = int(target["labels"][wrong][0])
-            raise UserError(f"a target has label {label}: labels run from 1 to {num_classes}")
-
-
 class RetinaNet(DenseModel, detection.RetinaNet):
-    """RetinaNet (arXiv 1708.02002) as published with CrossFormer; see `create_detector`."""
+    """RetinaNet (arXiv 1708.02002) as published with CrossFormer. See `create_detector`.
+
+    Args:
+        body: A module from `create_backbone`.
+        num_classes: Number of classes without the background.
+        width: Channels of the pyramid and the head.
+        anchor_scale: Side of a level's smallest anchor, in strides. ``None`` is 4.
+        max_detections: Maximum number of detections per image.
+        min_size: See `DetectorTransform`.
+        max_size: See `DetectorTransform`.
+        image_mean: Mean of each channel.
+        image_std: Standard deviation of each channel.
+        skip_resize: Do not resize in training.
+        **kwargs: Further arguments of torchvision's ``RetinaNet``, such as ``score_thresh``.
+    """
 
     heads = ("backbone.fpn.", "backbone.body.scales.", "head.")
     class_layers = ("head.classification_head.cls_logits.",)
@@ -111,58 +99,99 @@ class RetinaNet(DenseModel, detection.RetinaNet):
         width: int,
         anchor_scale: float | None,
         max_detections: int,
+        min_size: int | list[int],
+        max_size: int,
+        image_mean: list[float],
+        image_std: list[float],
+        skip_resize: bool = False,
         **kwargs: Any,
     ) -> None:
-        anchors = Anchors((8, 16, 32, 64, 128), anchor_scale or 4, octave=3)
+        anchors = AnchorGenerator((8, 16, 32, 64, 128), anchor_scale or 4, scales_per_octave=3)
         head = RetinaNetHead(width, 9, num_classes)
-        head.register_forward_hook(_in_float32)
+        head.register_forward_hook(_to_float32)
+        extra = LastLevelP6P7(feature_channels(body)[-1], width)
         super().__init__(
-            Pyramid(body, width, first=1, extra=P6P7(map_channels(body)[-1], width)),
+            BackboneWithFPN(body, width, first=1, extra=extra),
             num_classes,
             anchor_generator=anchors,
             head=head,
             detections_per_img=max_detections,
             **kwargs,
         )
-        parts: Any = self
-        parts.transform.__class__ = Transform
-        self.body_name = body_name("backbone.body.", body)
+        self.transform = DetectorTransform(min_size, max_size, image_mean, image_std, skip_resize)
+        self.body_prefix = find_body_prefix("backbone.body.", body)
         self.num_classes = num_classes
 
+    @override
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         check_labels(targets, self.num_classes)
         return super().forward(images, targets)
 
+    @override
     def compute_loss(
         self, targets: list[dict[str, Tensor]], head_outputs: dict[str, Tensor], anchors: list[Tensor]
     ) -> dict[str, Tensor]:
-        # All images as one, so that the losses are divided by the positives of all.
-        head: Any = self.head
+        # The batch is treated as one image, so that losses are divided by the positives of the batch.
         matcher: Any = self.proposal_matcher
-        matches, before = [], 0
-        for target, own in zip(targets, anchors, strict=True):
-            match = match_anchors(matcher, target["boxes"], own)
-            matches.append(torch.where(match >= 0, match + before, match))
-            before += len(target["boxes"])
+        low, high = matcher.low_threshold, matcher.high_threshold
+        matches, offset = [], 0
+        for target, image_anchors in zip(targets, anchors, strict=True):
+            match = match_anchors(target["boxes"], image_anchors, low, high)
+            matches.append(torch.where(match >= 0, match + offset, match))
+            offset += len(target["boxes"])
         joined = {
             "boxes": torch.cat([target["boxes"] for target in targets]),
             "labels": torch.cat([target["labels"] for target in targets]) - 1,  # no background class
         }
         outputs = {name: x.flatten(0, 1)[None] for name, x in head_outputs.items()}
+        head: Any = self.head
         return head.compute_loss([joined], outputs, [torch.cat(anchors)], [torch.cat(matches)])
 
+    @override
     def postprocess_detections(
         self,
         head_outputs: dict[str, list[Tensor]],
         anchors: list[list[Tensor]],
         image_shapes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
-        found = super().postprocess_detections(head_outputs, anchors, image_shapes)
-        return [{**result, "labels": result["labels"] + 1} for result in found]
+        detections = super().postprocess_detections(head_outputs, anchors, image_shapes)
+        return [{**result, "labels": result["labels"] + 1} for result in detections]
 
 
-class MaskRCNN(DenseModel, detection.MaskRCNN):
-    """Mask R-CNN (arXiv 1703.06870) as published with CrossFormer; see `create_detector`."""
+class MaskRCNN(DenseModel, GeneralizedRCNN):
+    """Mask R-CNN (arXiv 1703.06870) as published with CrossFormer. See `create_detector`.
+
+    The arguments from ``rpn_pre_nms_top_n_train`` on are those of torchvision's ``MaskRCNN``.
+
+    Args:
+        body: A module from `create_backbone`.
+        num_classes: Number of classes without the background.
+        width: Channels of the pyramid and the heads.
+        anchor_scale: Side of a level's anchors, in strides. ``None`` is 8.
+        max_detections: Maximum number of detections per image.
+        min_size: See `DetectorTransform`.
+        max_size: See `DetectorTransform`.
+        image_mean: Mean of each channel.
+        image_std: Standard deviation of each channel.
+        skip_resize: Do not resize in training.
+        rpn_pre_nms_top_n_train: Proposals of each level before non-maximum suppression, in training.
+        rpn_pre_nms_top_n_test: The same, in evaluation.
+        rpn_post_nms_top_n_train: Proposals of an image, in training.
+        rpn_post_nms_top_n_test: The same, in evaluation.
+        rpn_nms_thresh: IoU above which a proposal is suppressed.
+        rpn_fg_iou_thresh: IoU from which on an anchor is positive.
+        rpn_bg_iou_thresh: IoU below which an anchor is negative.
+        rpn_batch_size_per_image: Anchors of an image in the RPN's loss.
+        rpn_positive_fraction: Maximum share of positive ones among them.
+        rpn_score_thresh: Minimum score of proposals.
+        box_score_thresh: Minimum score of detections.
+        box_nms_thresh: IoU above which a detection of the same class is suppressed.
+        box_fg_iou_thresh: IoU from which on a proposal is positive.
+        box_bg_iou_thresh: IoU below which a proposal is negative.
+        box_batch_size_per_image: Proposals of an image in the loss.
+        box_positive_fraction: Maximum share of positive ones among them.
+        bbox_reg_weights: Weights of the box deltas. ``None`` is ``(10, 10, 5, 5)``.
+    """
 
     heads = ("backbone.fpn.", "backbone.body.scales.", "rpn.", "roi_heads.")
     class_layers = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
@@ -175,44 +204,76 @@ class MaskRCNN(DenseModel, detection.MaskRCNN):
         width: int,
         anchor_scale: float | None,
         max_detections: int,
-        **kwargs: Any,
+        min_size: int | list[int],
+        max_size: int,
+        image_mean: list[float],
+        image_std: list[float],
+        skip_resize: bool = False,
+        rpn_pre_nms_top_n_train: int = 2000,
+        rpn_pre_nms_top_n_test: int = 1000,
+        rpn_post_nms_top_n_train: int = 1000,
+        rpn_post_nms_top_n_test: int = 1000,
+        rpn_nms_thresh: float = 0.7,
+        rpn_fg_iou_thresh: float = 0.7,
+        rpn_bg_iou_thresh: float = 0.3,
+        rpn_batch_size_per_image: int = 256,
+        rpn_positive_fraction: float = 0.5,
+        rpn_score_thresh: float = 0.0,
+        box_score_thresh: float = 0.05,
+        box_nms_thresh: float = 0.5,
+        box_fg_iou_thresh: float = 0.5,
+        box_bg_iou_thresh: float = 0.5,
+        box_batch_size_per_image: int = 512,
+        box_positive_fraction: float = 0.25,
+        bbox_reg_weights: tuple[float, float, float, float] | None = None,
     ) -> None:
         rpn_head = RPNHead(width, num_anchors=3)
-        box_head = TwoMLPHead(width * 7 * 7, 4 * width)
-        xavier(box_head)
-        box_predictor = FastRCNNPredictor(4 * width, num_classes + 1)
-        for layer, std in ((box_predictor.cls_score, 0.01), (box_predictor.bbox_pred, 0.001)):
-            nn.init.normal_(layer.weight, std=std)
-            nn.init.zeros_(layer.bias)
+        box_head, box_predictor = _create_box_head(width, num_classes)
         mask_predictor = MaskRCNNPredictor(width, width, num_classes + 1)
         for head in (rpn_head, box_predictor, mask_predictor):
-            head.register_forward_hook(_in_float32)
-        super().__init__(
-            Pyramid(body, width, first=0, extra=LastLevelMaxPool()),
-            rpn_anchor_generator=Anchors((4, 8, 16, 32, 64), anchor_scale or 8, octave=1),
-            rpn_head=rpn_head,
-            box_roi_pool=RoIAlign(7),
-            box_head=box_head,
-            box_predictor=box_predictor,
-            mask_roi_pool=RoIAlign(14),
-            mask_head=MaskRCNNHeads(width, [width] * 4, dilation=1),
-            mask_predictor=mask_predictor,
-            box_detections_per_img=max_detections,
-            **{"rpn_post_nms_top_n_train": 1000, **kwargs},
+            head.register_forward_hook(_to_float32)
+        backbone = BackboneWithFPN(body, width, first=0, extra=LastLevelMaxPool())
+        rpn = RPN(
+            AnchorGenerator((4, 8, 16, 32, 64), anchor_scale or 8, scales_per_octave=1),
+            rpn_head,
+            rpn_fg_iou_thresh,
+            rpn_bg_iou_thresh,
+            rpn_batch_size_per_image,
+            rpn_positive_fraction,
+            {"training": rpn_pre_nms_top_n_train, "testing": rpn_pre_nms_top_n_test},
+            {"training": rpn_post_nms_top_n_train, "testing": rpn_post_nms_top_n_test},
+            rpn_nms_thresh,
+            rpn_score_thresh,
         )
-        parts: Any = self  # torchvision has built them from our keywords
-        parts.rpn.__class__ = RPN
-        parts.roi_heads.__class__ = RoIHeads
-        parts.transform.__class__ = Transform
-        self.body_name = body_name("backbone.body.", body)
+        roi_heads = RoIHeads(
+            RoIAlign(7),
+            box_head,
+            box_predictor,
+            box_fg_iou_thresh,
+            box_bg_iou_thresh,
+            box_batch_size_per_image,
+            box_positive_fraction,
+            bbox_reg_weights,
+            box_score_thresh,
+            box_nms_thresh,
+            max_detections,
+            RoIAlign(14),
+            MaskRCNNHeads(width, [width] * 4, dilation=1),
+            mask_predictor,
+        )
+        transform = DetectorTransform(min_size, max_size, image_mean, image_std, skip_resize)
+        super().__init__(backbone, rpn, roi_heads, transform)
+        self.body_prefix = find_body_prefix("backbone.body.", body)
         self.num_classes = num_classes
 
+    @override
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         check_labels(targets, self.num_classes)
         return super().forward(images, targets)
 
+    @override
     def rename_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        # The background class comes first with torchvision, not last, and has rows of its own everywhere.
+        # torchvision's background class comes first, not last, and also has boxes and masks.
         renamed = super().rename_published(state)
         if "roi_head.bbox_head.fc_cls.weight" in state:
             for kind in ("weight", "bias"):
@@ -227,12 +288,54 @@ class MaskRCNN(DenseModel, detection.MaskRCNN):
         return renamed
 
 
-def normalisation(cfg: PretrainedCfg, channels: int) -> dict[str, list[float]]:
-    """torchvision's keywords for a backbone's mean and std; of other channels than three, the average."""
-    both = {"image_mean": list(cfg.mean), "image_std": list(cfg.std)}
+def _create_box_head(width: int, num_classes: int) -> tuple[nn.Module, nn.Module]:
+    """Box head with Xavier initialization and box predictor with OpenMMLab's."""
+    head = TwoMLPHead(width * 7 * 7, 4 * width)
+    init_xavier(head)
+    predictor = FastRCNNPredictor(4 * width, num_classes + 1)
+    for layer, std in ((predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)):
+        nn.init.normal_(layer.weight, std=std)
+        nn.init.zeros_(layer.bias)
+    return head, predictor
+
+
+def _to_float32(module: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook of heads: boxes and losses are computed in float32 under autocast, too."""
+    if isinstance(output, Tensor):
+        return output.float()
+    if isinstance(output, dict):
+        return {name: x.float() for name, x in output.items()}
+    return type(output)(_to_float32(module, args, x) for x in output)
+
+
+def check_labels(targets: list[dict[str, Tensor]] | None, num_classes: int) -> None:
+    """Check that labels of targets run from 1 to ``num_classes``; 0 is the background.
+
+    Args:
+        targets: Targets of each image with ``labels``, or ``None``.
+        num_classes: Number of classes without the background.
+
+    Raises:
+        UserError: If a label is outside this range.
+    """
+    for target in targets or ():
+        is_invalid = (target["labels"] < 1) | (target["labels"] > num_classes)
+        if is_invalid.any():
+            label = int(target["labels"][is_invalid][0])
+            raise UserError(f"a target has label {label}. Labels must be from 1 to {num_classes}")
+
+
+def normalization_kwargs(cfg: PretrainedCfg, channels: int) -> dict[str, list[float]]:
+    """Arguments ``image_mean`` and ``image_std`` of a detector, from its backbone.
+
+    Args:
+        cfg: timm's configuration of the backbone.
+        channels: Channels of images. Other numbers than 3 get the average of the three channels.
+    """
+    kwargs = {"image_mean": list(cfg.mean), "image_std": list(cfg.std)}
     if channels == 3:
-        return both
-    return {name: [sum(values) / len(values)] * channels for name, values in both.items()}
+        return kwargs
+    return {name: [sum(values) / len(values)] * channels for name, values in kwargs.items()}
 
 
 DETECTORS = {"retinanet": RetinaNet, "mask_rcnn": MaskRCNN}
@@ -251,48 +354,49 @@ def create_detector(
     backbone_args: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """RetinaNet or Mask R-CNN on a timm backbone: a torchvision detector.
+    """Create RetinaNet or Mask R-CNN on a timm backbone, with the interface of torchvision's detectors.
+
+    The published detectors, including those of CrossFormer++, have ``group_size=(7, 7, 7, 7)``,
+    ``interval=(8, 4, 2, 1)`` and ``lda_span="map"``: the defaults of CrossFormer-T/S/B/L. Their checkpoints
+    do not contain these values.
 
     Args:
-        name: `"retinanet"` or `"mask_rcnn"`.
-        backbone: timm name of a model with maps at strides 4, 8, 16 and 32.
-        num_classes: classes of objects, without the background. Labels run from 1.
-        pretrained: start from the backbone's published weights.
-        width: channels of the pyramid and the heads.
-        anchor_scale: side of a level's smallest anchor, in strides; 4 (RetinaNet) or 8 (Mask R-CNN) if None.
-            Halve it for objects that are small beside the image.
-        max_detections: most objects that are found in an image.
-        min_size: the image's shorter side is brought to this many pixels; of several, training takes one at
-            random and evaluation the last,
-        max_size: but its longer side to at most so many.
-        backbone_args: further keywords of the backbone, such as `drop_path_rate` or `in_chans`. The published
-            detectors, CrossFormer++'s too, have `group_size=7, 7, 7, 7`, `interval=8, 4, 2, 1` and
-            `lda_span="map"`, in training and test: the defaults of CrossFormer-T/S/B/L. Their files do not
-            say so themselves.
-        **kwargs: of torchvision's `RetinaNet` or `MaskRCNN`, such as `score_thresh`, `box_score_thresh`,
-            `image_mean` and `image_std`: the backbone's, or their average where the images have not three
-            channels.
+        name: ``"retinanet"`` or ``"mask_rcnn"``.
+        backbone: Name of a timm model with feature maps at strides 4 to 32.
+        num_classes: Number of classes without the background. Labels run from 1.
+        pretrained: Load the backbone's published weights.
+        width: Channels of the pyramid and the heads.
+        anchor_scale: Side of a level's smallest anchor, in strides. ``None`` is 4 (RetinaNet) or 8 (Mask
+            R-CNN). Use half of it for objects that are small in relation to the image.
+        max_detections: Maximum number of detections per image.
+        min_size: Target length of the image's shorter side, in pixels. Training chooses one of several at
+            random, evaluation uses the last.
+        max_size: Maximum length of the longer side, in pixels.
+        backbone_args: Further arguments of the backbone, such as ``drop_path_rate`` or ``in_chans``.
+        **kwargs: Further arguments of torchvision's ``RetinaNet`` or ``MaskRCNN``, such as ``score_thresh``,
+            ``box_score_thresh``, ``image_mean`` and ``image_std`` (default: the backbone's).
 
     Returns:
-        A module that takes a list of images (3, H, W) in 0..1, of any sizes, and in training a list of
-        targets (`boxes` (n, 4) in pixels, `labels` (n,), `masks` (n, H, W)). It returns a dict of losses in
-        training, otherwise a list of dicts with `boxes`, `labels`, `scores` and, from Mask R-CNN, `masks`
-        (n, 1, H, W) as probabilities.
+        A module that takes a list of images ``(3, H, W)`` with values from 0 to 1, of any sizes. In training
+        it also takes a list of targets (``boxes`` ``(n, 4)`` in pixels, ``labels`` ``(n,)``, ``masks``
+        ``(n, H, W)``) and returns a dictionary of losses. In evaluation it returns a list of dictionaries
+        with ``boxes``, ``labels``, ``scores`` and, from Mask R-CNN, ``masks`` ``(n, 1, H, W)`` as
+        probabilities.
 
     Raises:
-        ValueError: unknown detector or backbone, or a backbone without such maps.
+        ValueError: If the detector or backbone is unknown, or the backbone has no suitable feature maps.
     """
     if name not in DETECTORS:
-        raise ValueError(f"unknown detector '{name}'; there are: {', '.join(DETECTORS)}")
+        raise ValueError(f"unknown detector '{name}'. Choose from {', '.join(DETECTORS)}")
     cfg = find_model(backbone)
-    body = create_backbone(backbone, pretrained, **(backbone_args or {}))
-    return DETECTORS[name](
-        body,
-        num_classes,
-        width,
-        anchor_scale,
-        max_detections,
-        min_size=min_size,
-        max_size=max_size,
-        **{**normalisation(cfg, (backbone_args or {}).get("in_chans", 3)), **kwargs},
-    )
+    arguments = {
+        **normalization_kwargs(cfg, (backbone_args or {}).get("in_chans", 3)),
+        **kwargs,
+        "num_classes": num_classes,
+        "width": width,
+        "anchor_scale": anchor_scale,
+        "max_detections": max_detections,
+        "min_size": min_size,
+        "max_size": max_size,
+    }
+    return DETECTORS[name](create_backbone(backbone, pretrained, **(backbone_args or {})), **arguments)

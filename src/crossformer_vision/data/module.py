@@ -1,0 +1,242 @@
+"""Base class of the data modules: splits, classes, loaders, and resume within an epoch."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import lightning as L
+from torch.utils.data import default_collate
+
+from crossformer_vision.data.loader import SeededLoader
+from crossformer_vision.data.sampling import EpochBatches, ReadImages
+from crossformer_vision.errors import NoSuchSplit, UserError, check_names, check_range
+from crossformer_vision.models.grouping import ceil_div
+
+log = logging.getLogger("crossformer_vision")
+
+MAX_WORKERS = 8
+SYNONYMS = {
+    "train": ("train", "training", "train2017"),
+    "val": ("val", "validation", "valid", "val2017", "test"),
+}
+
+
+class BaseDataModule(L.LightningDataModule):
+    """Base of the data modules. A subclass implements ``_read``, ``describe``, ``training_size`` and loaders.
+
+    It stores the position within an epoch itself: Lightning also restores stateful loaders, but not after a
+    schedule has asked for the number of steps.
+
+    Args:
+        root: Folder of the data, or ``None`` for bundled data.
+        train_split: Name of the training split.
+        val_split: Name of the validation split.
+        batch_size: Batch size of each process.
+        num_workers: Worker processes. ``None`` for one less than the number of cores, at most 8.
+        skip_corrupt: Skip and count unreadable images.
+        seed: Seed of order and augmentation.
+        classes: Class names in their order. ``None`` for those of the data.
+
+    Attributes:
+        classes: Class names, known after a split is open.
+        found_splits: Where the splits were found.
+        global_batch: Batch size of all processes, known after the training loader is created.
+
+    Raises:
+        UserError: If an argument is invalid.
+    """
+
+    def __init__(
+        self,
+        root: str | None,
+        train_split: str,
+        val_split: str,
+        batch_size: int,
+        num_workers: int | None,
+        skip_corrupt: bool,
+        seed: int,
+        classes: list[str] | None,
+    ) -> None:
+        super().__init__()
+        check_range("batch_size", batch_size, 1)
+        self.root, self.splits = root, {"train": train_split, "val": val_split}
+        self.batch_size, self.skip_corrupt, self.seed = batch_size, skip_corrupt, seed
+        if num_workers is None:
+            num_workers = min(MAX_WORKERS, max(0, (os.cpu_count() or 1) - 1))
+        self.num_workers = num_workers
+        self.classes = list(classes or ())
+        check_names("classes", self.classes)
+        self.found_splits: dict[str, Path] = {}
+        self.images: dict[str, ReadImages] = {}
+        self.global_batch = batch_size
+        self._training: SeededLoader | None = None
+        self._loaders: WeakSet[SeededLoader] = WeakSet()
+        self._resumed: dict[str, int] = {}
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes. Opens the data if no class names were given.
+
+        Raises:
+            UserError: If a folder is missing or empty, or its classes are invalid.
+        """
+        if not self.classes:
+            missing: list[NoSuchSplit] = []
+            for stage in ("train", "val"):  # data for validation only have a val split
+                try:
+                    self.open(stage)
+                except NoSuchSplit as error:
+                    missing.append(error)
+            if missing and "val" not in self.images:
+                raise missing[0]
+        return len(self.classes)
+
+    def open(self, stage: str) -> ReadImages:
+        """Samples of a split. The first split that is opened defines the classes if none were given.
+
+        Args:
+            stage: ``train`` or ``val``.
+
+        Raises:
+            UserError: See ``num_classes``.
+        """
+        if stage not in self.images:
+            self.images[stage] = self._read(stage)
+        return self.images[stage]
+
+    def _read(self, stage: str) -> ReadImages:
+        """Open a split."""
+        raise NotImplementedError
+
+    def note_split(self, stage: str, path: Path) -> None:
+        """Remember where a split was found. Warns if ``best.ckpt`` would be selected on test images."""
+        self.found_splits[stage] = path
+        if stage == "val" and path.name.removesuffix(".tar") == "test" and self.splits["val"] != "test":
+            log.warning(
+                "%s: there is no validation split, so best.ckpt is selected on the test images. To use other "
+                "images, name their folder with --data.val_split",
+                path,
+            )
+
+    def split_names(self, stage: str) -> tuple[str, ...]:
+        """Names under which a split is looked for: the given one, and its synonyms if it is a common one."""
+        split, common = self.splits[stage], SYNONYMS[stage]
+        return (split, *common) if split in common else (split,)
+
+    def describe(self) -> dict[str, Any]:
+        """Metadata for checkpoints: class names and preprocessing."""
+        raise NotImplementedError
+
+    @property
+    def skipped(self) -> int:
+        """Number of unreadable images that were skipped by this process and its workers."""
+        return sum(int(images.skipped) for images in self.images.values())
+
+    def notices(self) -> list[str]:
+        """Lines about images that were read, for the user."""
+        lines = [f"unreadable images were skipped {self.skipped} times"] if self.skipped else []
+        for images in self.images.values():
+            if (index := int(images.small)) >= 0:
+                name = images.source.name(index)
+                lines.append(f"images of less than {images.min_side} pixels are padded, such as {name}")
+        return lines
+
+    def create_loader(
+        self,
+        stage: str,
+        batch_size: int | None = None,
+        collate: Callable[[list[Any]], Any] = default_collate,
+        kinds: list[int] | None = None,
+    ) -> SeededLoader:
+        """Create the loader of this process. With fewer training images than a batch, batches are smaller.
+
+        Args:
+            stage: ``train`` or ``val``.
+            batch_size: Batch size of this process. ``None`` for that of the options.
+            collate: Function that makes a batch of samples.
+            kinds: See ``EpochBatches``.
+
+        Raises:
+            UserError: If there are fewer training images than processes.
+        """
+        dataset, train, batch_size = self.open(stage), stage == "train", batch_size or self.batch_size
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if train:
+            batch_size = self._fill_batch(len(dataset), batch_size, world)
+        is_overfitting = bool(self.trainer and getattr(self.trainer, "overfit_batches", 0))
+        batches = EpochBatches(
+            len(dataset), batch_size, self.seed, train, rank, world, kinds, is_overfitting, self._limit()
+        )
+        loader = SeededLoader(dataset, batches, self.seed, self.num_workers, collate)
+        self._loaders.add(loader)
+        if train:
+            self.global_batch = batch_size * world
+            done = self._resumed.get("taken", 0) * self._resumed.get("batch", self.global_batch)
+            batches.start = min(ceil_div(done, self.global_batch), len(batches) - 1)
+            self._resumed = {}
+            self._training = loader
+        return loader
+
+    @staticmethod
+    def _fill_batch(images: int, batch_size: int, world: int) -> int:
+        """Batch size that the training images can fill."""
+        if images >= batch_size * world:
+            return batch_size
+        smaller = images // world
+        if not smaller:
+            raise UserError(f"{images} training images are too few for {world} processes")
+        log.warning(
+            "%d training images do not fill a batch of %d; using batches of %d",
+            images,
+            batch_size * world,
+            smaller * world,
+        )
+        return smaller
+
+    def _limit(self) -> int | float:
+        """Number or share of the batches that validation or test uses; all in prediction."""
+        if getattr(self.trainer, "predicting", False):
+            return 1.0
+        name = "limit_test_batches" if getattr(self.trainer, "testing", False) else "limit_val_batches"
+        limit: int | float = getattr(self.trainer, name, 1.0)
+        return limit
+
+    def teardown(self, stage: str) -> None:
+        """End the workers of all loaders."""
+        for loader in self._loaders:
+            loader.close()
+
+    def training_size(self) -> tuple[int, int]:
+        """Height and width of training images."""
+        raise NotImplementedError
+
+    def val_dataloader(self) -> SeededLoader:
+        """Loader of the validation images."""
+        raise NotImplementedError
+
+    def test_dataloader(self) -> SeededLoader:
+        """Loader of the validation images. ``val_split`` selects others."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> SeededLoader:
+        """Loader of the validation images."""
+        return self.val_dataloader()
+
+    @property
+    def start(self) -> int:
+        """Batch with which training continues in the current epoch."""
+        return self._training.batches.start if self._training else 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Position within the epoch."""
+        if self._training is None or self.trainer is None:
+            return {}
+        taken = self._training.taken % int(self.trainer.num_training_batches)
+        return {"taken": taken, "batch": self.global_batch}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue within an epoch when the training loader is created."""
+        self._resumed = dict(state_dict)

@@ -1,0 +1,45 @@
+"""Build the network of a task from the options of a run, without weights and without Lightning."""
+
+from typing import Any
+
+import timm
+from torch import nn
+
+from crossformer_vision.models import img_size_kwargs
+from crossformer_vision.models.dense.detectors import create_detector
+from crossformer_vision.models.dense.segmenters import create_segmenter
+
+
+def build_model(task: str, options: dict[str, Any]) -> nn.Module:
+    """Build a network with random weights.
+
+    Args:
+        task: ``classification``, ``detection`` or ``segmentation``.
+        options: Options of the task's LightningModule. Those of training are ignored.
+
+    Raises:
+        UserError: If the options are invalid or the model does not accept them.
+    """
+    backbone, num_classes = options["backbone"], options["num_classes"]
+    model_args = options.get("model_args") or {}
+    if task == "classification":
+        size = img_size_kwargs(backbone, options.get("image_size"))
+        return timm.create_model(backbone, num_classes=num_classes, **{**size, **model_args})
+    if task == "segmentation":
+        given = _given(options, "width", "dropout")
+        kind = options.get("segmenter", "semantic_fpn")
+        return create_segmenter(kind, backbone, num_classes, backbone_args=model_args, **given)
+    given = _given(options, "width", "anchor_scale", "max_detections", "min_size", "max_size")
+    return create_detector(
+        options.get("detector", "retinanet"),
+        backbone,
+        num_classes,
+        backbone_args=model_args,
+        **given,
+        **(options.get("detector_args") or {}),
+    )
+
+
+def _given(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Options that have a value."""
+    return {name: options[name] for name in names if options.get(name) is not None}

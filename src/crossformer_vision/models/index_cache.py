@@ -1,0 +1,42 @@
+"""Cache of index tensors, which depend on sizes and devices but never on weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crossformer_vision.compat import in_dispatch_mode, in_functional_transform
+from crossformer_vision.models.tracing import is_traced
+
+MAX_BYTES = 64 << 20
+_cache: dict[Any, Any] = {}
+
+
+def cached(build: Callable[..., Any], *args: Any) -> Any:
+    """``build(*args)``, computed once and shared by all blocks and models.
+
+    The cache holds at most ``MAX_BYTES``. It is bypassed while tensors are symbolic or fake (compilation,
+    tracing, dispatch modes, functional transforms). Threads may build the same entry twice but never see a
+    partial one.
+
+    Args:
+        build: Function that creates a tensor, or a list of tuples of tensors.
+        *args: Its hashable arguments.
+    """
+    if is_traced() or in_dispatch_mode() or in_functional_transform():
+        return build(*args)
+    key = (build, *args)
+    value = _cache.get(key)
+    if value is None:
+        with torch.inference_mode(False):  # an inference tensor would break a later backward pass
+            value = build(*args)
+        if sum(map(_num_bytes, [*_cache.values(), value])) > MAX_BYTES:
+            _cache.clear()
+        if _num_bytes(value) <= MAX_BYTES:
+            _cache[key] = value
+    return value
+
+
+def _num_bytes(value: Any) -> int:
+    return value.nbytes if isinstance(value, Tensor) else sum(map(_num_bytes, value))

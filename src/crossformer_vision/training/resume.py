@@ -1,0 +1,162 @@
+"""Options of an existing run: to resume it, or to validate one of its checkpoints."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from crossformer_vision.errors import UserError
+from crossformer_vision.training.arguments import has_option
+from crossformer_vision.training.cluster import current_job, is_started_by_this_job
+from crossformer_vision.training.command import command_name
+from crossformer_vision.training.options import Options, flatten, parse_options
+from crossformer_vision.training.recipes import as_ascii, as_text, read_config
+from crossformer_vision.training.run_directory import VAL_LIST
+from crossformer_vision.weights.reading import read_checkpoint
+
+# Options that a resumed run cannot change, because weights or optimizer state would not fit.
+FIXED = (
+    "task",
+    "model.backbone",
+    "model.model_args",
+    "model.detector",
+    "model.segmenter",
+    "model.width",
+    "model.anchor_scale",
+    "model.optimizer",
+    "model.decay_on",
+)
+
+
+def resume_options(run_dir: str, arguments: Sequence[str]) -> tuple[Options, dict[str, tuple[Any, Any]]]:
+    """Options to continue a run.
+
+    Args:
+        run_dir: Run directory.
+        arguments: Further command-line arguments, which change options of the run.
+
+    Returns:
+        The options, and the changed ones as ``{name: (before, now)}``.
+
+    Raises:
+        UserError: If it is no run directory, or an option is changed that must stay.
+    """
+    config = _config_path(run_dir)
+    overrides: dict[str, Any] = {"run.dir": run_dir, **_validation_list(run_dir)}
+    last = Path(run_dir) / "last.ckpt"
+    if last.is_file():  # otherwise the run starts again
+        overrides |= _checkpoint_overrides(last)
+    options = parse_options("train", ["--config", as_ascii(config), *arguments], overrides)
+    changed = _changed_options(options, run_dir)
+    for name, (before, now) in changed.items():
+        if name in FIXED:
+            weights = "best" if (Path(run_dir) / "best.ckpt").exists() else "last"
+            raise UserError(
+                f"--resume keeps the run's {name}: it is {before}, not {now}. To start a new run from its "
+                f"weights: {command_name()} train --model.checkpoint {shlex.quote(run_dir)}/{weights}.ckpt"
+            )
+    return replace(options, notes=()), changed
+
+
+def validation_options(run_dir: str, checkpoint: str, arguments: Sequence[str]) -> Options:
+    """Options to validate a checkpoint of a run.
+
+    Args:
+        run_dir: Run directory.
+        checkpoint: Checkpoint file.
+        arguments: Further command-line arguments.
+
+    Raises:
+        UserError: If it is no run directory, or the checkpoint does not exist.
+    """
+    config = _config_path(run_dir)
+    if not Path(checkpoint).is_file():
+        raise UserError(f"{checkpoint}: no such checkpoint. Train first, or pass --checkpoint")
+    overrides = _validation_list(run_dir) | _checkpoint_overrides(Path(checkpoint))
+    if has_option(arguments, "--data.root"):  # other images: all of them if they are not split
+        overrides.pop("data.val_list", None)
+        if not has_option(arguments, "--data.val_share"):
+            overrides["data.val_share"] = 1.0
+    config = _without_augmentation(config)
+    return parse_options("validate", ["--config", config, *arguments], overrides)
+
+
+def _config_path(run_dir: str) -> str:
+    config = Path(run_dir) / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"{run_dir}: not a run directory, it has no config.yaml")
+    return str(config)
+
+
+def _validation_list(run_dir: str) -> dict[str, Any]:
+    """The list of held-out validation images, if the run has one."""
+    path = Path(run_dir) / VAL_LIST
+    return {"data.val_list": str(path)} if path.is_file() else {}
+
+
+def _checkpoint_overrides(checkpoint: Path) -> dict[str, Any]:
+    """Weights come from the checkpoint, and so do the class names."""
+    return {"model.pretrained": False, "model.checkpoint": None, **class_names(checkpoint)}
+
+
+def class_names(checkpoint: Path) -> dict[str, Any]:
+    """Class names in a checkpoint of a run, as an option of the data module."""
+    classes = read_checkpoint(checkpoint).get("classes")
+    return {"data.classes": list(classes)} if classes else {}
+
+
+def _without_augmentation(config: str) -> str:
+    """The configuration without the user's augmentation, whose module may not be importable here."""
+    content = read_config(config)
+    data = content.get("data")
+    if not (isinstance(data, dict) and data.get("augmentation")):
+        return as_ascii(config)
+    return as_text({**content, "data": {**data, "augmentation": None}})
+
+
+def _changed_options(options: Options, run_dir: str) -> dict[str, tuple[Any, Any]]:
+    """Options that differ from those of the run, as ``{name: (before, now)}``."""
+    before = flatten(read_config(f"{run_dir}/config.yaml"))
+    return {
+        name: (before[name], value)
+        for name, value in options.flat().items()
+        if name != "run.dir" and name in before and before[name] != value
+    }
+
+
+def default_run_dir(options: Options) -> Path:
+    """Directory that a run of these options takes, unless it exists."""
+    return Path(options.config.run.dir or f"runs/{options.task}-{options.config.model.backbone}")
+
+
+def find_run(options: Options) -> Path | None:
+    """The run that ``--resume auto`` continues.
+
+    Returns:
+        Its directory, or ``None`` if there is no run yet.
+
+    Raises:
+        UserError: If the directory holds a run with other options.
+    """
+    run_dir = default_run_dir(options)
+    if not (run_dir / "config.yaml").is_file():
+        return None
+    for name, (before, now) in _changed_options(options, str(run_dir)).items():
+        if name == "trainer.precision" and options.is_auto_precision:  # of another machine
+            continue
+        raise UserError(
+            f"{run_dir}: holds a run with another configuration: {name} is {before} there, {now} here. "
+            f"Continue it with --resume {run_dir}, or choose another --run.dir"
+        )
+    return run_dir
+
+
+def find_run_of_job(options: Options) -> Path | None:
+    """The run that this job of SLURM or torchrun has started before it was restarted."""
+    if current_job() is None:
+        return None
+    run_dir = default_run_dir(options)
+    found = [run_dir] if options.config.run.dir else sorted(run_dir.parent.glob(f"{run_dir.name}*"))
+    started = [path for path in found if (path / "config.yaml").is_file() and is_started_by_this_job(path)]
+    return started[-1] if started else None

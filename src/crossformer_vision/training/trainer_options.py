@@ -1,0 +1,99 @@
+"""Options of Lightning's Trainer: our defaults, unsupported ones, and checks before anything starts."""
+
+import os
+from inspect import signature
+from typing import Any
+
+import lightning as L
+import torch
+
+from crossformer_vision.errors import UserError
+from crossformer_vision.training.precision import training_device
+
+# Options without a meaning here, and what to use instead.
+UNSUPPORTED = {
+    "enable_checkpointing": "runs always save checkpoints; --trainer.fast_dev_run true tries one batch",
+    "barebones": "use --trainer.profiler, or `crossformer info`",
+    "default_root_dir": "use --run.dir",
+    "limit_test_batches": "there is no test; use --trainer.limit_val_batches",
+    "limit_predict_batches": "use --trainer.limit_val_batches",
+    "log_every_n_steps": "runs log once per epoch",
+    "use_distributed_sampler": "the data module distributes the images among processes",
+    "reload_dataloaders_every_n_epochs": "the data module reloads them itself",
+    "model_registry": "runs save checkpoints in the run directory",
+}
+TRAINER_DEFAULTS = {
+    "trainer.max_epochs": 10,
+    "trainer.enable_model_summary": False,
+    "trainer.use_distributed_sampler": False,
+    "trainer.num_sanity_val_steps": 0,
+    "trainer.gradient_clip_val": 5.0,
+    # In a SLURM job Lightning looks here for checkpoints of earlier jobs: not in the working directory.
+    "trainer.default_root_dir": "runs",
+}
+
+
+def reset_unsupported(options: Any) -> None:
+    """Set unsupported options to the values that runs use.
+
+    Args:
+        options: Namespace of the Trainer's options, which is changed.
+
+    Raises:
+        UserError: If the user has set one of them.
+    """
+    parameters = signature(L.Trainer).parameters
+    for name, instead in UNSUPPORTED.items():
+        value = TRAINER_DEFAULTS.get(f"trainer.{name}", parameters[name].default)
+        if options[name] not in (value, parameters[name].default):
+            raise UserError(f"--trainer.{name} is not supported: {instead}")
+        options[name] = value
+
+
+def check_trainer_options(options: Any) -> None:
+    """Check options that Lightning would answer with a traceback or an endless start.
+
+    Args:
+        options: Namespace of the Trainer's options.
+
+    Raises:
+        UserError: If a value cannot be meant, or a device is missing.
+    """
+    strategy = str(options.strategy)
+    if any(start in strategy for start in ("spawn", "fork", "notebook")):
+        raise UserError(
+            f"--trainer.strategy {strategy}: results of such processes are lost when they end. Use ddp, "
+            "which starts processes of its own"
+        )
+    if options.accelerator in ("gpu", "cuda", "mps") and not is_available(options.accelerator):
+        raise UserError(
+            f"--trainer.accelerator {options.accelerator}: torch finds no such device. Use cpu, or install "
+            "a torch build for your GPU"
+        )
+    _check_process_count(options)
+    for name, least in (("max_epochs", 1), ("max_steps", 1), ("accumulate_grad_batches", 1)):
+        value = getattr(options, name)
+        if value is not None and value != -1 and value < least:
+            raise UserError(f"--trainer.{name} {value}: trains nothing. Use {least} or more")
+    for name in ("limit_train_batches", "val_check_interval"):
+        value = getattr(options, name)
+        if isinstance(value, (int, float)) and value <= 0:
+            raise UserError(f"--trainer.{name} {value}: must be above 0")
+
+
+def _check_process_count(options: Any) -> None:
+    """Refuse more processes than CPU cores."""
+    device = training_device(options.accelerator)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = int(options.devices) if str(options.devices).isdecimal() else 1
+    if device is not None and device.type == "cpu" and processes > cores:
+        raise UserError(
+            f"--trainer.devices {processes}: there is no GPU to use, and {processes} processes need "
+            f"{processes} cores of the CPU, which has {cores}. Use --trainer.devices {cores} or fewer"
+        )
+
+
+def is_available(accelerator: str) -> bool:
+    """Whether torch can use a GPU of a kind: ``gpu``, ``cuda`` or ``mps``."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    return {"gpu": cuda or mps, "cuda": cuda, "mps": mps}[accelerator]
