@@ -82,8 +82,8 @@ def test_failed_row_does_not_stop_other_rows(tmp_path, capsys):
     "options, said",
     [
         ("crossformer_smal", "unknown model 'crossformer_smal'; did you mean crossformer_small"),
-        ("mask:resnet18", "no head 'mask'; there are features, retinanet"),
-        ("resnet18 --size 0", "size '0': it is a number of pixels"),
+        ("mask:resnet18", "unknown head 'mask'. Choose from features, retinanet"),
+        ("resnet18 --size 0", "size '0': must be a number of pixels"),
         ("resnet18 --size 3x4x5", "size '3x4x5'"),
         ("resnet18 --device tpu0", "device 'tpu0'"),
         ("resnet18 --batch-size 0", "batch=0: must be a number at least 1"),
@@ -113,7 +113,7 @@ def test_parse_spec_and_size():
     keywords = {"lda_span": "region", "group_size": (14, 14, 7, 7)}
     assert parse_spec(what) == ("features", "crossformer_small", keywords)
     assert parse_size("224") == (224, 224) and parse_size("800x1280") == (800, 1280)
-    with pytest.raises(UserError, match="no head"):
+    with pytest.raises(UserError, match="unknown head"):
         parse_spec("yolo:resnet18")
 
 

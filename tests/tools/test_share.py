@@ -97,7 +97,7 @@ def test_invalid_arguments(run, tmp_path, capsys):
     assert "exists already. Choose a new folder" in said(str(run), "--to", str(tmp_path / "mine"))
     assert "exists already" in said(str(run), "--to", str(tmp_path / "mine/README.md"))
     assert (tmp_path / "mine/README.md").read_text() == "mine"
-    assert "a repository is hf:owner/name" in said(str(run), "--to", "hf:mine")
+    assert "not a repository, such as hf:owner/name" in said(str(run), "--to", "hf:mine")
     torch.save(segmenter_checkpoint("crossformer_nano"), tmp_path / "best.ckpt")
     assert "not for segmentation" in said(str(tmp_path / "best.ckpt"), "--to", str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
