@@ -99,5 +99,5 @@ def test_invalid_arguments(run, tmp_path, capsys):
     assert (tmp_path / "mine/README.md").read_text() == "mine"
     assert "not a repository, such as hf:owner/name" in said(str(run), "--to", "hf:mine")
     torch.save(segmenter_checkpoint("crossformer_nano"), tmp_path / "best.ckpt")
-    assert "not for segmentation" in said(str(tmp_path / "best.ckpt"), "--to", str(tmp_path / "new"))
+    assert "not segmentation models" in said(str(tmp_path / "best.ckpt"), "--to", str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
