@@ -63,6 +63,13 @@ def desk(tmp_path_factory):
     return folder
 
 
+def restore_run(desk, task):
+    """Make ``runs/x`` a run of a task, whatever earlier tests have left there, and remove what they shared."""
+    for folder in ("runs/x", "my_classifier"):
+        shutil.rmtree(desk / folder, ignore_errors=True)
+    shutil.copytree(desk / f"runs/{task}-crossformer_nano", desk / "runs/x")
+
+
 # The Chinese pages have the same code, as tested below.
 @pytest.mark.parametrize(
     "page",
@@ -78,9 +85,7 @@ def test_snippets_run_unmodified(page, desk, monkeypatch):
     task = {"docs/detection.md": "detection", "docs/segmentation.md": "segmentation"}.get(
         page, "classification"
     )
-    for earlier in ("runs/x", "my_classifier"):
-        shutil.rmtree(desk / earlier, ignore_errors=True)
-    shutil.copytree(desk / f"runs/{task}-crossformer_nano", desk / "runs/x")
+    restore_run(desk, task)
     for line in commands(page):  # the Python snippets read the output of this command
         args = shlex.split(line, comments=True)[1:]
         if args[0] == "share" and not args[-1].startswith("hf:"):
@@ -106,6 +111,7 @@ def test_notebook_runs(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page) and ".zh" not in page])
 def test_commands_are_valid(page, desk, monkeypatch, capsys):
     monkeypatch.chdir(desk)
+    restore_run(desk, "classification")
     for line in commands(page):
         assert not re.search(r"(?<!['\"\w])\[", line.split(" #")[0]), (
             f"zsh takes a bracket for a pattern: {line}"
