@@ -1,4 +1,4 @@
-"""Entry point of the installed command. Prints help without importing the library, which takes seconds."""
+"""Entry point of the installed command. Prints help without the slow import of the library."""
 
 import os
 import sys
@@ -58,7 +58,7 @@ def answer(arguments: list[str]) -> bool:
         arguments: Command-line arguments after the program.
 
     Returns:
-        Whether they did.
+        ``True`` if help or version was printed.
     """
     first = arguments[0] if arguments else "--help"
     if first in ("-h", "--help", "help"):

@@ -45,7 +45,7 @@ def onednn_has_float16() -> bool:
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether a tensor stands for a batch inside ``vmap`` or batched gradients. Tested with torch 2.15."""
+    """Whether a tensor is batched by ``vmap`` or ``is_grads_batched``. Tested with torch 2.15."""
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 

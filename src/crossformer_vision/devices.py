@@ -1,4 +1,4 @@
-"""Which number formats a device computes fast."""
+"""Dtypes that a device computes natively, and the cost of emulated ones."""
 
 import os
 import time
@@ -80,14 +80,14 @@ def slowdown(device: torch.device | str, dtype: torch.dtype, side: int = 256, ro
 
 
 def emulation_note(device: torch.device | str, dtype: torch.dtype) -> str | None:
-    """A sentence for people who chose a dtype that their device emulates.
+    """Warning about a dtype that the device emulates.
 
     Args:
         device: Device to compute on.
         dtype: Dtype that was chosen.
 
     Returns:
-        How much longer a matrix product takes than in float32, measured now; ``None`` for a native dtype.
+        Measured slowdown of a matrix product relative to float32, as text. ``None`` for a native dtype.
     """
     if computes_fast(device, dtype):
         return None

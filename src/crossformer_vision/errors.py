@@ -12,11 +12,11 @@ from typing import Any
 class UserError(ValueError):
     """Invalid input, described in one line that names the file or value and says what to do.
 
-    The command prints it without a traceback. A DataLoader worker passes errors on as text with a traceback,
-    of which only the message is kept.
+    The command prints it without a traceback. If a DataLoader worker raised the error, only the original
+    message is kept.
 
     Args:
-        message: The line. Unprintable characters, as in file names, are escaped.
+        message: Error message. Unprintable characters, as in file names, are escaped.
     """
 
     def __init__(self, message: str) -> None:
@@ -32,7 +32,7 @@ def error_line(error: BaseException) -> str:
     """The message of an error in one line, or its type if it has none.
 
     Args:
-        error: Any error. Of one from a DataLoader worker the original message is taken.
+        error: Any error. For an error from a DataLoader worker, the original message is returned.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
@@ -140,7 +140,7 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     """A number with its noun: ``1 image``, ``2 images``, ``3 boxes``.
 
     Args:
-        number: How many.
+        number: Count.
         noun: Singular.
         plural: Plural, if it is not the singular with an s.
     """

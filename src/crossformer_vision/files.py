@@ -1,4 +1,4 @@
-"""Atomic writes and new directories."""
+"""Atomic writes, CSV files and output directories."""
 
 import csv
 import io

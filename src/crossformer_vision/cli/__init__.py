@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        arguments: Command-line arguments after the program. ``None`` for those of this process.
+        arguments: Command-line arguments after the program. ``None`` for ``sys.argv[1:]``.
 
     Returns:
         Exit code: 0, 1 for an error, 2 for wrong usage, 128 plus its number for a signal.
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     run_verb: Callable[[list[str]], None] = import_module(f"{__name__}.{verb.replace('-', '_')}").main
     try:
         run_verb(rest)
-    except BrokenPipeError:  # the reader of our output has ended
+    except BrokenPipeError:  # the process that reads the output has ended, such as ``head``
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
 
 
 def parse(arguments: list[str]) -> tuple[Options, str | None]:
-    """Options of a new run, or of the one to resume.
+    """Parse the options of a new run, or load those of a run to resume.
 
     Args:
         arguments: Command-line arguments after the verb.

@@ -51,14 +51,15 @@ class CheckedAugmentation:
 class PhotometricDistortion(v2.Transform):
     """Changes brightness, contrast, saturation and hue of bytes ``(3, H, W)``, each with probability 1/2.
 
-    As in the training of the published segmenters (OpenMMLab's distortion, after SSD, arXiv 1512.02325).
-    torchvision's distortion scales the brightness, blends with gray, and permutes channels.
+    Follows mmsegmentation's ``PhotoMetricDistortion`` (from SSD, arXiv 1512.02325), with which the published
+    segmenters were trained. torchvision's ``RandomPhotometricDistort`` differs: it scales the brightness,
+    blends with gray, and permutes channels.
 
     Args:
         brightness: Maximum change, of 255.
         contrast: Minimum and maximum factor of all values.
         saturation: Minimum and maximum factor of the saturation in HSV.
-        hue: Maximum rotation of the hue, as a share of the circle.
+        hue: Maximum hue shift, as a fraction of the full circle.
     """
 
     _transformed_types = (tv_tensors.Image,)

@@ -1,4 +1,4 @@
-"""Class names of segmentation data, and the values that stand for them in class maps."""
+"""Class names of segmentation data, and their values in class maps."""
 
 import json
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from crossformer_vision.errors import UserError, check_names, counted
 
-IGNORED = 255  # in class maps: no class, neither trained on nor counted
-UNKNOWN = 254  # in tables: a value that no class map may have
+IGNORED = 255  # ignore index of class maps: excluded from loss and metrics
+UNKNOWN = 254  # in lookup tables: marks values that are invalid in class maps
 KEYS = ("classes", "first_index", "ignore_index")
 EXAMPLE = '{"classes": ["sky", "road"], "ignore_index": 255}'
 
@@ -23,7 +23,7 @@ class ClassList:
     Attributes:
         names: Class names by index.
         values: Index by value in the files, ``(256,)``; ``IGNORED`` or ``UNKNOWN`` for others.
-        says_what_is_ignored: Whether the list itself names the ignored value.
+        says_what_is_ignored: Whether the list sets ``ignore_index`` explicitly.
     """
 
     names: list[str]

@@ -1,4 +1,4 @@
-"""Which task a folder of data is for, by the layout that tools export."""
+"""Infer the task from the layout of a data folder."""
 
 from pathlib import Path
 
@@ -15,11 +15,11 @@ def infer_task(root: Path) -> tuple[str, str]:
         root: Folder of the data.
 
     Returns:
-        ``"classification"``, ``"detection"`` or ``"segmentation"``, and the reason as the name of what was
-        found. Folders of no known layout are treated as class folders.
+        ``"classification"``, ``"detection"`` or ``"segmentation"``, and the reason, which names the file or
+        folder found. Folders of an unknown layout are treated as class folders.
 
     Raises:
-        UserError: If the layout is one of a detection format that cannot be read.
+        UserError: If the labels are in a detection format that is not supported.
     """
     for pattern in ("annotations/instances_*.json", "*/_annotations.coco.json", "_annotations.coco.json"):
         if file := next(iter(sorted(root.glob(pattern))), None):

@@ -1,4 +1,4 @@
-"""DataLoader that continues within an epoch, and whose workers leave signals to the training process."""
+"""DataLoader that can resume within an epoch and whose workers ignore signals."""
 
 import signal
 import weakref
@@ -13,7 +13,7 @@ from crossformer_vision.data.sampling import EpochBatches, SeededDataset
 
 
 class Collate:
-    """Collates samples without those that could not be read.
+    """Collates samples, dropping unreadable ones (``None``).
 
     Args:
         collate: Function that makes a batch of samples.
@@ -23,7 +23,7 @@ class Collate:
         self.collate = collate
 
     def __call__(self, samples: list[Any]) -> Any:
-        """A batch, or ``None`` if no sample is left, as in processes without a part of the last batch."""
+        """Collate a batch; ``None`` without samples, as in a process without a share of the last batch."""
         samples = [sample for sample in samples if sample is not None]
         return self.collate(samples) if samples else None
 
@@ -73,7 +73,7 @@ class SeededLoader:
             persistent_workers=num_workers > 0,
             worker_init_fn=ignore_signals,
         )
-        # Python ends workers by SIGTERM, which they ignore, so it would wait for them forever at exit.
+        # At exit, Python terminates workers by SIGTERM, which they ignore, and would wait for them forever.
         self._finalizer = weakref.finalize(self, shut_down_workers, self.loader)
         self.batch_sampler = self.batches = batches  # Lightning looks for batch_sampler
         self.taken = 0

@@ -28,7 +28,7 @@ class BaseDataModule(L.LightningDataModule):
     """Base of the data modules. A subclass implements ``_read``, ``describe``, ``training_size`` and loaders.
 
     It stores the position within an epoch itself: Lightning also restores stateful loaders, but not after a
-    schedule has asked for the number of steps.
+    schedule has read the number of steps.
 
     Args:
         root: Folder of the data, or ``None`` for bundled data.
@@ -112,7 +112,7 @@ class BaseDataModule(L.LightningDataModule):
         raise NotImplementedError
 
     def note_split(self, stage: str, path: Path) -> None:
-        """Remember where a split was found. Warns if ``best.ckpt`` would be selected on test images."""
+        """Record where a split was found. Warns if ``best.ckpt`` would be selected on test images."""
         self.found_splits[stage] = path
         if stage == "val" and path.name.removesuffix(".tar") == "test" and self.splits["val"] != "test":
             log.warning(

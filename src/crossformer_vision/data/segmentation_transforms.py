@@ -17,7 +17,7 @@ from crossformer_vision.data.augmentation import PhotometricDistortion, Steps, c
 from crossformer_vision.data.class_lists import IGNORED
 from crossformer_vision.models.grouping import ceil_div
 
-CROP_ATTEMPTS = 10  # to find a crop in which no class has too large a share
+CROP_ATTEMPTS = 10  # maximum attempts to find a crop with no class above ``max_share``
 
 
 class ToInput:
@@ -62,7 +62,7 @@ class ToInput:
             factor *= min(self.short_side / min(image.size), (self.long_side or math.inf) / max(image.size))
         sides = (max(1, round(side * factor)) for side in (image.height, image.width))
         size = [ceil_div(side, divisor) * divisor for side in sides]
-        return VF.resize(VF.pil_to_tensor(image), size, antialias=False)  # as published
+        return VF.resize(VF.pil_to_tensor(image), size, antialias=False)  # as in published training
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Normalize bytes of shape ``(3, H, W)``."""
@@ -91,13 +91,13 @@ class TrainingTransform:
 
     Args:
         to_input: Conversion of images, whose ``short_side`` the scales refer to.
-        crop_size: Side of the square crop. Smaller images are padded with the mean, and ignored there.
+        crop_size: Side of the square crop. Smaller images are padded with the mean; padding is ignored.
         scales: Minimum and maximum scale.
         max_share: Maximum share of one class in a crop's labeled pixels, unless ten crops exceed it.
         hflip: Probability of a horizontal flip.
         photometric: Distort brightness, contrast, saturation and hue.
-        augmentation: The user's augmentation instead of all this, from an image and class map as
-            ``tv_tensors`` of bytes to the same.
+        augmentation: User-defined augmentation that replaces these steps. It takes and returns an image and
+            a class map as uint8 ``tv_tensors``.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class TrainingTransform:
         return pixels, torch.nn.functional.pad(labels, padding, value=IGNORED).long()
 
     def _choose_corner(self, labels: Tensor) -> tuple[int, int]:
-        """Top and left of a random crop in which no class has too large a share."""
+        """Top and left of a random crop with no class above ``max_share``."""
         H, W = labels.shape
         for _ in range(CROP_ATTEMPTS):
             top = int(torch.randint(max(0, H - self.crop_size) + 1, ()))

@@ -19,22 +19,22 @@ from crossformer_vision.export.verification import difference, different_objects
 from crossformer_vision.inference.load import Source, load_predictor
 from crossformer_vision.inference.predictor import DetectionPredictor, Predictor
 
-SIZES = ((64, 64), (97, 130), (225, 300), (64, 259), (231, 200))  # at which a graph is verified
+SIZES = ((64, 64), (97, 130), (225, 300), (64, 259), (231, 200))  # image sizes for verification
 TOLERANCE = 1e-3  # relative to the largest output; for detectors, the share of objects that may differ
 
 
 @dataclass
 class ExportReport:
-    """What was exported and how it was verified.
+    """Result of ``export``.
 
     Attributes:
-        metadata: What the file tells about the network: task, classes, preprocessing.
+        metadata: Metadata of the file: task, classes, preprocessing.
         size: Height and width, if the graph accepts only one size.
-        differences: Difference from the PyTorch model by size: of tensors the largest one relative to the
-            largest output, of detectors the share of objects that the graph does not find.
+        differences: Difference from the PyTorch model by image size: maximum difference relative to the
+            largest output; for detectors, the share of objects that the graph does not find.
         objects: Number of compared objects of a detector.
         fixed_size_reason: Why the graph accepts only one size.
-        int8: Result of quantization, see ``int8.quantize``. The differences are those before it.
+        int8: Result of quantization, see ``int8.quantize``. ``differences`` are measured before it.
     """
 
     metadata: dict[str, Any]
@@ -55,10 +55,11 @@ def export(
     """Export a trained network as one graph, and verify it against the PyTorch model.
 
     The input ``images`` are normalized float32 images of shape ``(B, 3, H, W)``. Outputs are, for a
-    classifier, ``logits`` of shape ``(B, num_classes)``; for a segmenter, ``logits`` of shape ``(B,
-    num_classes, H, W)``; for a detector, for the best N objects of each image, ``boxes`` of shape ``(B, N,
-    4)`` in pixels, ``labels`` from 1 and ``scores`` of shape ``(B, N)``, with scores of 0 for missing
-    objects, and for Mask R-CNN ``masks`` of shape ``(B, N, 28, 28)`` as probabilities within each box.
+    classifier, ``logits`` of shape ``(B, num_classes)``; for a segmenter, ``logits`` of shape
+    ``(B, num_classes, H, W)``; for a detector, for the best N objects of each image, ``boxes`` of shape
+    ``(B, N, 4)`` in pixels, ``labels`` from 1 and ``scores`` of shape ``(B, N)``, with scores of 0 for
+    missing objects, and for Mask R-CNN ``masks`` of shape ``(B, N, 28, 28)`` as probabilities within each
+    box.
 
     ONNX and OpenVINO files contain metadata, so that ``load_predictor`` and ``crossformer predict`` accept
     them. torch unpickles ``.pt2`` files, so load only your own, by ``torch.export.load``.
@@ -68,12 +69,12 @@ def export(
         output: File: ``.onnx``, ``.xml`` for OpenVINO, with a ``.bin`` beside it, or ``.pt2`` for
             torch.export.
         features: Export only the backbone's maps ``stride_4`` to ``stride_32``, shape ``(B, C, h, w)``.
-        int8: Folder of some hundred typical images, to quantize a classifier or segmenter (OpenVINO only).
+        int8: Folder of a few hundred typical images, to quantize a classifier or segmenter (OpenVINO only).
         report: Called with a progress message before each step. Does nothing by default.
 
     Raises:
-        UserError: If the network cannot be exported, the graph computes something else, or a library is
-            missing.
+        UserError: If the network cannot be exported, outputs of the graph differ from the PyTorch model, or a
+            library is missing.
     """
     path = Path(output)
     _check_format(path, int8)
@@ -92,7 +93,7 @@ def export(
     path.parent.mkdir(parents=True, exist_ok=True)
     reason = ""
     default_size = input_size(predictor)
-    for size in (None, default_size):  # a network that accepts only one size is exported for that
+    for size in (None, default_size):  # fall back to a fixed size
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
             file = Path(folder) / path.name
             try:
@@ -136,7 +137,7 @@ def _export_graph(
 
     Args:
         net: The network.
-        metadata: What the file tells about it.
+        metadata: Metadata that is stored in the file.
         path: File to write.
         size: Height and width of the images to trace with.
         is_fixed: Whether the graph is for this size only.
@@ -173,7 +174,7 @@ def input_size(predictor: Predictor) -> tuple[int, int]:
 
 
 def export_metadata(predictor: Predictor) -> dict[str, Any]:
-    """What an exported file tells about the network: task, classes and preprocessing."""
+    """Metadata that is stored in an exported file: task, classes and preprocessing."""
     info = predictor.info
     metadata: dict[str, Any] = {
         "task": info.task,
@@ -196,7 +197,7 @@ def describe(report: ExportReport, output: str | os.PathLike[str]) -> str:
     """Two or three lines about an exported file.
 
     Args:
-        report: What ``export`` has returned.
+        report: Result of ``export``.
         output: The file.
     """
     task = report.metadata["task"]

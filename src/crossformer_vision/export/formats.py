@@ -30,7 +30,7 @@ def write_onnx(
         graph: The graph.
         outputs: Names of its outputs.
         path: File to write.
-        metadata: What the file tells about the network, stored as JSON.
+        metadata: Metadata, stored as JSON in the file.
     """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 

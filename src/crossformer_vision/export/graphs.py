@@ -1,4 +1,4 @@
-"""Trace networks with torch.export into graphs for every batch size, height and width."""
+"""Trace networks with torch.export into graphs for any batch size, height and width."""
 
 import warnings
 from functools import partial

@@ -14,7 +14,7 @@ from crossformer_vision.inference.files import find_images
 from crossformer_vision.inference.predictor import Predictor
 from crossformer_vision.models.grouping import ceil_div
 
-MAX_IMAGES = 300  # images that value ranges are measured on
+MAX_IMAGES = 300  # maximum number of calibration images
 
 
 def record_inputs(predictor: Predictor, folder: str) -> list[Tensor]:
@@ -42,13 +42,13 @@ def record_inputs(predictor: Predictor, folder: str) -> list[Tensor]:
 
 
 def quantize(path: Path, predictor: Predictor, inputs: list[Tensor], metadata: Metadata) -> dict[str, Any]:
-    """Quantize an OpenVINO file in place, where it is faster in 8 bits.
+    """Quantize an OpenVINO file to 8 bits in place.
 
     Args:
         path: The ``.xml`` file.
         predictor: Predictor of the PyTorch model.
-        inputs: Inputs from ``record_inputs``, whose value ranges are used.
-        metadata: What the file tells about the network.
+        inputs: Calibration data from ``record_inputs``.
+        metadata: Metadata that is stored in the file.
 
     Returns:
         ``layers``: convolutions and matrix products in 8 bits, of ``all_layers``; ``images``: number of
@@ -111,7 +111,9 @@ def measure_agreement(runtime: OpenVinoRuntime, predictor: Predictor, inputs: li
 
 
 def check_sizes(runtime: OpenVinoRuntime, images: Tensor, path: Path) -> None:
-    """Run a quantized network at several sizes and batch sizes. OpenVINO may fail at all but the first.
+    """Run a quantized network at several sizes and batch sizes.
+
+    OpenVINO may fail at sizes other than the first.
 
     Args:
         runtime: The quantized network.

@@ -1,4 +1,4 @@
-"""Compare an exported graph with the PyTorch model that it was made from."""
+"""Compare an exported graph with the original PyTorch model."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Files of ``crossformer export`` as networks to predict with."""
+"""Run files of ``crossformer export`` with ONNX Runtime or OpenVINO."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from crossformer_vision.errors import UserError, error_line, missing_extra
 from crossformer_vision.inference.predictor import ModelInfo
 from crossformer_vision.models.dense.transform import DetectorTransform
 
-METADATA_KEY = "crossformer_vision"  # of the metadata in an exported file
+METADATA_KEY = "crossformer_vision"  # key of the metadata in an exported file
 
 
 class OnnxRuntime(nn.Module):
@@ -92,7 +92,7 @@ class ExportedNetwork(nn.Module):
 
 
 class ExportedDetector(nn.Module):
-    """An exported detector with the interface of torchvision's: images of any size, objects in their pixels.
+    """An exported detector with torchvision's interface: a list of images of any size to boxes in pixels.
 
     Args:
         runtime: Runtime of the graph.
@@ -128,7 +128,7 @@ def load_exported(path: Path) -> tuple[nn.Module, ModelInfo]:
         path: ``.onnx`` file or OpenVINO's ``.xml``.
 
     Returns:
-        The network, and what the file tells about it.
+        The network, and its description from the metadata of the file.
 
     Raises:
         UserError: If the file is damaged or not from ``crossformer export``, or its runtime is not installed.

@@ -33,7 +33,7 @@ from crossformer_vision.inference.results import Result, SegmentationResult
 
 log = logging.getLogger("crossformer_vision")
 
-MAX_SIDE = 2048  # longer side of pictures that are written, in pixels
+MAX_SIDE = 2048  # maximum side of written pictures, in pixels
 MAX_WAITING = 4  # pictures in memory that wait for a thread to draw them
 READERS = 4  # threads that read and draw images
 SUFFIXES = EXTENSIONS | video.EXTENSIONS
@@ -139,7 +139,7 @@ def as_user_error(error: Exception, file: Path) -> UserError:
 
 
 def predict_batch(predictor: Predictor, images: list[NamedImage]) -> list[Result | UserError]:
-    """Results of a batch. If it fails, each image is predicted by itself and gets its result or error."""
+    """Predict a batch. If it fails, predict images one by one and return a result or error for each."""
     if not images:
         return []
     try:
@@ -282,9 +282,10 @@ def predict_files(
     """Predict images, folders and videos.
 
     Writes a picture for each image and all results to ``predictions.json``; detections as a COCO file whose
-    annotations have a ``score``, class maps also as PNG in ``class_maps/``. Until the end results are in
-    ``predictions.jsonl``, so a call that is stopped keeps the finished ones. An image that cannot be
-    predicted is skipped, and the error is raised at the end. Memory does not grow with the number of images.
+    annotations have a ``score``, class maps also as PNG in ``class_maps/``. Until all images are done,
+    results are in ``predictions.jsonl``, so an interrupted call keeps finished results. An image that cannot
+    be predicted is skipped, and the error is raised at the end. Memory does not grow with the number of
+    images.
 
     Args:
         predictor: Predictor of ``load_predictor``.

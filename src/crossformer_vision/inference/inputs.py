@@ -14,7 +14,7 @@ from crossformer_vision.errors import UserError
 from crossformer_vision.models.grouping import ceil_div
 
 ImageInput = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[Any] | Tensor
-MAX_CROPS = 8  # of an elongated image
+MAX_CROPS = 8  # maximum number of crops of an elongated image
 
 
 def open_image(image: ImageInput) -> tuple[Image.Image, str]:

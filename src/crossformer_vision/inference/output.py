@@ -1,4 +1,4 @@
-"""Output of predictions: a folder in which nothing of the user is overwritten, and JSON files."""
+"""Output of predictions: JSON files, and a folder in which files of the user are never overwritten."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ MANIFEST = ".crossformer-predictions"  # in an output folder: lists the files th
 
 
 def print_line(text: str) -> None:
-    """Print a line. If the reader has ended, as ``| head`` does, later lines are dropped."""
+    """Print a line. After the reader has closed the pipe (``| head``), output is discarded."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -83,7 +83,7 @@ class OutputFolder:
 class CocoIds:
     """Ids and file names of images from COCO files beside them; other images are numbered from 1.
 
-    COCO files are looked for where training data have them: ``<folder>/_annotations.coco.json``, or
+    COCO files are searched in the locations that training data use: ``<folder>/_annotations.coco.json``, or
     ``annotations/instances_<split>.json`` beside the folder or one above. If images of several splits share
     an id, all images are numbered.
 

@@ -148,7 +148,7 @@ class Predictor(ABC):
 
     @torch.inference_mode()
     def predict(self, images: list[NamedImage]) -> list[Result]:
-        """Predict images that are open.
+        """Predict images that are already loaded.
 
         Args:
             images: Upright RGB images and their names.
@@ -231,7 +231,7 @@ class DetectionPredictor(Predictor):
     ) -> None:
         super().__init__(net, info, device)
         self.score_threshold, self.tile_size = score_threshold, tile_size
-        # Detectors in PyTorch drop objects below a threshold of their own; exported ones have it built in.
+        # PyTorch detectors have a score threshold of their own; in exported ones it is part of the graph.
         self.scorer: Any = getattr(self.net, "roi_heads", self.net)
         self.own_threshold: float | None = getattr(self.scorer, "score_thresh", None)
         if self.own_threshold is not None:
@@ -262,12 +262,12 @@ class DetectionPredictor(Predictor):
         if "mask_crops" in objects:
             size = (image.height, image.width)
             objects["masks"] = paste_binary_masks(objects["mask_crops"], objects["boxes"], size)
-        elif "masks" in objects:  # of an exported detector
+        elif "masks" in objects:  # from an exported detector
             objects["masks"] = objects["masks"].squeeze(1) > 0.5
         return objects
 
     def _detect_above_threshold(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Let the detector drop objects itself, before it computes their masks."""
+        """Run the detector with the score threshold, so that it computes no masks of dropped objects."""
         if self.own_threshold is None:
             objects: dict[str, Tensor] = self.net([pixels])[0]
             return objects
@@ -293,7 +293,7 @@ def check_device(device: str | torch.device) -> torch.device:
     """Check that tensors can be created on a device.
 
     Raises:
-        UserError: If not.
+        UserError: If the device does not exist.
     """
     try:
         torch.empty(1, device=device)

@@ -15,7 +15,7 @@ from crossformer_vision.plotting.fonts import shorten
 
 
 class ResultMixin:
-    """Representation in one line and in notebooks, and comparison."""
+    """One-line and notebook representations, and equality."""
 
     def plot(self) -> Image.Image:
         """The image with the result drawn into it."""
@@ -72,7 +72,7 @@ class ClassificationResult(ResultMixin):
         return drawing.add_caption(self.image, [f"{name} {p:.1%}" for name, p in self.top(3)])
 
     def to_dict(self) -> dict[str, Any]:
-        """The five most probable classes, as written to ``results.json``."""
+        """The five most probable classes, as written to ``predictions.json``."""
         return {"image": self.name, "classes": [{"class": c, "probability": p} for c, p in self.top()]}
 
 
@@ -144,7 +144,7 @@ class DetectionResult(ResultMixin):
         return annotations
 
     def to_dict(self) -> dict[str, Any]:
-        """Size of the image and COCO annotations, as written to ``results.json``."""
+        """Size of the image and COCO annotations, as printed by ``crossformer predict --json``."""
         size = dict(width=self.image.width, height=self.image.height)
         return {"image": self.name, **size, "objects": self.to_coco()}
 
@@ -194,7 +194,7 @@ class SegmentationResult(ResultMixin):
         return image
 
     def to_dict(self) -> dict[str, Any]:
-        """Size of the image and area of each class, as written to ``results.json``."""
+        """Size of the image and area of each class, as written to ``predictions.json``."""
         size = self.class_map.size
         areas = [{"class": name, "pixels": n, "share": round(n / size, 6)} for name, n in self.areas()]
         return {"image": self.name, "width": self.image.width, "height": self.image.height, "areas": areas}

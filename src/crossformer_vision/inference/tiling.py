@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from crossformer_vision.models.dense.windows import window_starts
 
-TILE_OVERLAP = 0.2  # share of a tile's side
-MERGE_THRESHOLD = 0.5  # boxes of a class that share more of the smaller one's area are one object
-CUT_MARGIN = 2.0  # an object this close to a tile's inner edge, in pixels, is considered cut
+TILE_OVERLAP = 0.2  # overlap of adjacent tiles, relative to the side of a tile
+MERGE_THRESHOLD = 0.5  # minimum intersection over the smaller box's area at which boxes are merged
+CUT_MARGIN = 2.0  # maximum distance of a truncated object from a tile's inner edge, in pixels
 
 
 @dataclass
@@ -47,7 +47,7 @@ def detect_in_tiles(
 ) -> dict[str, Tensor]:
     """Detect objects in the tiles of an image, and in the whole image resized to a tile.
 
-    Boxes of one class that overlap by more than half of the smaller one are one object. If tiles cut an
+    Boxes of one class are merged if their intersection exceeds half of the smaller box. If tiles cut an
     object, the box from the whole image is used if there is one. Otherwise its fragments are merged.
 
     Args:

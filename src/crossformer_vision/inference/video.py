@@ -13,8 +13,8 @@ from crossformer_vision.errors import UserError, counted, missing_extra
 
 log = logging.getLogger("crossformer_vision")
 
-TICK = Fraction(1, 90_000)  # unit of time in videos, in seconds
-DEFAULT_RATE = 25.0  # frames per second of a video that does not tell
+TICK = Fraction(1, 90_000)  # time base of written videos, in seconds
+DEFAULT_RATE = 25.0  # frames per second if the file does not specify it
 EXTENSIONS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
 
 

@@ -1,10 +1,11 @@
 """Alternatives that the papers compare with parts of CrossFormer, selected by keyword.
 
-Attention: Swin's shifted windows, PVT's spatial reduction. Positions: relative table, absolute embeddings,
-    none, DPB with
-residual connections. Group sizes of CrossFormer++ by name. Other ablations need no modules: ``patch_sizes``,
-``merge_sizes`` and ``embed_split`` configure the CELs, ``amplitude_cooling`` the ACLs, and an interval of 0
-makes a block SDA.
+- Attention: Swin's shifted windows, PVT's spatial reduction.
+- Position biases: relative table, absolute embeddings, none, DPB with residual connections.
+- Group sizes of CrossFormer++, by name.
+
+Other ablations need no modules: ``patch_sizes``, ``merge_sizes`` and ``embed_split`` configure the CELs,
+``amplitude_cooling`` the ACLs, and an interval of 0 turns a block into SDA.
 
     timm.create_model("crossformer_small", attention="shifted_window", position_bias="relative")
 """
@@ -128,8 +129,9 @@ POSITION_BIASES: dict[str, Callable[[int, int, int], nn.Module]] = {
 class ShiftedWindowAttention(LongShortAttention):
     """Attention in windows of ``G x G``, shifted by ``G // 2`` in odd blocks (Swin, arXiv 2103.14030).
 
-    The map is rolled, and positions that only the roll brings together are masked. A map whose shorter side
-    is at most G is not shifted. A map that G does not divide is padded, and the padding is masked.
+    The map is rolled, and pairs of positions that are adjacent only after the roll are masked. A map whose
+    shorter side is at most G is not shifted. A map that G does not divide is padded, and the padding is
+    masked.
 
     Args:
         dim: Channels.
@@ -180,7 +182,7 @@ def window_mask(H: int, W: int, layout: Layout, shift: int, device: torch.device
     """
     padded_H, padded_W = padded_size(layout)
 
-    def areas_along(size: int, window: int) -> Tensor:  # numbers of the areas on either side of the seam
+    def areas_along(size: int, window: int) -> Tensor:  # region index on each side of the seam
         position = torch.arange(size, device=device)
         return (
             (position >= size - window).long() + (position >= size - shift).long() if shift else position * 0

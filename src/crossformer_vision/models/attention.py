@@ -10,8 +10,8 @@ from crossformer_vision.models.grouping import Layout, groups_by_mask, is_padded
 from crossformer_vision.models.heads import apply_key_mask, join_heads, split_heads
 from crossformer_vision.models.index_cache import cached
 
-MAX_DENSE_MEMBERS = 2048  # of a group whose (L, L) matrices may be materialized
-BLOCK_BIASES = 1 << 20  # biases in memory at a time for larger groups
+MAX_DENSE_MEMBERS = 2048  # largest group whose (L, L) matrices are materialized
+BLOCK_BIASES = 1 << 20  # position biases per block of queries in larger groups
 
 
 def pair_biases(table: Tensor, layout: Layout) -> Tensor:

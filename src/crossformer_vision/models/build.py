@@ -1,4 +1,4 @@
-"""Build the network of a task from the options of a run, without weights and without Lightning."""
+"""Build the network of a task from the options of a run, with random weights and without Lightning."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def build_model(task: str, options: dict[str, Any]) -> nn.Module:
 
     Args:
         task: ``classification``, ``detection`` or ``segmentation``.
-        options: Options of the task's LightningModule. Those of training are ignored.
+        options: Options of the task's LightningModule. Training options are ignored.
 
     Raises:
         UserError: If the options are invalid or the model does not accept them.

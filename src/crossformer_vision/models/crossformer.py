@@ -9,8 +9,7 @@ SDA and LDA partition a map, ``attention.py`` computes attention within groups, 
 named models.
 
 Shapes: batch size B, map H x W, C channels; N groups of L = gh * gw members; h heads of d channels. Maps are
-    channels
-last, ``(B, H, W, C)``, throughout the model.
+channels last, ``(B, H, W, C)``, throughout the model.
 
 ``lda_span`` selects one of two published definitions of LDA. They are equal where ``G * I`` is the side of
 the map, as in all published T/S/B/L classifiers at 224 pixels:
@@ -235,8 +234,8 @@ class LongShortAttention(nn.Module):
         dim: Channels, C.
         num_heads: Number of attention heads, h.
         group_size: Side of a group in members, G.
-        interval: Distance between members of an LDA group, I. 0 for SDA; ``None`` for ``ceil(max(H, W) /
-            G)``.
+        interval: Distance between members of an LDA group, I. 0 for SDA; ``None`` for
+            ``ceil(max(H, W) / G)``.
         lda_span: ``"map"`` or ``"region"``, see the module docstring.
         position_bias: Name of the position bias, see ``create_position_bias``.
 
@@ -431,7 +430,7 @@ class FeedForward(nn.Module):
 
 
 class CrossFormerBlock(nn.Module):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``, then perhaps ACL (figure 2 of CrossFormer).
+    """``x + attention(norm(x))``, ``x + mlp(norm(x))`` and an optional ACL (figure 2 of CrossFormer).
 
     Args:
         dim: Channels.
@@ -501,8 +500,8 @@ class CrossFormerStage(nn.Module):
 class CrossFormer(StagedClassifier):
     """CrossFormer and CrossFormer++, a timm model.
 
-    Maps images of shape ``(B, in_chans, H, W)``, with H and W from 32, to logits of shape ``(B,
-    num_classes)``. ``forward_features`` returns ``(B, ceil(H / 32), ceil(W / 32), 8 * embed_dim)``.
+    Maps images of shape ``(B, in_chans, H, W)``, with H and W of at least 32, to logits of shape
+    ``(B, num_classes)``. ``forward_features`` returns ``(B, ceil(H / 32), ceil(W / 32), 8 * embed_dim)``.
 
     Args:
         in_chans: Channels of the images.
@@ -513,7 +512,8 @@ class CrossFormer(StagedClassifier):
         num_heads: Attention heads per stage.
         group_size: G: an int per stage, or a list per stage with an int per block; or a name in
             ``ablations.GROUP_MODES``.
-        interval: I of LDA blocks, likewise. 0 makes a block SDA; ``None`` is ``ceil(max(H, W) / G)``.
+        interval: I of LDA blocks, per stage or per block. 0 turns a block into SDA; ``None`` is
+            ``ceil(max(H, W) / G)``.
         lda_span: ``"map"`` or ``"region"``, see the module docstring.
         patch_sizes: Kernels of the first CEL, with stride 4.
         merge_sizes: Kernels of the later CELs, with stride 2.
@@ -611,7 +611,7 @@ def check_options(
     position_bias: str,
     group_size: Any,
 ) -> None:
-    """Check the named options of ``CrossFormer``, see there.
+    """Check the options of ``CrossFormer`` that accept names.
 
     Args:
         lda_span: See `CrossFormer`.
@@ -686,11 +686,11 @@ def init_weights(module: nn.Module, xavier_mlp: bool) -> None:
 
     Args:
         module: Module to initialize.
-        xavier_mlp: Xavier for MLPs. It has about the same scale at ViT-B's width and a larger one in narrow
-            stages, without which crossformer_nano learns more slowly.
+        xavier_mlp: Use Xavier initialization for MLPs. Its scale is about the same at ViT-B's width, but
+            larger in narrow stages, which speeds up the training of crossformer_nano.
     """
     if isinstance(module, nn.Linear):
-        # torch's function: timm's version rarely yields 100-sigma outliers.
+        # torch's function, because timm's trunc_normal_ occasionally samples 100-sigma outliers.
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
     elif isinstance(module, FeedForward) and xavier_mlp:  # visited after its linear layers

@@ -11,7 +11,7 @@ def freeze_position_bias(model: nn.Module, height: int = 224, width: int = 224) 
 
     A buffer holds the biases of the largest offsets in images of up to ``height x width``. Smaller groups use
     a part of it, and larger ones are computed. Freeze again after weights have changed. ``model.train()``
-    undoes it.
+    removes the buffers.
 
     Args:
         model: Classifier, ``features_only`` model, detector or segmenter.

@@ -30,7 +30,7 @@ from crossformer_vision.models.tracing import is_open, may_differ
 
 
 class Layout(NamedTuple):
-    """How a map is partitioned: ``rows x cols`` regions of ``interval ** 2`` groups with ``gh x gw`` members.
+    """How a map is partitioned: ``rows x cols`` regions of ``interval**2`` groups with ``gh x gw`` members.
 
     Attributes:
         rows: Regions from top to bottom.
@@ -69,7 +69,7 @@ def lda_map_layout(H: int, W: int, interval: int) -> Layout:
     Args:
         H: Height of the map.
         W: Width of the map.
-        interval: Distance of members.
+        interval: Distance between members.
     """
     return Layout(1, 1, ceil_div(H, interval), ceil_div(W, interval), interval)
 
@@ -81,7 +81,7 @@ def lda_region_layout(H: int, W: int, G: int, interval: int) -> Layout:
         H: Height of the map.
         W: Width of the map.
         G: Group size.
-        interval: Distance of members.
+        interval: Distance between members.
     """
     return Layout(ceil_div(H, G * interval), ceil_div(W, G * interval), G, G, interval)
 
@@ -92,7 +92,7 @@ def padded_size(layout: Layout) -> tuple[int, int]:
 
 
 def is_padded(H: int, W: int, layout: Layout) -> bool:
-    """Whether an ``H x W`` map is padded; ``True`` if a graph of symbolic sizes leaves it open.
+    """Whether an ``H x W`` map is padded; ``True`` if symbolic sizes do not decide it.
 
     Args:
         H: Height of the map.
@@ -247,8 +247,8 @@ def offset_indices(query_rows: int, gh: int, gw: int, device: torch.device) -> T
     """Index into ``relative_offsets`` for each query and key.
 
     Args:
-        query_rows: Number of rows of queries, from the top of the group. For rows further down add ``2 * gw -
-            1`` per row.
+        query_rows: Number of rows of queries, from the top of the group. For lower rows, add ``2 * gw - 1``
+            per row.
         gh: Rows of the group.
         gw: Columns of the group.
         device: Device of the indices.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-MASKED_LOGIT = -3e4  # finite in float16, so that a group of padding only does not give NaN
+MASKED_LOGIT = -3e4  # finite in float16, so that a fully masked group does not give NaN
 
 
 def apply_key_mask(bias: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,11 +1,11 @@
-"""Pyramid Vision Transformer (PVT, arXiv 2102.12122), version 1, a competitor of CrossFormer.
+"""Pyramid Vision Transformer (PVT, arXiv 2102.12122), version 1, a baseline in the CrossFormer papers.
 
 Four stages with patch embedding, learned positions, and blocks whose attention reduces keys and values. A
 class token joins the last stage of classifiers; dense models and ``features_only`` have none. Maps are
 channels last.
 
-Deviation from the published code: positions are resized if a stage's own grid differs; the published code
-compares with the grid of the first stage.
+Deviation from the published code: position embeddings are resized if the grid of their stage differs; the
+published code compares with the grid of the first stage.
 """
 
 import re
@@ -90,7 +90,7 @@ class PVTStage(nn.Module):
         embed: Patch embedding.
         blocks: Blocks.
         dim: Channels.
-        side: Side of the map that positions are learned for.
+        side: Side of the map that position embeddings are learned for.
         tokens: Number of class tokens, 0 or 1.
     """
 
@@ -135,8 +135,8 @@ class PVTStage(nn.Module):
 class PyramidVisionTransformer(StagedClassifier):
     """PVT version 1, a timm model.
 
-    Maps images of shape ``(B, in_chans, H, W)``, with H and W from 32, to logits of shape ``(B,
-    num_classes)``.
+    Maps images of shape ``(B, in_chans, H, W)``, with H and W of at least 32, to logits of shape
+    ``(B, num_classes)``.
 
     Args:
         in_chans: Channels of the images.
@@ -148,7 +148,8 @@ class PyramidVisionTransformer(StagedClassifier):
         num_heads: Attention heads per stage.
         mlp_ratios: Hidden channels of the MLPs relative to those of the stage.
         reductions: Reduction of keys and values per stage.
-        img_size: Side of the images that positions are learned for, in pixels. They are resized for others.
+        img_size: Side of the images that position embeddings are learned for, in pixels. Embeddings are
+            resized for other sizes.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth rate of the last block. It rises linearly from 0 over all blocks.
 
@@ -258,7 +259,7 @@ class PyramidVisionTransformer(StagedClassifier):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        if self.num_classes == 0:  # without a head there is no use for its token
+        if self.num_classes == 0:  # only the head uses the class token
             self.cls_token = None
         return take_indices
 
@@ -271,7 +272,7 @@ PUBLISHED_NAMES: list[tuple[str, Any]] = [
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
-    """A published state dict under the names of this module."""
+    """Rename the keys of a published state dict to those of this module."""
     state_dict = state_dict.get("model", state_dict)  # type: ignore[assignment]
     renamed = {}
     for name, value in state_dict.items():

@@ -1,4 +1,4 @@
-"""timm's interface of a classifier with stages, a norm and a head."""
+"""Base class with timm's model interface: stages, norm and head."""
 
 from typing import Any
 
@@ -39,10 +39,10 @@ class FeatureMaps(FeatureGetterNet):
 
 
 class StagedClassifier(nn.Module):
-    """Base of the networks: classifier, intermediate maps, layer groups, gradient checkpointing.
+    """Base class of the networks: classifier, intermediate maps, layer groups, gradient checkpointing.
 
-    A subclass sets the attributes and implements ``forward_features``, which maps images of shape ``(B, C, H,
-    W)`` to features of shape ``(B, h, w, num_features)``.
+    A subclass sets the attributes and implements ``forward_features``, which maps images of shape
+    ``(B, C, H, W)`` to features of shape ``(B, h, w, num_features)``.
 
     Attributes:
         stages: Stages with ``embed``, ``blocks`` and ``grad_checkpointing``, each from a channels-last map to

@@ -5,17 +5,17 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def may_differ(a: int, b: int) -> bool:
-    """``a != b``; ``True`` if a graph of symbolic sizes leaves it open and must serve both cases."""
+    """``a != b``; ``True`` if symbolic sizes do not decide it, so that the graph must support both cases."""
     return not is_known(a == b)
 
 
 def is_known(condition: bool) -> bool:
-    """Whether a condition holds for all sizes of a graph. A traced graph is for the sizes of its example."""
+    """Whether a condition holds for all sizes of a graph. ``torch.jit.trace`` fixes the example's sizes."""
     return bool(condition) if torch.jit.is_tracing() else statically_known_true(condition)
 
 
 def is_open(a: int, b: int) -> bool:
-    """Whether a graph of symbolic sizes leaves open if two sizes are equal."""
+    """Whether symbolic sizes do not decide if ``a`` and ``b`` are equal."""
     return not (is_known(a == b) or is_known(a != b))
 
 

@@ -34,7 +34,7 @@ PUBLISHED_BUFFERS = re.compile(r"(^|\.)attn\.(biases|relative_position_index)$")
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
-    """A published state dict under the names of this package. One with these names is returned unchanged."""
+    """Rename the keys of a published state dict. Keys of this package are returned unchanged."""
     state_dict = state_dict.get("model", state_dict)  # type: ignore[assignment]
     renamed = {}
     for name, value in state_dict.items():

@@ -21,7 +21,7 @@ COLORS = (
     (204, 121, 167),
 )
 
-MAX_LABELED_OBJECTS = 30  # objects in an image above which their labels are not drawn
+MAX_LABELED_OBJECTS = 30  # maximum number of objects in an image with labels
 OVERLAY_OPACITY = 0.6
 
 
@@ -75,7 +75,7 @@ def draw_objects(image: Image.Image, objects: dict[str, NDArray[Any]], classes: 
 
 
 def _readable(image: Image.Image) -> Image.Image:
-    """Enlarge a small image to have room for text below or above it."""
+    """Enlarge a small image to make room for text below or above it."""
     factor = max(1, min(round(320 / min(image.size)), round(1280 / max(image.size))))
     return image.resize((image.width * factor, image.height * factor))
 
@@ -85,7 +85,7 @@ def add_caption(image: Image.Image, lines: Sequence[str]) -> Image.Image:
 
     Args:
         image: RGB image.
-        lines: Lines of text, shorten to the width of the image.
+        lines: Lines of text, shortened to the width of the image.
     """
     image = _readable(image)
     width = max(320, image.width)

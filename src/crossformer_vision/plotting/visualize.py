@@ -66,10 +66,10 @@ def denormalize(
     """Convert a network's input to an RGB image with values from 0 to 1.
 
     Args:
-        image: Input, ``(C, H, W)``. If it does not have three channels, it is scaled to its range of values.
+        image: Input, ``(C, H, W)``. If it does not have three channels, it is min-max scaled.
         mean: Mean that three channels were normalized by.
         std: Standard deviation that three channels were normalized by.
-        channels: Channels shown of more than three. Of fewer, the first is shown.
+        channels: Channels to show if there are more than three. With fewer than three, the first is shown.
 
     Returns:
         Image, ``(H, W, 3)``.
@@ -254,7 +254,7 @@ def plot_detections(
         axis.axis("off")
     for k, (pixels, truth, found) in enumerate(rows):
         image = Image.fromarray((pixels * 255).round().astype(np.uint8))
-        # Small images are enlarged, to have room for the labels.
+        # Small images are enlarged to make room for the labels.
         factor = max(1, min(round(480 / min(image.size)), round(1280 / max(image.size))))
         for column, (title, objects) in enumerate((("true", truth), ("detected, score at least 0.5", found))):
             axis = axes[k // 2][2 * (k % 2) + column]

@@ -1,1 +1,1 @@
-"""One LightningModule a task, and the run that trains or validates it."""
+"""LightningModules of the tasks, with their optimizers, losses and metrics."""

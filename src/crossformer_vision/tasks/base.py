@@ -1,4 +1,4 @@
-"""Base class of the tasks: optimizer and schedule, reproducible steps, resume, weights to start from."""
+"""Base class of the tasks: optimizer and schedule, reproducible steps, resume, initial weights."""
 
 import math
 import sys
@@ -28,7 +28,7 @@ def use_published_weights(model: str, pretrained: bool | None, checkpoint: str |
 
     Args:
         model: timm name of the model.
-        pretrained: What the user wants; ``None`` for the weights if they are cached or downloadable.
+        pretrained: Whether to use them; ``None`` to use them if they are cached or downloadable.
         checkpoint: File of other weights, which takes precedence.
     """
     if checkpoint:
@@ -39,14 +39,14 @@ def use_published_weights(model: str, pretrained: bool | None, checkpoint: str |
 def describe_initial_weights(
     model: str, num_classes: int, pretrained: bool, checkpoint: str | None, report: LoadReport | None
 ) -> str:
-    """A line that tells which weights training starts from.
+    """Describe the initial weights in one line.
 
     Args:
         model: timm name of the model or backbone.
         num_classes: Number of classes of the task.
         pretrained: Whether the model was built with its published weights.
         checkpoint: File of weights that were loaded, if any.
-        report: What was loaded from it.
+        report: Report on the weights loaded from it.
     """
     if checkpoint:
         return f"weights: {checkpoint}: {report}"
@@ -97,7 +97,7 @@ class Task(L.LightningModule):
     """Channels that plots show as red, green and blue, for images with more than three."""
     net: Any
     initial_weights = ""
-    """Line that tells which weights training starts from."""
+    """Description of the initial weights in one line."""
 
     def __init__(
         self,
@@ -186,7 +186,7 @@ class Task(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Create the optimizer and a schedule that is updated each step."""
         optimizer = self.create_optimizer()
-        # A checkpoint would restore the options of the earlier run.
+        # Saved because loading a checkpoint restores the options of the earlier run.
         self._group_options = [
             {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
         ]
@@ -247,7 +247,7 @@ class Task(L.LightningModule):
         return total
 
     def on_train_start(self) -> None:
-        """Apply the options of this run to a restored optimizer, and a learning rate that was found."""
+        """Apply this run's options to a restored optimizer, and the result of a learning rate finder."""
         if self.seed is None:
             self.seed = torch.initial_seed() % 2**31
         optimizer, schedule = self.trainer.optimizers[0], self.lr_schedulers()
@@ -289,7 +289,7 @@ class Task(L.LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what prediction and resume need."""
+        """Add metadata for prediction and resuming."""
         checkpoint["task"] = self.name
         checkpoint["images_seen"] = self.images_seen
         checkpoint["batches_per_epoch"] = self.trainer.num_training_batches
@@ -318,14 +318,14 @@ class Task(L.LightningModule):
         progress["current"] = {k: done - (before["ready"] - n) for k, n in before.items()}
 
     def _batches_done(self) -> int:
-        """Batches of the current size that the resumed epoch has behind it; all of them at its end."""
+        """Completed batches of the resumed epoch, in the current batch size; all batches at its end."""
         start = getattr(self._data_module, "start", None)
         if start is None:
             return int(batch_progress(self._resumed)["current"]["ready"])
         return int(start or self.trainer.num_training_batches)
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint tells about classes and images, if the data module does not."""
+        """Metadata for checkpoints if the data module has no ``describe``."""
         count = self.hparams["num_classes"]
         return {"classes": self.class_names or [str(k) for k in range(count)]}
 

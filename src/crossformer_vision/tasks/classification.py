@@ -185,7 +185,7 @@ class Classification(Task):
         return {**super().describe(), "image": {k: v for k, v in image.items() if k != "crop_mode"}}
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the images of the last validation."""
+        """Clear the images of the last validation."""
         self.plotted = []
 
     def validation_step(self, batch: tuple[Tensor, Tensor] | None, batch_idx: int) -> None:

@@ -37,7 +37,7 @@ class CocoMetrics:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all images."""
+        """Reset the metrics."""
         self.detections: list[dict[str, Any]] = []  # arrays and run-length encoded masks of each image
         self.ground_truth: list[dict[str, Any]] = []
 
@@ -81,7 +81,7 @@ class CocoMetrics:
             setattr(self, name, [image for images in gathered for image in images])
 
     def compute(self) -> tuple[dict[str, float], dict[int, dict[str, NDArray[np.float64]]]]:
-        """Compute average precision over all classes and precision of each class, then forget all images.
+        """Compute average precision over all classes and precision of each class, then reset.
 
         Returns:
             Metrics ``box_ap``, ``box_ap50``, …, ``mask_recall``, -1 where there are no such objects. And the

@@ -12,7 +12,7 @@ from torch import Tensor
 from crossformer_vision.compat import is_muon_matrix, muon_coefficients
 from crossformer_vision.devices import computes_fast
 
-GRAM_ASPECT_RATIO = 1.5  # from which iterating on the Gram matrix needs fewer operations
+GRAM_ASPECT_RATIO = 1.5  # at which iterating on the Gram matrix starts to need fewer operations
 
 
 class BatchedMuon(Muon):
@@ -20,7 +20,7 @@ class BatchedMuon(Muon):
 
     timm orthogonalizes one matrix at a time and in bfloat16 on every device, which CPUs without bfloat16
     instructions emulate. Everything else is timm's: momentum, scaling of the learning rate, AdamW or NAdamW
-    for parameters that are no matrices, and the layout of the state.
+    for parameters that are not matrices, and the layout of the state.
 
     Args:
         params: Parameters or parameter groups.
@@ -47,7 +47,7 @@ class BatchedMuon(Muon):
         for group, params in zip(self.param_groups, matrices):
             self._update_matrices(group, params)
             for p in params:
-                p.grad = None  # so that timm's step leaves them alone
+                p.grad = None  # so that timm's step skips them
         try:
             super().step()
         finally:
@@ -57,7 +57,7 @@ class BatchedMuon(Muon):
         return loss
 
     def _matrices(self, group: dict[str, Any]) -> list[Tensor]:
-        """Parameters of a group that Muon updates; timm decides which, by shape, at their first step."""
+        """Parameters of a group that Muon updates, selected by shape at their first step, as in timm."""
         matrices = []
         for p in group["params"]:
             if p.grad is None or p.grad.is_sparse:

@@ -69,8 +69,9 @@ def parameter_groups(net: nn.Module, weight_decay: float, decay_on: DecayOn) -> 
     Args:
         net: Network.
         weight_decay: Weight decay.
-        decay_on: ``weights`` exempts norms, biases and parameters that the network names itself;
-            ``all_but_norms`` exempts norms and those; ``all`` exempts nothing.
+        decay_on: ``weights`` exempts norms, biases and the parameters in ``net.no_weight_decay()``;
+            ``all_but_norms`` exempts norms and the parameters in ``net.no_weight_decay()``; ``all`` exempts
+            nothing.
     """
     exempt_names: Any = getattr(net, "no_weight_decay", tuple)()
     if decay_on == "weights":

@@ -94,7 +94,7 @@ class Segmentation(Task):
         report = load_checkpoint(self.net, checkpoint) if checkpoint else None
         self.initial_weights = describe_initial_weights(backbone, num_classes, published, checkpoint, report)
         if isinstance(self.net, UPerNet) and not auxiliary_weight:
-            # DDP would wait for gradients of these parameters.
+            # Otherwise DDP waits for gradients of these unused parameters.
             self.net.auxiliary_head.requires_grad_(False)
         self.auxiliary_weight, self.dice, self.avg_non_ignore = auxiliary_weight, dice, avg_non_ignore
         self.test_scales = test_scales
@@ -175,7 +175,7 @@ class Segmentation(Task):
         return {**super().describe(), "image": dict(mean=list(cfg.mean), std=list(cfg.std), **sizes)}
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the images of the last validation."""
+        """Clear the images of the last validation."""
         self.plotted = []
 
     def validation_step(self, batch: tuple[Tensor | list[Tensor], Tensor] | None, batch_idx: int) -> None:

@@ -247,7 +247,7 @@ class Step:
 
     @contextmanager
     def compiler_settings(self) -> Iterator[None]:
-        """Settings of torch.compile while the first call compiles."""
+        """Context with settings of torch.compile for the first calls."""
         with compiler_config(freezing=self.row.engine in FROZEN):
             yield
 

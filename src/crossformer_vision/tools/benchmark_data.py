@@ -1,4 +1,4 @@
-"""Time the data loading of a training run against its network, and report which one limits training."""
+"""Measure whether training is input-bound: throughput of data loading and of training steps."""
 
 import itertools
 import os
@@ -74,7 +74,7 @@ def measure_sample_steps(data: BaseDataModule) -> dict[str, float]:
             try:
                 image, target = images.source.read(index)
                 image = to_rgb(image)
-            except UserError:  # about its labels
+            except UserError:  # invalid labels
                 raise
             except Exception as error:  # decoders raise errors of any kind
                 if data.skip_corrupt:
@@ -90,7 +90,7 @@ def measure_sample_steps(data: BaseDataModule) -> dict[str, float]:
 
 
 class RepeatedBatch:
-    """A loader that repeats one batch.
+    """Loader that repeats one batch.
 
     Args:
         batch: The batch.
@@ -157,7 +157,7 @@ def measure_training(objects: RunObjects, seconds: float) -> float:
 
 
 def verdict(loading: dict[int, float], training: float, steps: dict[str, float]) -> list[str]:
-    """Lines that tell whether data loading or the network limits training.
+    """Describe whether training is input-bound or compute-bound.
 
     Args:
         loading: Images per second by number of workers.

@@ -102,7 +102,7 @@ def open_study(name: str, output_dir: Path, url: str | None, heartbeat: int) -> 
         name: Name of the study.
         output_dir: Directory of the grid.
         url: Database. ``None`` for SQLite in the directory.
-        heartbeat: Seconds between signs of life of a worker.
+        heartbeat: Seconds between heartbeats of a worker.
 
     Raises:
         UserError: If the database cannot be reached.
@@ -126,7 +126,7 @@ def open_study(name: str, output_dir: Path, url: str | None, heartbeat: int) -> 
             return optuna.create_study(
                 storage=storage, study_name=name, direction="maximize", load_if_exists=True
             )
-        except Exception as error:  # of several libraries
+        except Exception as error:  # errors of Optuna, SQLAlchemy and database drivers
             message = re.sub(r"//[^@/]*@", "//", error_line(error))  # without a password
         time.sleep(attempt / 2)  # another worker may be creating the tables
     raise UserError(f"the study's database cannot be opened ({message})")
@@ -139,7 +139,9 @@ def find_trials(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
 
 
 def enqueue_cells(study: optuna.Study, cells: dict[str, str]) -> None:
-    """Enqueue cells that are neither done nor enqueued. If two workers do, ``is_duplicate`` sorts it out.
+    """Enqueue cells that are neither done nor enqueued.
+
+    Two workers may enqueue the same cell; ``is_duplicate`` detects it later.
 
     Args:
         study: Study of the grid.
@@ -173,12 +175,12 @@ def is_duplicate(study: optuna.Study, trial: optuna.Trial) -> bool:
 def run_trials(
     study: optuna.Study, run_cell: Callable[[optuna.Trial], float], poll_interval: float = 2.0
 ) -> None:
-    """Run waiting trials one after the other, then wait for those of other workers, which may die.
+    """Run waiting trials one by one, then wait for trials of other workers and take over from dead workers.
 
     Args:
         study: Study of the grid.
         run_cell: Function that trains a cell and returns its score.
-        poll_interval: Seconds between looks at the trials of others.
+        poll_interval: Seconds between checks of other workers' trials.
     """
     while True:
         if find_trials(study, TrialState.WAITING):
@@ -197,7 +199,7 @@ def run_grid(path: str, output_dir: Path, url: str | None = None, heartbeat: int
         path: YAML file of the grid.
         output_dir: Directory of the runs and the table.
         url: Database of the study, for several machines. ``None`` for SQLite in the output directory.
-        heartbeat: Seconds between signs of life. A worker that misses three is considered dead.
+        heartbeat: Seconds between heartbeats. A worker that misses three is considered dead.
 
     Returns:
         Content of ``compare.json``.
@@ -308,7 +310,7 @@ def run_search(
         output_dir: Directory of the runs and ``search.json``.
         count: Number of trials.
         url: Database of the study. ``None`` for SQLite in the output directory.
-        heartbeat: Seconds between signs of life.
+        heartbeat: Seconds between heartbeats of a worker.
 
     Returns:
         Best options, score and trial.

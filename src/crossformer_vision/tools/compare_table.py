@@ -76,7 +76,7 @@ def summarize(row: str, results: Results, metric: str, speeds: dict[str, float])
     Args:
         row: Name of the row.
         results: Results of all rows. The first row is the baseline.
-        metric: Metric to compare. ``p`` is that of a paired t-test over the seeds of both rows.
+        metric: Metric to compare. ``p`` is the p-value of a paired t-test over the seeds of both rows.
         speeds: Images per second by row.
     """
     baseline = next(iter(results))
@@ -112,7 +112,7 @@ def paired_p(differences: Sequence[float]) -> float | None:
 def measure_throughput(runs: dict[str, tuple[Path, Sequence[int]]], batch_size: int = 16) -> dict[str, float]:
     """Images per second of networks in float32, measured in one interleaved run.
 
-    Runs on other machines are left out, and so are networks that fail, with a line that says why.
+    Skips runs on other machines, and networks that fail, for which the error is printed.
 
     Args:
         runs: Run directory, and height and width of the images, by row.

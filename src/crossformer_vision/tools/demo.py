@@ -1,4 +1,4 @@
-"""A page in the browser that shows predictions for an image and the attention of each point in it."""
+"""Web demo that shows predictions for an image and the attention of a selected point."""
 
 import os
 import tempfile

@@ -54,7 +54,7 @@ class Grid:
         """Command-line arguments of a run.
 
         Args:
-            options: Options beside those of all runs.
+            options: Options in addition to those of all runs.
             seed: Seed of the run.
         """
         arguments = [part for recipe in self.recipe for part in ("--config", recipe)]

@@ -126,9 +126,9 @@ def count_macs(net: nn.Module, height: int, width: int) -> float:
 def paper_operations(net: nn.Module, height: int, width: int) -> float:
     """Operations for one image, counted as in the papers, which call them FLOPs.
 
-    Counted are the multiply-accumulates of convolutions, linear layers and both products of the attention
-    over the padded map, and one operation for each bias of a convolution, output of a ReLU and input of a
-    pooling layer. Norms, GELU, softmax and interpolation are not counted. Transposed convolutions are counted
+    Counts the multiply-accumulates of convolutions, linear layers and both matrix products of attention over
+    the padded map, and one operation for each bias of a convolution, output of a ReLU and input of a pooling
+    layer. Norms, GELU, softmax and interpolation are not counted. Transposed convolutions are counted
     at the positions of their input. The background of the published Mask R-CNN has no boxes and masks.
 
     Args:

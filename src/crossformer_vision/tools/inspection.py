@@ -1,6 +1,6 @@
-"""Look inside a CrossFormer: groups, attention, patches of embeddings, position biases, amplitudes.
+"""Inspect a CrossFormer: groups, attention, patches of embeddings, position biases, amplitudes.
 
-``record`` runs a network on one image and stores what its blocks compute. ``inspection_page`` draws it.
+``record`` runs a network on one image and records attention and amplitudes. ``inspection_page`` draws them.
 """
 
 from contextlib import ExitStack
@@ -18,7 +18,7 @@ from crossformer_vision.models.crossformer import CrossFormer, LongShortAttentio
 from crossformer_vision.models.grouping import Layout, group
 
 Map = NDArray[np.float32]
-MAX_POSITIONS = 4096  # of a map whose attention matrix (HW, HW) is computed
+MAX_POSITIONS = 4096  # largest map whose attention matrix (HW, HW) is computed
 
 
 def find_crossformer(net: nn.Module) -> CrossFormer:
@@ -107,7 +107,7 @@ class BlockAttention:
         return attention.reshape(self.size)
 
     def matrix(self) -> Map:
-        """Attention of all positions to all, averaged over heads, shape ``(HW, HW)``.
+        """Attention between all positions, averaged over heads, shape ``(HW, HW)``.
 
         Raises:
             UserError: If the map has more than ``MAX_POSITIONS`` positions.
@@ -123,7 +123,7 @@ class BlockAttention:
 
 @dataclass
 class Record:
-    """What the blocks of a network compute for one image, by (stage, block) from 0.
+    """Recorded activations of a network's blocks for one image, by (stage, block) from 0.
 
     Attributes:
         blocks: Attention.
@@ -160,7 +160,7 @@ class Record:
 
 @torch.no_grad()
 def record(net: nn.Module, images: Tensor) -> Record:
-    """Run a CrossFormer on an image and store what its blocks compute.
+    """Run a CrossFormer on an image and record attention and amplitudes of its blocks.
 
     Args:
         net: CrossFormer, or network that contains one.
@@ -223,10 +223,10 @@ def _amplitude_hook(result: Record, place: tuple[int, int], cooling: nn.Module) 
 
 
 def patches(net: nn.Module, stage: int, y: int, x: int) -> list[tuple[float, float, float, float]]:
-    """Patches of the image that the kernels of a stage's CEL see for one embedding.
+    """Patches of the image that the kernels of a stage's CEL cover for one embedding.
 
-    Kernels of later stages see positions of the previous map. A position is counted as the square of pixels
-    that it stands for, although its own kernels saw more.
+    Kernels of later stages cover positions of the previous map. Each position counts as a square of
+    ``stride x stride`` pixels, although its own receptive field is larger.
 
     Args:
         net: CrossFormer, or network that contains one.

@@ -1,4 +1,4 @@
-"""Draw what a CrossFormer computes for an image on one page."""
+"""Draw groups, attention, position biases and amplitudes of a CrossFormer for one image."""
 
 import io
 from pathlib import Path

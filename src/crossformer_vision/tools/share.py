@@ -39,7 +39,7 @@ def share(source: str, to: str) -> str:
         Name for ``timm.create_model``: ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
 
     Raises:
-        UserError: If it is not a classifier, the folder exists, or Hugging Face refuses.
+        UserError: If the source is not a classifier, the folder exists, or the upload fails.
     """
     predictor = load_predictor(source, "cpu")
     if predictor.task != "classification" or not predictor.info.options:
@@ -70,7 +70,7 @@ def share(source: str, to: str) -> str:
 
 
 def _results(file: Path | None) -> dict[str, Any]:
-    """Results of a run, if they are of this checkpoint file."""
+    """Results of a run, if they belong to this checkpoint file."""
     if file is None or not (file.parent / "results.json").is_file():
         return {}
     results = json.loads((file.parent / "results.json").read_text(encoding="utf-8"))
@@ -81,14 +81,14 @@ def _write(predictor: Predictor, file: Path | None, folder: Path, opened: str, t
     """Write weights, configuration, plots and model card."""
     model_args = dict(predictor.info.options.get("model_args") or {})
     pretrained_cfg = dict(predictor.info.image)
-    if file is not None:  # not the published weights, and not under their licence
+    if file is not None:  # own weights, not covered by the license of published ones
         pretrained_cfg |= {"tag": None, "license": None}
     model_config = {"label_names": list(predictor.classes), "pretrained_cfg": pretrained_cfg}
     save_for_hf(
         predictor.net, str(folder), model_config=model_config, model_args=model_args, safe_serialization=True
     )
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    # timm writes them twice, and transformers would pass both.
+    # timm also writes these at the top level, and transformers would pass both values.
     for name in ("num_classes", "global_pool"):
         config.get("model_args", {}).pop(name, None)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -111,7 +111,7 @@ def _upload(folder: Path, repository: str) -> None:
         api = HfApi(library_name="crossformer-vision", library_version=__version__)
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Add model")
-    except Exception as error:  # of the network or the account
+    except Exception as error:  # connection or account errors
         raise UserError(
             f"hf:{repository}: {error_line(error)}. Log in with `hf auth login`, or share to a folder"
         ) from None
@@ -125,7 +125,7 @@ def model_card(
     Args:
         predictor: Predictor of the shared model.
         title: Title of the card.
-        opened: Python code that opens the model.
+        opened: Name for ``timm.create_model``, such as ``hf-hub:OWNER/NAME``.
         results: Metrics of the run.
         plots: File names of plots.
     """

@@ -12,8 +12,8 @@ def time_interleaved(
 ) -> dict[str, list[float]]:
     """Time functions in turn, round by round.
 
-    The speed of a machine changes over minutes by more than the differences of interest. Ratios of medians
-    from one interleaved run are comparable with those from another.
+    The speed of a machine drifts over minutes by more than the differences of interest, so only ratios of
+    medians from the same interleaved run are comparable between runs.
 
     Args:
         calls: Functions by name. Each is called once for warm-up.

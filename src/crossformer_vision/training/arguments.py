@@ -6,7 +6,7 @@ from pathlib import Path
 
 from crossformer_vision.errors import UserError
 
-# Short options that users of other trainers type, and the options that they stand for.
+# Aliases of common options, as in other trainers.
 SHORT_OPTIONS = {
     "--epochs": "--trainer.max_epochs",
     "--batch-size": "--data.batch_size",

@@ -23,7 +23,7 @@ from crossformer_vision.training.run import run_callbacks, silence_lightning
 
 @dataclass
 class RunObjects:
-    """What a run needs.
+    """Objects of a run.
 
     Attributes:
         task: Task with its model.
@@ -41,7 +41,7 @@ def build(options: Options, is_resumed: bool = False) -> RunObjects:
 
     Args:
         options: Parsed options.
-        is_resumed: Whether the run directory holds the run already.
+        is_resumed: Whether the run is resumed in an existing run directory.
 
     Raises:
         UserError: If the data or weights cannot be read, or options do not fit together.
@@ -89,7 +89,7 @@ def build_trainer(options: Namespace, callbacks: list[Callback]) -> L.Trainer:
     if options.profiler:  # reports through a logger that silence_lightning hides
         logging.getLogger("lightning.fabric.utilities.rank_zero").setLevel(logging.INFO)
     arguments = dict(vars(options))
-    if any(isinstance(plugin, Precision) for plugin in plugins):  # Lightning takes one or the other
+    if any(isinstance(plugin, Precision) for plugin in plugins):  # Lightning accepts only one of them
         arguments["precision"] = None
     has_summary = any(isinstance(c, ModelSummary) for c in user_callbacks)
     arguments |= {

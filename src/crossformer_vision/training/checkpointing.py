@@ -12,7 +12,7 @@ from crossformer_vision.tasks.base import Task
 
 
 class PatienceInEpochs(EarlyStopping):
-    """Early stopping whose patience is counted in epochs, however many validations an epoch has.
+    """Early stopping with a patience in epochs, for any number of validations per epoch.
 
     The decision is made at the end of a validation, before checkpoints are saved, so ``last.ckpt`` records
     that the run has stopped.
@@ -47,7 +47,7 @@ class PatienceInEpochs(EarlyStopping):
 
 
 class AverageWeights(WeightAveraging):
-    """Exponential moving average of the weights, whose decay rises to its final value.
+    """Exponential moving average (EMA) of the weights with decay warm-up.
 
     After n updates the decay is at most (1 + n) / (10 + n), as in timm's ``ModelEmaV3`` with warm-up, so the
     average of a short run is not dominated by the initial weights.
@@ -67,9 +67,9 @@ class AverageWeights(WeightAveraging):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """``best.ckpt``: the best validation; of equal ones that of lower ``val_loss``, then the later one.
+    """``best.ckpt``: the best validation. Ties are broken by lower ``val_loss``, then by the later epoch.
 
-    Its state does not contain the run directory, which may be renamed or copied before a run is resumed.
+    Restoring its state keeps the current run directory, which may have been renamed or copied since.
 
     Args:
         task: Task whose monitored metric counts.

@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 from torch import distributed
 
-LOCK = ".lock"  # in a run directory: locked during the run; contains the job that started it
+LOCK = ".lock"  # file in a run directory, locked during the run; contains the name of the job that started it
 
 
 def current_job() -> str | None:
@@ -34,10 +34,10 @@ def is_restarted() -> bool:
 
 
 def requeue() -> bool:
-    """Ask SLURM to run this job again.
+    """Requeue this SLURM job.
 
     Returns:
-        Whether SLURM has accepted.
+        Whether SLURM accepted the request.
     """
     try:
         result = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True)

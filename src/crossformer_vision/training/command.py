@@ -1,4 +1,4 @@
-"""How the user has called this program, for follow-up commands in messages."""
+"""Name of the command as the user called it, for follow-up commands in messages."""
 
 import shlex
 import shutil

@@ -16,7 +16,7 @@ from crossformer_vision.training.cluster import requeue
 from crossformer_vision.training.run_directory import RunDirectory
 
 CHECK_EVERY = 50  # batches between checks of the loss on a GPU, where each check waits for the device
-AGREE_EVERY = 10  # optimizer steps between agreements of several processes on whether to stop
+AGREE_EVERY = 10  # optimizer steps between collective checks for a signal in distributed runs
 
 
 class Stopped(Exception):
@@ -95,11 +95,11 @@ class StopOnSignal(Callback):
             print("stopping after this validation; Ctrl-C again stops at once, without it", flush=True)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note that a signal now waits for the end of a validation."""
+        """Record that a validation is running, which delays a stop until its end."""
         self.is_validating = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note that the validation has ended."""
+        """Record that the validation has ended."""
         self.is_validating = False
 
     @override

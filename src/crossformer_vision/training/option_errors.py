@@ -1,4 +1,4 @@
-"""Messages of option errors: which option or file, and what was meant or is expected."""
+"""Error messages for options: the option or file, a suggestion, and the expected type."""
 
 import difflib
 import re
@@ -14,7 +14,7 @@ from crossformer_vision.errors import error_line
 from crossformer_vision.training.arguments import has_option
 from crossformer_vision.training.recipes import read_config
 
-# Names of options in other trainers, and ours: the first that the task has.
+# Option names of other trainers, and the equivalent options here. The first that exists is suggested.
 ALIASES = {
     "max_epochs": ("trainer.max_epochs",),
     "steps": ("trainer.max_steps",),
@@ -145,7 +145,7 @@ def suggest_option(name: str, options: Sequence[str], prefix: str) -> str:
 
 
 def _config_with(name: str, configs: Sequence[str]) -> str:
-    """The configuration that has a key."""
+    """Configuration file that sets an option; the last one if none does."""
     for config in configs:
         content: Any = read_config(config)
         for part in name.split("."):
@@ -156,7 +156,7 @@ def _config_with(name: str, configs: Sequence[str]) -> str:
 
 
 def describe_type(kind: Any) -> str:
-    """What a type expects, such as ``an integer or null`` for ``int | None``; empty if unknown."""
+    """Describe a type in words, such as ``an integer or null`` for ``int | None``; empty if unknown."""
     if kind in TYPE_NAMES:
         return TYPE_NAMES[kind]
     origin, arguments = get_origin(kind), get_args(kind)
@@ -172,7 +172,7 @@ def describe_type(kind: Any) -> str:
 
 
 def _import_problem(path: str) -> str | None:
-    """Why a function cannot be imported by its dotted path; ``None`` if it can, or it is no such path."""
+    """Reason why a dotted path cannot be imported; ``None`` if it can, or if it is not a dotted path."""
     module, _, name = path.strip("'\"").rpartition(".")
     if not re.fullmatch(r"[A-Za-z_][\w.]*", module):
         return None

@@ -55,7 +55,7 @@ class Options:
     Attributes:
         verb: ``train`` or ``validate``.
         task: Name of the task.
-        parser: Parser that read them.
+        parser: Parser that produced ``config``.
         config: Values of all options.
         overrides: Values that replace those of ``config`` when objects are built, and are not saved with
             the run, such as the class names in a checkpoint.
@@ -99,7 +99,7 @@ def parse_options(verb: Verb, arguments: Sequence[str], overrides: dict[str, Any
         overrides: See ``Options``.
 
     Returns:
-        The options. No data are read and nothing is built.
+        The options. No data is read and no object is built.
 
     Raises:
         ArgumentError: If an option is unknown or has a wrong value; the message says what to do.
@@ -192,7 +192,7 @@ def _add_trainer_options(parser: LightningArgumentParser) -> None:
 
 
 def _check(config: Namespace) -> None:
-    """Refuse values that Lightning would answer with a traceback."""
+    """Reject Trainer options that are unsupported or would make Lightning fail with a traceback."""
     reset_unsupported(config.trainer)
     check_trainer_options(config.trainer)
 

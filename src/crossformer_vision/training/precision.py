@@ -26,7 +26,7 @@ def training_device(accelerator: Any) -> torch.device | None:
         accelerator: ``auto``, ``gpu``, ``cpu``, ``cuda``, ``mps`` or anything else that Lightning takes.
 
     Returns:
-        The device, or ``None`` for an accelerator that torch itself has no device for.
+        The device, or ``None`` for an accelerator without a torch device type.
     """
     if accelerator in ("auto", "gpu"):
         if torch.cuda.is_available():
@@ -50,7 +50,7 @@ def resolve_precision(precision: Any, accelerator: Any, prefer_fast: bool = Fals
         A precision of Lightning's Trainer.
 
     Raises:
-        UserError: If weights in 16 bits are wanted on a device that emulates them.
+        UserError: If 16-bit weights are requested on a device that emulates them.
     """
     device = training_device(accelerator)
     if precision in ("auto", None):

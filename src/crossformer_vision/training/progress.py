@@ -112,7 +112,7 @@ class MetricsWriter(Callback):
             logger.log_metrics({"lr": lr}, step=trainer.global_step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note that this epoch has validation metrics."""
+        """Record that this epoch has validation metrics."""
         self.has_validated = True
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -140,10 +140,10 @@ class MetricsWriter(Callback):
             print(f"{skipped} unreadable images skipped so far", flush=True)
 
     def plot(self) -> None:
-        """Plot the curves if an epoch is missing in the plot."""
+        """Plot the curves if the plot lacks the last epoch."""
         if self.unplotted is None:
             return
-        with suppress(OSError):  # a full disk has been reported before
+        with suppress(OSError):  # a full disk is already reported elsewhere
             visualize.plot_curves(self.rows, self.run_directory.path / "curves.png", self.unplotted.monitor)
         self.plot_time, self.unplotted = time.monotonic(), None
 

@@ -1,4 +1,4 @@
-"""Bundled recipes, and which task and recipe a command line starts from."""
+"""Bundled recipes, and the choice of task and recipe for a command line."""
 
 import difflib
 import math
@@ -17,12 +17,12 @@ from crossformer_vision.training.arguments import has_option, option_value
 from crossformer_vision.weights import published
 
 PACKAGE = Path(__file__).parents[1]
-CONFIG_DIRS = (PACKAGE / "configs", PACKAGE.parents[1] / "configs")  # of a wheel; of a checkout
+CONFIG_DIRS = (PACKAGE / "configs", PACKAGE.parents[1] / "configs")  # in a wheel; in a source checkout
 
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What the command line needs to know about a task.
+    """Metadata of a task for the command line.
 
     Attributes:
         module: Module of the task's classes, below ``tasks`` and ``data``.
@@ -120,7 +120,7 @@ def read_config(config: str) -> dict[str, Any]:
 
 
 def as_ascii(config: str) -> str:
-    """A configuration that the parser reads the same under any system encoding.
+    """Return a configuration that the parser reads correctly under any system encoding.
 
     jsonargparse takes a path or YAML text, but reads files in the system's encoding.
 
@@ -146,8 +146,8 @@ def as_text(content: dict[str, Any]) -> str:
 def choose_task(arguments: Sequence[str], configs: Sequence[str]) -> tuple[str, str | None]:
     """The task of a command line.
 
-    In this order: ``--task``, the task of a configuration, the task that alone has one of the given options,
-    the layout of the data, classification.
+    Order of precedence: ``--task``, ``task`` in a configuration, an option that only one task has, the layout
+    of the data, classification.
 
     Args:
         arguments: Command-line arguments.
@@ -178,7 +178,7 @@ def choose_task(arguments: Sequence[str], configs: Sequence[str]) -> tuple[str, 
 
 
 def _task_with_own_option(arguments: Sequence[str], contents: Sequence[dict[str, Any]]) -> str | None:
-    """The task that has an option which no other task has."""
+    """Task whose own option, such as ``detector``, is given."""
     models = [content.get("model") for content in contents]
     for name, info in TASKS.items():
         option = info.own_option

@@ -40,12 +40,12 @@ def resume_options(run_dir: str, arguments: Sequence[str]) -> tuple[Options, dic
         The options, and the changed ones as ``{name: (before, now)}``.
 
     Raises:
-        UserError: If it is no run directory, or an option is changed that must stay.
+        UserError: If it is not a run directory, or an option in ``FIXED`` is changed.
     """
     config = _config_path(run_dir)
     overrides: dict[str, Any] = {"run.dir": run_dir, **_validation_list(run_dir)}
     last = Path(run_dir) / "last.ckpt"
-    if last.is_file():  # otherwise the run starts again
+    if last.is_file():  # otherwise training restarts from the first epoch
         overrides |= _checkpoint_overrides(last)
     options = parse_options("train", ["--config", as_ascii(config), *arguments], overrides)
     changed = _changed_options(options, run_dir)
@@ -68,13 +68,13 @@ def validation_options(run_dir: str, checkpoint: str, arguments: Sequence[str]) 
         arguments: Further command-line arguments.
 
     Raises:
-        UserError: If it is no run directory, or the checkpoint does not exist.
+        UserError: If it is not a run directory, or the checkpoint does not exist.
     """
     config = _config_path(run_dir)
     if not Path(checkpoint).is_file():
         raise UserError(f"{checkpoint}: no such checkpoint. Train first, or pass --checkpoint")
     overrides = _validation_list(run_dir) | _checkpoint_overrides(Path(checkpoint))
-    if has_option(arguments, "--data.root"):  # other images: all of them if they are not split
+    if has_option(arguments, "--data.root"):  # other data: validate on all images if there are no splits
         overrides.pop("data.val_list", None)
         if not has_option(arguments, "--data.val_share"):
             overrides["data.val_share"] = 1.0
@@ -96,7 +96,7 @@ def _validation_list(run_dir: str) -> dict[str, Any]:
 
 
 def _checkpoint_overrides(checkpoint: Path) -> dict[str, Any]:
-    """Weights come from the checkpoint, and so do the class names."""
+    """Overrides that take weights and class names from the checkpoint."""
     return {"model.pretrained": False, "model.checkpoint": None, **class_names(checkpoint)}
 
 
@@ -126,7 +126,7 @@ def _changed_options(options: Options, run_dir: str) -> dict[str, tuple[Any, Any
 
 
 def default_run_dir(options: Options) -> Path:
-    """Directory that a run of these options takes, unless it exists."""
+    """Run directory for these options, before numbering."""
     return Path(options.config.run.dir or f"runs/{options.task}-{options.config.model.backbone}")
 
 
@@ -143,7 +143,7 @@ def find_run(options: Options) -> Path | None:
     if not (run_dir / "config.yaml").is_file():
         return None
     for name, (before, now) in _changed_options(options, str(run_dir)).items():
-        if name == "trainer.precision" and options.is_auto_precision:  # of another machine
+        if name == "trainer.precision" and options.is_auto_precision:  # resolved on another machine
             continue
         raise UserError(
             f"{run_dir}: holds a run with another configuration: {name} is {before} there, {now} here. "
@@ -153,7 +153,7 @@ def find_run(options: Options) -> Path | None:
 
 
 def find_run_of_job(options: Options) -> Path | None:
-    """The run that this job of SLURM or torchrun has started before it was restarted."""
+    """Run directory that this SLURM or torchrun job created before it was restarted."""
     if current_job() is None:
         return None
     run_dir = default_run_dir(options)

@@ -73,13 +73,13 @@ class RunOptions:
 def run_callbacks(
     options: RunOptions, task: Task, config: str, is_resumed: bool = False, use_tensorboard: bool = True
 ) -> list[Callback]:
-    """Callbacks that make a training of Lightning's Trainer a run.
+    """Create the callbacks that turn a training of Lightning's Trainer into a run.
 
     Args:
         options: Options of the run.
         task: Task that is trained.
         config: Configuration to save, as YAML.
-        is_resumed: Whether the run directory holds the run already.
+        is_resumed: Whether the run is resumed in an existing run directory.
         use_tensorboard: Whether to log to TensorBoard.
     """
     run_directory = RunDirectory(options.dir, config, is_resumed, use_tensorboard)
@@ -168,7 +168,7 @@ def _print_start(trainer: L.Trainer, task: Task, data: Any, parameters: int, res
 
 
 def _fit(trainer: L.Trainer, task: Task, data: Any, resume: str | None) -> None:
-    """Train, and leave the run directory consistent however training ends."""
+    """Train, and clean up the run directory however training ends."""
     run_directory = find_callback(trainer, RunDirectory)
     last = Path(resume) / "last.ckpt" if resume else None
     try:
@@ -222,7 +222,7 @@ def validate(
 def evaluate(
     trainer: L.Trainer, task: Task, data: Any, checkpoint: Path | None, output_dir: Path
 ) -> tuple[dict[str, Any], Path]:
-    """Validate into a new directory.
+    """Validate and write plots and ``results.json`` to a new directory.
 
     Args:
         trainer: Lightning's Trainer.

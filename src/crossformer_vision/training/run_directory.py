@@ -30,16 +30,16 @@ RUN_FILES = {
     "best.ckpt", "last.ckpt", "results.json", "metrics.csv", "classes.csv", "curves.png", "predictions.png",
     "confusion_matrix.png", "precision_recall.png", "class_iou.png",
 }  # fmt: skip
-VAL_LIST = "val_list.txt"  # in a run directory: validation images that were held out of one folder
+VAL_LIST = "val_list.txt"  # in a run directory: validation images held out from an unsplit folder
 
 
 class RunDirectory(Callback):
-    """Chooses the directory of a run, locks it, and writes what identifies the run.
+    """Chooses the directory of a run, locks it, and writes its configuration and validation list.
 
     Args:
         path: Run directory. ``None`` for a new ``runs/<task>-<backbone>``, numbered if it exists.
         config: Configuration to save, as YAML.
-        is_resumed: Whether the directory holds the run already.
+        is_resumed: Whether the run is resumed in an existing directory.
         use_tensorboard: Whether to log to TensorBoard.
 
     Attributes:
@@ -61,10 +61,10 @@ class RunDirectory(Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take the directory in the first process, and tell it to all processes and callbacks.
+        """Create the directory in the first process; broadcast its path to all processes and callbacks.
 
         Raises:
-            UserError: If the directory cannot be used, or not all machines see it.
+            UserError: If the directory cannot be used, or is not visible on all machines.
         """
         if stage != "fit":
             return
@@ -174,15 +174,15 @@ class RunDirectory(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note that something was trained."""
+        """Record that a batch was trained on."""
         self.has_trained = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the step, whose state is saved after validation."""
+        """Record the step, whose state ``LastCheckpoint`` saves after validation."""
         self.validated_step = trainer.global_step
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the end of an epoch that no validation has saved."""
+        """Save ``last.ckpt`` at the end of an epoch without validation."""
         if self.has_trained and self.validated_step != trainer.global_step:
             trainer.save_checkpoint(self.path / "last.ckpt")
 
@@ -191,12 +191,12 @@ class RunDirectory(Callback):
         return f"continue with: {command_name()} train --resume {shlex.quote(str(self.path))}"
 
     def release_lock(self) -> None:
-        """Let other processes use the directory."""
+        """Release the lock of the directory."""
         if self.lock is not None:
             self.lock.close()
 
     def remove_unused(self) -> None:
-        """Remove what a run without a step has created, and nothing else."""
+        """Remove the files of a run that ended before its first step. Other files are kept."""
         if self.path == Path() or self.is_resumed or self.has_trained or (self.path / "last.ckpt").exists():
             return
         if self.is_created:
@@ -216,7 +216,7 @@ def _run_paths(run_dir: Path) -> list[Path]:
 
 
 def report_dead_processes(resume_hint: str) -> None:
-    """Replace Lightning's message about a process that died by one that tells how to continue."""
+    """Replace Lightning's message about a dead process by one with the command to resume."""
     launcher = logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script")
 
     def reword(record: logging.LogRecord) -> bool:

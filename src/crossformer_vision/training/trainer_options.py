@@ -1,4 +1,4 @@
-"""Options of Lightning's Trainer: our defaults, unsupported ones, and checks before anything starts."""
+"""Options of Lightning's Trainer: defaults, unsupported options, and early checks."""
 
 import os
 from inspect import signature
@@ -10,7 +10,7 @@ import torch
 from crossformer_vision.errors import UserError
 from crossformer_vision.training.precision import training_device
 
-# Options without a meaning here, and what to use instead.
+# Options that runs do not support, and alternatives.
 UNSUPPORTED = {
     "enable_checkpointing": "runs always save checkpoints; --trainer.fast_dev_run true tries one batch",
     "barebones": "use --trainer.profiler, or `crossformer info`",
@@ -28,7 +28,7 @@ TRAINER_DEFAULTS = {
     "trainer.use_distributed_sampler": False,
     "trainer.num_sanity_val_steps": 0,
     "trainer.gradient_clip_val": 5.0,
-    # In a SLURM job Lightning looks here for checkpoints of earlier jobs: not in the working directory.
+    # In a SLURM job, Lightning searches this directory for checkpoints of earlier jobs.
     "trainer.default_root_dir": "runs",
 }
 
@@ -51,13 +51,13 @@ def reset_unsupported(options: Any) -> None:
 
 
 def check_trainer_options(options: Any) -> None:
-    """Check options that Lightning would answer with a traceback or an endless start.
+    """Reject options that would make Lightning fail with a traceback or hang at the start.
 
     Args:
         options: Namespace of the Trainer's options.
 
     Raises:
-        UserError: If a value cannot be meant, or a device is missing.
+        UserError: If a value is invalid, or a device is not available.
     """
     strategy = str(options.strategy)
     if any(start in strategy for start in ("spawn", "fork", "notebook")):

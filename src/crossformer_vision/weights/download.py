@@ -25,7 +25,7 @@ from rich.progress import (
 from crossformer_vision.errors import UserError
 
 TIMEOUT = 60  # seconds without data
-PAGE_BYTES = 1 << 20  # read of an HTML page
+PAGE_BYTES = 1 << 20  # maximum bytes that are read from an HTML page
 BLOCK_BYTES = 1 << 18
 
 
@@ -37,7 +37,7 @@ def check_connection(url: str, timeout: float = 5) -> None:
         timeout: Seconds to wait.
 
     Raises:
-        UserError: If not.
+        UserError: If the connection fails.
     """
     address = urllib.request.getproxies().get("https", url)
     parts = urllib.parse.urlsplit(address if "://" in address else f"//{address}")
@@ -51,8 +51,8 @@ def check_connection(url: str, timeout: float = 5) -> None:
 def download(url: str, path: Path, check: Callable[[Path], None]) -> None:
     """Download a file once, even if several processes need it.
 
-    Data go to ``<path>.part``, from which an interrupted download is resumed. The file gets its name only
-    after the check.
+    Data is written to ``<path>.part``, from which an interrupted download is resumed. The file is renamed to
+    ``path`` after the check.
 
     Args:
         url: Address.
@@ -81,7 +81,7 @@ def download(url: str, path: Path, check: Callable[[Path], None]) -> None:
 
 @contextmanager
 def _process_lock(path: str) -> Iterator[None]:
-    """A lock between processes, by the existence of a file if the file system has no locks."""
+    """Lock between processes. Uses a lock file if the file system has no locks."""
     lock: BaseFileLock = FileLock(path)
     try:
         lock.acquire()
@@ -98,7 +98,7 @@ def _fetch(url: str, part: Path, path: Path) -> int | None:
     """Download into ``part``, resuming from what it contains.
 
     Returns:
-        Size of the whole file, if the server tells it.
+        Size of the whole file, or ``None`` if the server does not send it.
     """
     offset = part.stat().st_size if part.exists() else 0
     try:

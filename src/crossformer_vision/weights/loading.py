@@ -18,7 +18,7 @@ from crossformer_vision.weights.reading import read_checkpoint, select_weights
 
 log = logging.getLogger("crossformer_vision")
 
-# Of DataParallel, torch.compile, tasks of this library, tasks of others, dense models.
+# Prefixes added by DataParallel, torch.compile, LightningModules here and elsewhere, and dense models.
 PREFIXES = ("module.", "_orig_mod.", "net.", "model.", "backbone.")
 
 
@@ -31,7 +31,7 @@ class LoadReport:
         dropped: Weights of a classifier with another number of classes.
         missing: Weights of the model that are not in the file, and were not changed.
         unused: Weights that are only in the file.
-        buffers: Index buffers in published files, which are not weights.
+        buffers: Buffers in published files that are not weights: indices and position biases.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -194,7 +194,7 @@ def _resize_table(table: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _without_later_stages(names: list[str], target: _Target) -> list[str]:
-    """Unused names without those of stages that a ``features_only`` model has dropped."""
+    """Names of unused weights, except those of stages that a ``features_only`` model does not have."""
     stages = {".".join(name.split(".")[:3]) for name in target.weights}
     return [name for name in names if ".stages." not in name or ".".join(name.split(".")[:3]) in stages]
 

@@ -1,4 +1,4 @@
-"""Published weights: their addresses, and the models that they belong to."""
+"""Published weights: download addresses and matching models."""
 
 import logging
 import urllib.parse
@@ -177,7 +177,8 @@ def _build(model: str, head: str | None) -> nn.Module:
 def is_available(model: str) -> bool:
     """Whether published weights of a timm model are cached or can be downloaded.
 
-    Logs a warning with the reason if not. Waits for a host only some seconds.
+    Logs a warning with the reason if not. Fails after a few seconds if the host is not reachable. Downloads
+    CrossFormer's published files, since their availability is only known after the download.
 
     Args:
         model: timm name.

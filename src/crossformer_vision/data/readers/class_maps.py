@@ -13,7 +13,7 @@ from crossformer_vision.errors import UserError
 from crossformer_vision.models.grouping import ceil_div
 
 MAP_EXTENSIONS = {".png", ".bmp", ".tif", ".tiff"}
-CHECKED_MAPS = 50  # that are looked at to detect masks of 0 and 255
+CHECKED_MAPS = 50  # maximum number of class maps checked for values of 0 and 255
 
 
 class ClassMapImages:
@@ -33,7 +33,7 @@ class ClassMapImages:
         return len(self.pairs)
 
     def reorder_classes(self, classes: list[str]) -> list[int]:
-        """Give the classes another order.
+        """Reorder the classes.
 
         Args:
             classes: The same names in the new order.
@@ -55,7 +55,7 @@ class ClassMapImages:
         """An upright image and its class map, shape ``(H, W)``.
 
         Raises:
-            UserError: If the class map cannot be read, has another size or colors, or an invalid value.
+            UserError: If the class map cannot be read, has another size or colors, or has an invalid value.
         """
         path, label = self.pairs[index]
         image: Image.Image = Image.open(path)
@@ -134,7 +134,7 @@ def pair_files(images: Path, maps: Path) -> list[tuple[Path, Path]]:
         maps: Folder of class maps.
 
     Raises:
-        UserError: If an image has no class map, a class map no image, or two files the same name.
+        UserError: If an image has no class map, a class map has no image, or two files have the same name.
     """
     image_files, map_files = _files_by_name(images, EXTENSIONS), _files_by_name(maps, MAP_EXTENSIONS)
     if not image_files:

@@ -1,8 +1,8 @@
 """Annotation files in COCO's format: images, boxes and masks as arrays.
 
 The training file of COCO has 860,000 objects. A Python object for each would take gigabytes and be copied
-into every worker process. Annotations written as COCO writes them are decoded by msgspec into arrays. All
-others take a slower path, which reports what is wrong with them.
+into every worker process. msgspec decodes annotations in COCO's own form into arrays. All others
+take a slower path, which reports errors.
 """
 
 import json
@@ -276,7 +276,7 @@ class CocoImages:
         label_of: dict[Any, int],
         sizes: list[list[int]],
     ) -> bool:
-        """Append an annotation that is written as COCO writes it; returns whether it is."""
+        """Append an annotation in COCO's own form. Return whether it has this form."""
         if not isinstance(entry, msgspec.Raw):
             return False
         has_pixels: bool | None = True

@@ -1,4 +1,4 @@
-"""The JSON of a file in COCO's format, decoded by msgspec where it is written as COCO writes it."""
+"""Decoding of COCO JSON files: a fast path by msgspec, and a tolerant path that reports errors."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from crossformer_vision.errors import UserError
 
 
 class ListedImage(msgspec.Struct):
-    """An image of the file; tools leave its size out."""
+    """An image of the file. Some tools omit its size."""
 
     id: Any
     file_name: Any
@@ -21,7 +21,7 @@ class ListedImage(msgspec.Struct):
 
 
 class CocoFile(msgspec.Struct):
-    """The lists of the file, with annotations that are not decoded yet."""
+    """Content of a COCO file, with undecoded annotations."""
 
     images: list[ListedImage]
     annotations: list[msgspec.Raw]
@@ -46,7 +46,7 @@ decode_polygons = msgspec.json.Decoder(list[list[float]]).decode
 
 
 def coco_id(value: Any) -> int | str:
-    """An id to look up: whole numbers are the same as integers, floats or text."""
+    """Normalize an id, so that ``1``, ``1.0`` and ``"1"`` are equal."""
     if isinstance(value, str):
         return int(value) if value.lstrip("-").isdecimal() and value.isascii() else value
     number = int(value)
@@ -82,7 +82,7 @@ def read_coco_json(path: Path) -> dict[str, Any]:
         ``categories``.
 
     Raises:
-        UserError: If the file is missing, no JSON, or lacks a list or an image's id or name.
+        UserError: If the file is missing, is not JSON, or lacks a list or an image's id or name.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such annotation file")

@@ -44,7 +44,7 @@ def check_segmentation(name: str, segmentation: Any, width: int, height: int) ->
 
     Args:
         name: File and annotation, for errors.
-        segmentation: What the annotation has.
+        segmentation: Value of ``segmentation`` in the annotation.
         width: Width of the image in pixels.
         height: Height of the image in pixels.
 
@@ -92,7 +92,7 @@ def _check_run_lengths(name: str, encoding: dict[str, Any], width: int, height: 
 
 
 def farthest_corner(width: int, height: int) -> float:
-    """Largest coordinate of a polygon that is drawn: the memory for drawing grows with it."""
+    """Largest accepted coordinate of a polygon, since the memory for drawing grows with it."""
     return 10 * max(width, height) + 10_000
 
 
@@ -105,7 +105,7 @@ def polygons_have_pixels(polygons: list[list[float]], width: int, height: int) -
         height: Height of the image in pixels.
 
     Returns:
-        ``None`` if ``check_segmentation`` has to say what is wrong with them.
+        Whether they do; ``None`` if they are invalid, which ``check_segmentation`` reports.
     """
     limit = farthest_corner(width, height)
     found = False

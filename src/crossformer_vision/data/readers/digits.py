@@ -146,7 +146,7 @@ class DigitImages:
 
 
 class DigitObjects:
-    """Images with up to four digits, for detection. See ``DigitImages`` for other arguments.
+    """Images with up to four digits, for detection.
 
     Args:
         split: ``train`` or ``val``.

@@ -1,4 +1,4 @@
-"""Find the image files that an annotation file lists, however the tool that wrote it spelled their names."""
+"""Find the image files that an annotation file lists, under the spellings that different tools write."""
 
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -35,7 +35,7 @@ def find_listed_images(names: Sequence[str], folder: Path) -> list[str | None]:
         for candidate in spellings(name, folder):
             if file := composed.get(unicodedata.normalize("NFC", candidate)):
                 return file
-        hidden = name.replace("\\", "/")  # the listing leaves hidden files out
+        hidden = name.replace("\\", "/")  # ``names_below`` omits hidden files
         return hidden if not is_outside(hidden) and Path(f"{folder}/{hidden}").is_file() else None
 
     return [find(name) for name in names]
@@ -61,7 +61,7 @@ def stored_size(path: Path) -> tuple[int, int]:
     """Width and height of an image file as viewers show it, from its header.
 
     Raises:
-        OSError: If the file is missing or no image.
+        OSError: If the file is missing or is not an image.
     """
     with Image.open(path) as image:
         width, height = image.size

@@ -1,4 +1,4 @@
-"""Classification datasets that another library loads by name: torchvision's and Hugging Face's."""
+"""Classification datasets loaded by name through timm (torchvision) or Hugging Face ``datasets``."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -48,7 +48,7 @@ class ShardImages:
         classes: Class names by label. If empty, classes are named by their number.
 
     Raises:
-        UserError: If a shard is truncated or not a tar file, or an image has no class or one without a name.
+        UserError: If a shard is truncated or not a tar file, or an image has no class or an invalid one.
     """
 
     def __init__(self, paths: list[Path], classes: list[str]) -> None:
@@ -125,7 +125,7 @@ def _read_samples(path: Path) -> Iterator[tuple[str, int, int, int]]:
 def _iterate_members(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
     """Files of a shard with their names, except hidden ones."""
     while (member := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them in memory
+        tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps all members in memory
         name = member.name.removeprefix("./")
         if member.isfile() and not is_hidden(Path(name)):
             yield member.name, member

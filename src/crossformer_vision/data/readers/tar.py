@@ -16,7 +16,7 @@ from crossformer_vision.errors import UserError
 class TarImages:
     """``<class>/.../<image>`` inside a tar file: the class is the first folder, as in a folder of images.
 
-    A tar file inside, as ImageNet has one for each class, is treated as a folder of its name. Each image is
+    A nested tar file, as in ImageNet for each class, is treated as a folder of the same name. Each image is
     read through its own file object, so workers do not share a position.
 
     Args:

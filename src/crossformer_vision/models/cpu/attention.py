@@ -21,7 +21,7 @@ from crossformer_vision.models.heads import apply_key_mask, join_heads, split_he
 def attend_on_cpu(
     qkv: Tensor, num_heads: int, bias: Tensor, key_padding_mask: Tensor | None
 ) -> Tensor | None:
-    """Attention where CPUs need a strategy of their own.
+    """Attention for cases in which CPUs need a separate implementation.
 
     In training, attention matrices are recomputed in the backward pass instead of stored, which is faster and
     saves memory. Under functional transforms, the fused kernel has no gradient for a bias.

@@ -76,7 +76,7 @@ def match_anchors(
         boxes: Boxes of the objects, ``(objects, 4)`` as ``x1, y1, x2, y2``.
         anchors: Anchors, ``(anchors, 4)``.
         low_threshold: IoU below which an anchor is background.
-        high_threshold: IoU from which on an anchor is assigned to its best object.
+        high_threshold: Minimum IoU at which an anchor is assigned to its best object.
         allow_low_quality: Assign to each object its best anchors, even below the thresholds.
         min_claim_iou: IoU below which an object gets no anchor by ``allow_low_quality``.
 

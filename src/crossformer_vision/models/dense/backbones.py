@@ -17,7 +17,7 @@ from crossformer_vision.models import create_on_meta, find_model
 from crossformer_vision.models.grouping import ceil_div
 
 STRIDES = (4, 8, 16, 32)
-# Keyword that lets a model with a fixed image size take any other. Most models have none.
+# Keywords with which models of a fixed image size accept other sizes. Most models have no such keyword.
 ANY_SIZE_KWARGS: tuple[dict[str, Any], ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
 
 
@@ -78,7 +78,7 @@ def _create_features_only(
 def _check_sizes(model: Any, name: str, strides: Sequence[int], backbone_args: dict[str, Any]) -> None:
     """Check that feature maps of images of several sizes have the expected sizes.
 
-    A model with an explicit ``img_size`` need not take other sizes: a segmenter uses windows of it.
+    A model with an explicit ``img_size`` is checked at this size only, because segmenters use windows of it.
 
     Raises:
         UserError: If the model fails or returns another size.

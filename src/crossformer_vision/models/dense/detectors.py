@@ -1,4 +1,4 @@
-"""RetinaNet and Mask R-CNN on any timm backbone, composed from torchvision's parts and this package's.
+"""RetinaNet and Mask R-CNN on any timm backbone, composed of torchvision's and this package's modules.
 
 Structure, losses and initialization are those of the OpenMMLab models that CrossFormer was published with.
 They differ from torchvision's detectors in these points:
@@ -179,17 +179,17 @@ class MaskRCNN(DenseModel, GeneralizedRCNN):
         rpn_post_nms_top_n_train: Proposals of an image, in training.
         rpn_post_nms_top_n_test: The same, in evaluation.
         rpn_nms_thresh: IoU above which a proposal is suppressed.
-        rpn_fg_iou_thresh: IoU from which on an anchor is positive.
+        rpn_fg_iou_thresh: Minimum IoU of a positive anchor.
         rpn_bg_iou_thresh: IoU below which an anchor is negative.
         rpn_batch_size_per_image: Anchors of an image in the RPN's loss.
-        rpn_positive_fraction: Maximum share of positive ones among them.
+        rpn_positive_fraction: Maximum fraction of positive anchors among them.
         rpn_score_thresh: Minimum score of proposals.
         box_score_thresh: Minimum score of detections.
         box_nms_thresh: IoU above which a detection of the same class is suppressed.
-        box_fg_iou_thresh: IoU from which on a proposal is positive.
+        box_fg_iou_thresh: Minimum IoU of a positive proposal.
         box_bg_iou_thresh: IoU below which a proposal is negative.
         box_batch_size_per_image: Proposals of an image in the loss.
-        box_positive_fraction: Maximum share of positive ones among them.
+        box_positive_fraction: Maximum fraction of positive proposals among them.
         bbox_reg_weights: Weights of the box deltas. ``None`` is ``(10, 10, 5, 5)``.
     """
 
@@ -330,7 +330,7 @@ def normalization_kwargs(cfg: PretrainedCfg, channels: int) -> dict[str, list[fl
 
     Args:
         cfg: timm's configuration of the backbone.
-        channels: Channels of images. Other numbers than 3 get the average of the three channels.
+        channels: Number of image channels. If it is not 3, every channel gets the mean over RGB.
     """
     kwargs = {"image_mean": list(cfg.mean), "image_std": list(cfg.std)}
     if channels == 3:

@@ -1,7 +1,7 @@
 """Masks of detectors: training targets, and pasting of predicted masks into images.
 
 Both sample masks at the centers of pixels from unrounded boxes, as OpenMMLab does. docs/detection.md compares
-the IoU that a 28x28 mask can reach with torchvision's.
+the maximum IoU of 28x28 masks with torchvision's sampling.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
-CHUNK_SIZE = 16  # masks converted to float32 at a time
+CHUNK_SIZE = 16  # masks that are converted to float32 at a time
 
 
 def crop_mask_targets(masks: Tensor, boxes: Tensor, index: Tensor, side: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Semantic FPN and UPerNet on any timm backbone.
 
-They compute what the OpenMMLab models do that CrossFormer was published with. A segmenter maps normalized
-images of any size to logits of the same size. ``windows.py`` has sliding windows, scales and flips.
+Outputs are those of the OpenMMLab models that CrossFormer was published with. A segmenter maps normalized
+images of any size to logits of the same size. ``windows.py`` adds sliding windows, scales and flips.
 """
 
 from collections.abc import Sequence
@@ -131,7 +131,7 @@ class UPerHead(nn.Module):
 
 
 class FCNHead(nn.Module):
-    """UPerNet's auxiliary head: a convolution and a classifier. See ``UPerHead`` for the arguments.
+    """UPerNet's auxiliary head: a convolution and a classifier.
 
     Args:
         in_channels: Channels of the map.
@@ -253,9 +253,10 @@ def create_segmenter(
         width: Channels of the pyramid. ``None`` for 256 (Semantic FPN) or 512 (UPerNet).
         dropout: Dropout of channels before the classifier.
         backbone_args: Further arguments of the backbone, such as ``drop_path_rate``. The published
-            segmenters, also those on CrossFormer++, have ``lda_span="map"`` and groups that their files do
-            not contain: UPerNet, and Semantic FPN on ++B, ``group_size=(7, 7, 7, 7)`` and ``interval=(8, 4,
-            2, 1)``; other Semantic FPNs ``group_size=(14, 14, 7, 7)`` and ``interval=(16, 8, 2, 1)``.
+            segmenters, including those on CrossFormer++, have ``lda_span="map"`` and groups that their files
+            do not contain. UPerNet and Semantic FPN on ++B: ``group_size=(7, 7, 7, 7)`` and
+            ``interval=(8, 4, 2, 1)``. Other Semantic FPNs: ``group_size=(14, 14, 7, 7)`` and
+            ``interval=(16, 8, 2, 1)``.
 
     Returns:
         Module from normalized images of shape ``(B, C, H, W)``, of any size, to logits of shape

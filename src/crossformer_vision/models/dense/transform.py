@@ -49,7 +49,7 @@ class DetectorTransform(GeneralizedRCNNTransform):
         if self.training and self.skip_resize:
             return image, target
         H, W = image.shape[-2:]
-        min_side = ceil_div(max(H, W), self.max_size)  # is resized to one pixel
+        min_side = ceil_div(max(H, W), self.max_size)  # resized to one pixel
         image = F.pad(image, (0, max(0, min_side - W), 0, max(0, min_side - H)))
         masks = target.pop("masks", None) if target is not None else None
         image, target = super().resize(image, target)

@@ -11,7 +11,7 @@ from crossformer_vision.models.dense.segmenters import resize
 
 Net = Callable[[Tensor], Tensor]
 """Function from normalized images ``(B, C, H, W)`` to logits ``(B, num_classes, H, W)``."""
-MAX_WHOLE_PIXELS = 2048 * 2048  # of an image that is segmented at once
+MAX_WHOLE_PIXELS = 2048 * 2048  # largest image that is segmented without windows
 LARGE_WINDOW = 1024  # side of the windows for larger images
 
 
@@ -103,12 +103,12 @@ def class_map_in_windows(net: Net, images: Tensor, window: int, stride: int) -> 
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Starts of windows along a side of a length. The last window ends with the side.
+    """Start positions of windows along one side. The last window ends at the end of the side.
 
     Args:
         length: Length of the side.
         window: Side of a window.
-        stride: Distance of windows.
+        stride: Distance between windows.
     """
     last = max(0, length - window)
     return [min(start, last) for start in range(0, last + stride, stride)]
@@ -167,7 +167,7 @@ def predict_class_map(
         size: Height and width of the result.
         flip: Average with the prediction of the flipped image.
         window: Side of sliding windows, ``None`` for whole images.
-        stride: Distance of windows, ``None`` for two thirds of a window.
+        stride: Distance between windows, ``None`` for two thirds of a window.
 
     Returns:
         Class indices, shape ``(B, *size)``.
@@ -197,7 +197,7 @@ def view_logits(
         images: Images, ``(B, C, H, W)``.
         size: Height and width of the result.
         window: Side of sliding windows, or ``None``.
-        stride: Distance of windows, or ``None``.
+        stride: Distance between windows, or ``None``.
     """
     side = window_side(images, window)
     logits = sliding_window(net, images, side, stride or 2 * side // 3) if side else net(images)
@@ -226,9 +226,9 @@ def softmax_(logits: Tensor) -> Tensor:
 
 
 def class_map(scores: Tensor) -> Tensor:
-    """Best class of each pixel, the first one of equal ones.
+    """Class with the highest score of each pixel; the first one if scores are equal.
 
-    On CPUs it goes class by class in strips, three times as fast as ``argmax``.
+    On CPUs, classes are compared one by one in strips of rows, which is faster than ``argmax``.
 
     Args:
         scores: Shape ``(B, num_classes, H, W)``.
