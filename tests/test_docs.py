@@ -15,7 +15,7 @@ from PIL import Image
 from published_files import state_dict_of_2021
 
 from crossformer_vision.cli import main
-from crossformer_vision.tools.benchmark import parse_spec
+from crossformer_vision.tools.benchmark_step import parse_spec
 from crossformer_vision.tools.compare import read_grid
 from crossformer_vision.weights import published
 

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from crossformer_vision.cli import keep_freed_memory
-from crossformer_vision.tools.benchmark import DTYPES, ENGINES, Row, Step, parse_size
+from crossformer_vision.tools.benchmark_step import DTYPES, ENGINES, Row, Step, parse_size
 
 
 def serve(row: Row, keep: bool, pipe: Connection) -> None:

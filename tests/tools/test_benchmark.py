@@ -9,7 +9,8 @@ import torch
 from crossformer_vision.cli import main
 from crossformer_vision.errors import UserError
 from crossformer_vision.tools import benchmark
-from crossformer_vision.tools.benchmark import Row, parse_size, parse_spec, relative_difference
+from crossformer_vision.tools.benchmark import relative_difference
+from crossformer_vision.tools.benchmark_step import Row, Step, parse_size, parse_spec
 from crossformer_vision.tools.timing import peak_memory
 
 
@@ -139,7 +140,7 @@ def test_frozen_row_does_not_reuse_compiled_graph():
     """Both graphs have the same class, so dynamo could reuse the cached one."""
     device = torch.device("cpu")
     for engine, constants in (("compiled", False), ("frozen", True)):
-        step = benchmark.Step(Row("resnet18,channels=(8,8,8,8)", (32, 32), engine=engine, batch=1), device)
+        step = Step(Row("resnet18,channels=(8,8,8,8)", (32, 32), engine=engine, batch=1), device)
         with step.compiling():
             before = step()
         with torch.no_grad():

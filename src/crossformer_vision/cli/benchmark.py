@@ -8,7 +8,8 @@ import torch
 
 from crossformer_vision.cli.function_parser import run_function
 from crossformer_vision.inference.predictor import best_device
-from crossformer_vision.tools.benchmark import Row, parse_size, run
+from crossformer_vision.tools.benchmark import run
+from crossformer_vision.tools.benchmark_step import Row, parse_size
 
 Step = Literal["inference", "training"]
 Engine = Literal["eager", "compiled", "frozen", "autotuned", "reduce-overhead", "max-autotune"]

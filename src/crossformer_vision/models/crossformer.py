@@ -64,6 +64,12 @@ from crossformer_vision.models.grouping import (
 )
 from crossformer_vision.models.heads import apply_key_mask, join_heads, split_heads
 from crossformer_vision.models.index_cache import cached
+from crossformer_vision.models.stage_options import (
+    add_absolute_position,
+    check_options,
+    per_block,
+    resolve_group_size,
+)
 from crossformer_vision.models.timm_interface import StagedClassifier, check_size
 from crossformer_vision.models.tracing import sym_max, sym_min
 
@@ -600,85 +606,6 @@ class CrossFormer(StagedClassifier):
     @override
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
-
-
-def check_options(
-    lda_span: str,
-    weight_init: str,
-    embed_split: str,
-    output_stride: int,
-    attention: str,
-    position_bias: str,
-    group_size: Any,
-) -> None:
-    """Check the options of ``CrossFormer`` that accept names.
-
-    Args:
-        lda_span: See `CrossFormer`.
-        weight_init: See `CrossFormer`.
-        embed_split: See `CrossFormer`.
-        output_stride: See `CrossFormer`.
-        attention: See `CrossFormer`.
-        position_bias: See `CrossFormer`.
-        group_size: See `CrossFormer`.
-
-    Raises:
-        ValueError: If a value is unknown.
-    """
-    from crossformer_vision.models.ablations import ATTENTIONS, GROUP_MODES, POSITION_BIASES
-
-    for name, value, choices in (
-        ("lda_span", lda_span, ("map", "region")),
-        ("weight_init", weight_init, ("", "xavier_mlp")),
-        ("embed_split", embed_split, ("halving", "equal")),
-        ("output_stride", output_stride, (8, 16, 32)),
-        ("attention", attention, ("long_short", *ATTENTIONS)),
-        ("position_bias", position_bias, ("dynamic", *POSITION_BIASES)),
-        ("group_size", group_size, GROUP_MODES if isinstance(group_size, str) else (group_size,)),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
-
-
-def resolve_group_size(group_size: Any, depths: Sequence[int]) -> Sequence[Any]:
-    """Group sizes of a named mode, or the given ones."""
-    if not isinstance(group_size, str):
-        sizes: Sequence[Any] = group_size
-        return sizes
-    from crossformer_vision.models.ablations import GROUP_MODES
-
-    return GROUP_MODES[group_size](depths)
-
-
-def add_absolute_position(embed: nn.Module, dim: int) -> nn.Module:
-    """Wrap the first CEL to add learned absolute positions (APE)."""
-    from crossformer_vision.models.ablations import AbsolutePosition
-
-    return AbsolutePosition(embed, dim)
-
-
-def per_block(values: Sequence[Any], depths: Sequence[int], name: str) -> list[list[Any]]:
-    """Expand values per stage to values per block.
-
-    Args:
-        values: One value, or one list with a value per block, for each stage.
-        depths: Blocks per stage.
-        name: Name of the option, for messages.
-
-    Raises:
-        ValueError: If the numbers of values and blocks differ.
-    """
-    if len(values) != len(depths):
-        raise ValueError(f"{name} needs one entry for each of the {len(depths)} stages, got {len(values)}")
-    lists = [
-        list(v) if isinstance(v, Sequence) else [v] * depth for v, depth in zip(values, depths, strict=True)
-    ]
-    for stage, (blocks, depth) in enumerate(zip(lists, depths, strict=True)):
-        if len(blocks) != depth:
-            raise ValueError(
-                f"{name} of stage {stage} needs {depth} entries, one per block, got {len(blocks)}"
-            )
-    return lists
 
 
 def init_weights(module: nn.Module, xavier_mlp: bool) -> None:

@@ -1,6 +1,5 @@
 """Bundled recipes, and the choice of task and recipe for a command line."""
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import yaml
 from jsonargparse import get_loader
 
 from crossformer_vision.data.layout import infer_task
-from crossformer_vision.errors import UserError
+from crossformer_vision.errors import UserError, did_you_mean
 from crossformer_vision.training.arguments import has_option, option_value
 from crossformer_vision.weights import published
 
@@ -96,13 +95,7 @@ def find_config(name: str) -> str:
         if below and (folder / below).is_file():
             return str(folder / below)
         known += [path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml")]
-    raise UserError(f"{name}: no such configuration file{suggest(name, known)}")
-
-
-def suggest(name: str, known: Sequence[str]) -> str:
-    """``; did you mean X?`` for the most similar known name, or an empty string."""
-    close = difflib.get_close_matches(name, known, 1, 0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+    raise UserError(f"{name}: no such configuration file{did_you_mean(name, known)}")
 
 
 def read_config(config: str) -> dict[str, Any]:
@@ -172,7 +165,7 @@ def choose_task(arguments: Sequence[str], configs: Sequence[str]) -> tuple[str, 
     name = name or "classification"
     if name not in TASKS:
         raise UserError(
-            f"unknown task '{name}'. Choose from {', '.join(TASKS)}{suggest(str(name), list(TASKS))}"
+            f"unknown task '{name}'. Choose from {', '.join(TASKS)}{did_you_mean(str(name), list(TASKS))}"
         )
     return name, None
 

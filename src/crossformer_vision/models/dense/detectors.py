@@ -34,41 +34,13 @@ from crossformer_vision.models import find_model
 from crossformer_vision.models.dense.anchors import AnchorGenerator, match_anchors
 from crossformer_vision.models.dense.backbones import create_backbone, feature_channels
 from crossformer_vision.models.dense.base import DenseModel, find_body_prefix
-from crossformer_vision.models.dense.feature_pyramid import (
-    PUBLISHED_NECK,
-    BackboneWithFPN,
-    LastLevelP6P7,
-    init_xavier,
-)
+from crossformer_vision.models.dense.feature_pyramid import BackboneWithFPN, LastLevelP6P7, init_xavier
+from crossformer_vision.models.dense.published_keys import MASK_RCNN_KEYS, RETINANET_KEYS
 from crossformer_vision.models.dense.roi_heads import RoIAlign, RoIHeads
 from crossformer_vision.models.dense.rpn import RPN
 from crossformer_vision.models.dense.transform import DetectorTransform
 
 __all__ = ["MaskRCNN", "RetinaNet", "create_detector"]
-
-# OpenMMLab's keys and the keys of the detectors here.
-RETINANET = [
-    (r"^neck\.fpn_convs\.3\.conv\.", "backbone.fpn.extra_blocks.p6."),
-    (r"^neck\.fpn_convs\.4\.conv\.", "backbone.fpn.extra_blocks.p7."),
-    *PUBLISHED_NECK,
-    (r"^bbox_head\.cls_convs\.(\d)\.conv\.", r"head.classification_head.conv.\1.0."),
-    (r"^bbox_head\.reg_convs\.(\d)\.conv\.", r"head.regression_head.conv.\1.0."),
-    (r"^bbox_head\.retina_cls\.", "head.classification_head.cls_logits."),
-    (r"^bbox_head\.retina_reg\.", "head.regression_head.bbox_reg."),
-]
-MASK_RCNN = [
-    *PUBLISHED_NECK,
-    (r"^rpn_head\.rpn_conv\.", "rpn.head.conv.0.0."),
-    (r"^rpn_head\.rpn_cls\.", "rpn.head.cls_logits."),
-    (r"^rpn_head\.rpn_reg\.", "rpn.head.bbox_pred."),
-    (r"^roi_head\.bbox_head\.shared_fcs\.0\.", "roi_heads.box_head.fc6."),
-    (r"^roi_head\.bbox_head\.shared_fcs\.1\.", "roi_heads.box_head.fc7."),
-    (r"^roi_head\.bbox_head\.fc_cls\.", "roi_heads.box_predictor.cls_score."),
-    (r"^roi_head\.bbox_head\.fc_reg\.", "roi_heads.box_predictor.bbox_pred."),
-    (r"^roi_head\.mask_head\.convs\.(\d)\.conv\.", r"roi_heads.mask_head.\1.0."),
-    (r"^roi_head\.mask_head\.upsample\.", "roi_heads.mask_predictor.conv5_mask."),
-    (r"^roi_head\.mask_head\.conv_logits\.", "roi_heads.mask_predictor.mask_fcn_logits."),
-]
 
 
 class RetinaNet(DenseModel, detection.RetinaNet):
@@ -90,7 +62,7 @@ class RetinaNet(DenseModel, detection.RetinaNet):
 
     heads = ("backbone.fpn.", "backbone.body.scales.", "head.")
     class_layers = ("head.classification_head.cls_logits.",)
-    published_names = RETINANET
+    published_names = RETINANET_KEYS
 
     def __init__(
         self,
@@ -195,7 +167,7 @@ class MaskRCNN(DenseModel, GeneralizedRCNN):
 
     heads = ("backbone.fpn.", "backbone.body.scales.", "rpn.", "roi_heads.")
     class_layers = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
-    published_names = MASK_RCNN
+    published_names = MASK_RCNN_KEYS
 
     def __init__(
         self,

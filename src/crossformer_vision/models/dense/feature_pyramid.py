@@ -12,12 +12,6 @@ from typing_extensions import override
 
 from crossformer_vision.models.dense.backbones import extract_feature_maps, feature_channels
 
-# Keys of OpenMMLab's FPN, and those of a `BackboneWithFPN` called "backbone".
-PUBLISHED_NECK = [
-    (r"^neck\.lateral_convs\.(\d)\.conv\.", r"backbone.fpn.inner_blocks.\1.0."),
-    (r"^neck\.fpn_convs\.(\d)\.conv\.", r"backbone.fpn.layer_blocks.\1.0."),
-]
-
 
 class BackboneWithFPN(nn.Module):
     """A timm backbone with a feature pyramid, as torchvision's ``BackboneWithFPN``.

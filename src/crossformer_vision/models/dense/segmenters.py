@@ -21,7 +21,8 @@ from crossformer_vision.models.dense.backbones import (
     feature_channels,
 )
 from crossformer_vision.models.dense.base import DenseModel, find_body_prefix
-from crossformer_vision.models.dense.feature_pyramid import PUBLISHED_NECK, BackboneWithFPN
+from crossformer_vision.models.dense.feature_pyramid import BackboneWithFPN
+from crossformer_vision.models.dense.published_keys import NECK_KEYS, SEGMENTER_HEAD_KEYS
 
 __all__ = ["SemanticFPN", "UPerNet", "create_segmenter"]
 
@@ -155,15 +156,6 @@ class FCNHead(nn.Module):
 # Segmenters
 # ------------------------------------------------------------------------------------------------------------
 
-# OpenMMLab's names of the layers in the heads. Names of the modules are the same here.
-PUBLISHED_HEADS = [
-    (r"^decode_head\.conv_seg\.", "head.conv_seg."),
-    (r"^decode_head\.(.+)\.conv\.", r"head.\1.0."),
-    (r"^decode_head\.(.+)\.bn\.", r"head.\1.1."),
-    (r"^auxiliary_head\.(.+)\.conv\.", r"auxiliary_head.\1.0."),
-    (r"^auxiliary_head\.(.+)\.bn\.", r"auxiliary_head.\1.1."),
-]
-
 
 class SemanticFPN(DenseModel):
     """Semantic FPN as published with CrossFormer. See `create_segmenter`.
@@ -177,7 +169,7 @@ class SemanticFPN(DenseModel):
 
     heads = ("backbone.fpn.", "backbone.body.scales.", "head.")
     class_layers = ("head.conv_seg.",)
-    published_names = [*PUBLISHED_NECK, *PUBLISHED_HEADS]
+    published_names = [*NECK_KEYS, *SEGMENTER_HEAD_KEYS]
 
     def __init__(self, body: nn.Module, num_classes: int, width: int = 256, dropout: float = 0.1) -> None:
         super().__init__()
@@ -205,7 +197,7 @@ class UPerNet(DenseModel):
 
     heads = ("backbone.scales.", "head.", "auxiliary_head.")
     class_layers = ("head.conv_seg.", "auxiliary_head.conv_seg.")
-    published_names = PUBLISHED_HEADS
+    published_names = SEGMENTER_HEAD_KEYS
 
     def __init__(self, body: nn.Module, num_classes: int, width: int = 512, dropout: float = 0.1) -> None:
         super().__init__()
