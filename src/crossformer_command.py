@@ -5,7 +5,7 @@ import sys
 from importlib.metadata import version
 
 HELP = """\
-usage: crossformer VERB [options]      crossformer VERB --help lists all options of a verb
+usage: crossformer COMMAND [options]      crossformer COMMAND --help lists all options of a command
 
 CrossFormer and CrossFormer++: train, evaluate and apply vision models on your images.
 
@@ -47,7 +47,7 @@ data
   my_maps    images/training/ and annotations/training/ (PNG, one class index per pixel), the same for
              validation/, and classes.json
 
---debug with any verb shows the traceback of an error.   --version shows the version.
+--debug with any command shows the traceback of an error.   --version shows the version.
 """
 
 

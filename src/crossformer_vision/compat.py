@@ -1,6 +1,5 @@
 """Private and undocumented APIs of other libraries, each with the version it was tested with."""
 
-import inspect
 import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -183,8 +182,7 @@ def dump_config(parser: Any, config: Any) -> str:
 
     An argument was renamed in jsonargparse 4.49; tested with 4.49.
     """
-    renamed = "skip_unset" in inspect.signature(parser.dump).parameters
-    options = {"skip_unset": False} if renamed else {"skip_none": False}
+    options = {"skip_unset": False} if hasattr(parser, "instantiate") else {"skip_none": False}
     return str(parser.dump(config, skip_link_targets=True, **options))
 
 

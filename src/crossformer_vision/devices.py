@@ -1,4 +1,4 @@
-"""Dtypes that a device computes natively, and the cost of emulated ones."""
+"""Dtypes that a device computes natively, the cost of emulated ones, and the number of CPU cores."""
 
 import os
 import time
@@ -10,6 +10,11 @@ from crossformer_vision.compat import onednn_has_bfloat16, onednn_has_float16
 # Values of ONEDNN_MAX_CPU_ISA that switch bfloat16 instructions off although the CPU has them. oneDNN itself
 # reports bfloat16 as unsupported below AVX512_CORE.
 ISA_WITHOUT_BFLOAT16 = ("AVX512_CORE", "AVX512_CORE_VNNI")
+
+
+def count_cores() -> int:
+    """Number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def computes_fast(device: torch.device | str, dtype: torch.dtype) -> bool:

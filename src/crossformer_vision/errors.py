@@ -51,10 +51,10 @@ def did_you_mean(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
         cutoff: Required similarity, from 0 to 1.
 
     Returns:
-        ``; did you mean X?``, or an empty string if nothing is similar.
+        ``. Did you mean 'X'?``, or an empty string if nothing is similar.
     """
     close = difflib.get_close_matches(name, known, 1, cutoff)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f". Did you mean '{close[0]}'?" if close else ""
 
 
 def missing_extra(error: ImportError, extra: str) -> UserError:
@@ -79,8 +79,7 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         UserError: If it is not, with a suggestion.
     """
     if value not in choices:
-        close = difflib.get_close_matches(str(value), choices, 1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
+        hint = did_you_mean(str(value), choices)
         raise UserError(f"{name}={value!r}: must be one of {', '.join(map(repr, choices))}{hint}")
 
 

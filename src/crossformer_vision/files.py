@@ -124,7 +124,7 @@ def write_text(path: Path, text: str, errors: str = "backslashreplace") -> None:
             part.unlink(missing_ok=True)
         raise UserError(
             f"{path}: cannot be written ({error.strerror}). The previous file is unchanged. Free disk space "
-            f"and continue with --resume {path.parent}"
+            "and try again"
         ) from None
 
 

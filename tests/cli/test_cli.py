@@ -78,13 +78,13 @@ def test_import_registers_models_and_public_names():
         (
             "fly",
             2,
-            "unknown verb 'fly'. Choose from train, validate, predict, inspect, compare, export, share, benchmark, benchmark-data, demo, info, download",
+            "unknown command 'fly'. Choose from train, validate, predict, inspect, compare, export, share, benchmark, benchmark-data, demo, info, download",
         ),
         ("train --data.root nowhere", 1, "nowhere: no such folder"),
         (
             "train --model.backbone crossformer_smal",
             1,
-            "unknown model 'crossformer_smal'; did you mean crossformer_small",
+            "unknown model 'crossformer_smal'. Did you mean 'crossformer_small'",
         ),
         ("train --config nothing.yaml", 1, "nothing.yaml: no such configuration file"),
         ("train --resume nowhere", 1, "nowhere: not a run directory, it has no config.yaml"),

@@ -89,20 +89,20 @@ def test_help_order_and_effective_defaults(capsys):
         ("--model.lr fast", "--model.lr: 'fast' is not a number"),
         ("--trainer.max_epochs many", "--trainer.max_epochs: 'many' is not an integer or null"),
         ("--data.crop sized", "--data.crop: 'sized' is not one of resized, padded, none"),
-        ("--modle.lr 3", "no option --modle.lr; did you mean --model.lr?"),
+        ("--modle.lr 3", "no option --modle.lr. Did you mean --model.lr?"),
         ("--lr fast", "--model.lr: 'fast' is not a number"),
         ("blah", "unexpected argument 'blah'"),
-        ("--config a.yaml", "a.yaml: no option model.lrr; did you mean model.lr?"),
+        ("--config a.yaml", "a.yaml: no option model.lrr. Did you mean model.lr?"),
         ("--config b.yaml", "b.yaml: model.lr: 'fast' is not a number"),
-        ("--config c.yaml", "c.yaml: no option modell.lr; did you mean model.lr?"),
+        ("--config c.yaml", "c.yaml: no option modell.lr. Did you mean model.lr?"),
         ("--config d.yaml", "d.yaml: not a configuration"),
         (
             "--config quickstart/detecton.yaml",
-            "no such configuration file; did you mean quickstart/detection.yaml?",
+            "no such configuration file. Did you mean 'quickstart/detection.yaml'?",
         ),
         (
             "--task segmentaton",
-            "unknown task 'segmentaton'. Choose from classification, detection, segmentation; did you",
+            "unknown task 'segmentaton'. Choose from classification, detection, segmentation. Did you",
         ),
         ("--resume", "--resume needs a value"),
     ],
@@ -120,7 +120,7 @@ def test_error_messages(args, message, tmp_path, monkeypatch, capsys):
 
 def test_misspelled_verb_gives_suggestion(capsys):
     assert main(["trian"]) == 2
-    assert "unknown verb 'trian'; did you mean train?" in capsys.readouterr().err
+    assert "unknown command 'trian'. Did you mean 'train'?" in capsys.readouterr().err
 
 
 def test_class_folders_without_splits(tmp_path, capsys):

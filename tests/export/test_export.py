@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from small_models import (
     CLASSES,
     classifier_checkpoint,
@@ -25,7 +26,7 @@ from crossformer_vision.export.detectors import MaskRCNNGraph, suppress_overlaps
 from crossformer_vision.export.graphs import Features
 from crossformer_vision.export.int8 import record_inputs
 from crossformer_vision.export.verification import difference, different_objects
-from crossformer_vision.inference.exported import METADATA_KEY
+from crossformer_vision.inference.exported import METADATA_KEY, OnnxRuntime
 
 SMALL = {"depths": (1, 2, 1, 1), "embed_dim": 16, "num_heads": (1, 1, 2, 4)}
 TWO_STAGES = {
@@ -310,6 +311,18 @@ def test_fixed_size_network(tmp_path):
     assert report.size == (224, 224) and list(report.differences) == ["224x224"]
     photo = write_image(tmp_path / "photo.png")
     assert load_predictor(file)(photo).probabilities.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_fixed_size_segmenter_predicts_in_windows(tmp_path):
+    """A graph for one size is used in windows of this size, with small images padded."""
+    content = segmenter_checkpoint("maxvit_pico_rw_256", img_size=96)
+    content["image"]["short_side"], content["hyper_parameters"]["window"] = None, 96
+    file = tmp_path / "maxvit.onnx"
+    assert export(content, file).size == (96, 96)
+    photo, exported = Image.open(write_image(tmp_path / "photo.png")), load_predictor(file)
+    for size in ((96, 96), (150, 220), (70, 90)):
+        expected = load_predictor(content)(photo.resize(size)).class_map
+        assert np.mean(expected == exported(photo.resize(size)).class_map) > 0.99
 
 
 def test_invalid_arguments_and_files_are_rejected(tmp_path, capsys):

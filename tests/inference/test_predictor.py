@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
+from small_models import classifier_checkpoint
 from small_runs import CLASSIFICATION, DETECTION, SEGMENTATION
 
 from crossformer_vision import UserError, create_detector, create_segmenter, load_predictor
@@ -388,7 +389,15 @@ def test_info_prints_published_metrics(capsys):
     assert main(["info", "crossformer_nano", "--segmenter", "upernet", "--size", "0", "64"]) == 1
     assert "size=0: must be a number at least 1" in capsys.readouterr().err
     assert main(["info", "crossformer_smal"]) == 1
-    assert "did you mean crossformer_small" in capsys.readouterr().err
+    assert "Did you mean 'crossformer_small'" in capsys.readouterr().err
+
+
+def test_checkpoint_errors_name_the_file(tmp_path):
+    content = classifier_checkpoint("resnet10t")
+    del content["state_dict"]["fc.weight"]
+    torch.save(content, tmp_path / "cut.ckpt")
+    with pytest.raises(UserError, match=r"cut\.ckpt: .*lacks 1 weight \(fc\.weight\)"):
+        load_predictor(tmp_path / "cut.ckpt")
 
 
 def test_image_ids_of_several_splits_are_renumbered(tmp_path, caplog):

@@ -319,7 +319,9 @@ def test_incompatible_options_raise():
 
 
 def test_unknown_model_error_suggests_names():
-    with pytest.raises(ValueError, match=r"unknown model 'crossformer_smal'; did you mean crossformer_small"):
+    with pytest.raises(
+        ValueError, match=r"unknown model 'crossformer_smal'. Did you mean 'crossformer_small'"
+    ):
         find_model("crossformer_smal")
 
 

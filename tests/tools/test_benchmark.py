@@ -82,7 +82,7 @@ def test_failed_row_does_not_stop_other_rows(tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, said",
     [
-        ("crossformer_smal", "unknown model 'crossformer_smal'; did you mean crossformer_small"),
+        ("crossformer_smal", "unknown model 'crossformer_smal'. Did you mean 'crossformer_small'"),
         ("mask:resnet18", "unknown head 'mask'. Choose from features, retinanet"),
         ("resnet18 --size 0", "size '0': must be a number of pixels"),
         ("resnet18 --size 3x4x5", "size '3x4x5'"),
@@ -101,6 +101,12 @@ def test_output_is_checked_before_timing(command, capsys, tmp_path):
     assert main([*command.split(), "--output", str(tmp_path / "taken")]) == 1
     said = capsys.readouterr()
     assert "taken: " in said.err and "32x32" not in said.out and "decode" not in said.out
+
+
+def test_help_of_benchmark_data_lists_its_options(capsys):
+    assert main(["benchmark-data", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "usage: crossformer benchmark-data" in said and "--output OUTPUT" in said and "--data.root" in said
 
 
 def test_frozen_engine_rejects_training(tmp_path, capsys):

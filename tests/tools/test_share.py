@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from small_models import segmenter_checkpoint
+from small_models import classifier_checkpoint, segmenter_checkpoint
 from small_runs import CLASSIFICATION
 
 from crossformer_vision import load_predictor
@@ -75,6 +75,18 @@ def test_model_card_omits_metrics_of_other_checkpoints(run, tmp_path):
     assert "Accuracy" in (tmp_path / "best/README.md").read_text()
 
 
+def test_model_card_of_other_families(tmp_path):
+    """The card of a model of timm neither imports this library nor cites CrossFormer."""
+    torch.save(classifier_checkpoint("pvt_v2_b0", depths=(1, 1, 1, 1)), tmp_path / "x.ckpt")
+    assert main(["share", str(tmp_path / "x.ckpt"), "--to", str(tmp_path / "pvt")]) == 0
+    card = (tmp_path / "pvt/README.md").read_text()
+    assert "import crossformer_vision" not in card and "Citation" not in card
+    torch.save(classifier_checkpoint("crossformer_pp_small", depths=(1, 1, 1, 1)), tmp_path / "y.ckpt")
+    assert main(["share", str(tmp_path / "y.ckpt"), "--to", str(tmp_path / "pp")]) == 0
+    card = (tmp_path / "pp/README.md").read_text()
+    assert "import crossformer_vision" in card and "CrossFormer++" in card
+
+
 def test_share_published_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results.json").write_text('{"val_accuracy": 0.123}')  # unrelated results
@@ -94,8 +106,8 @@ def test_invalid_arguments(run, tmp_path, capsys):
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/README.md").write_text("mine")
-    assert "exists already. Choose a new folder" in said(str(run), "--to", str(tmp_path / "mine"))
-    assert "exists already" in said(str(run), "--to", str(tmp_path / "mine/README.md"))
+    assert "already exists. Choose a new folder" in said(str(run), "--to", str(tmp_path / "mine"))
+    assert "already exists" in said(str(run), "--to", str(tmp_path / "mine/README.md"))
     assert (tmp_path / "mine/README.md").read_text() == "mine"
     assert "not a repository, such as hf:owner/name" in said(str(run), "--to", "hf:mine")
     torch.save(segmenter_checkpoint("crossformer_nano"), tmp_path / "best.ckpt")

@@ -277,12 +277,12 @@ def test_lr_finder_and_stochastic_weight_averaging(tmp_path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Classification(schedule="cosin"), "schedule='cosin': must be one of 'cosine', 'poly', 'step'; did you mean"),
-        (lambda: Classification(optimizer="adamww"), "unknown optimizer 'adamww'; did you mean adamw"),
+        (lambda: Classification(schedule="cosin"), "schedule='cosin': must be one of 'cosine', 'poly', 'step'. Did you mean"),
+        (lambda: Classification(optimizer="adamww"), "unknown optimizer 'adamww'. Did you mean 'adamw'"),
         (lambda: Classification(lr=-1.0), "lr=-1.0: must be a number at least 0"),
         (lambda: Classification(mix_prob=1.5), "mix_prob=1.5: must be a number from 0 to 1"),
         (lambda: Classification("vgg11", drop_path_rate=0.1), "model 'vgg11' has no stochastic depth"),
-        (lambda: ClassificationData(crop="paded"), "crop='paded': .* did you mean 'padded'"),
+        (lambda: ClassificationData(crop="paded"), "crop='paded': .* Did you mean 'padded'"),
         (lambda: ClassificationData(hflip=2), "hflip=2: must be a number from 0 to 1"),
         (lambda: ClassificationData(batch_size=0), "batch_size=0: must be a number at least 1"),
         (lambda: Classification(classes=["cat", " "]), "classes: a class has no name"),

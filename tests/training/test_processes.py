@@ -14,6 +14,8 @@ import pytest
 from small_runs import CLASSIFICATION, SEGMENTATION
 
 from crossformer_vision.cli import main
+from crossformer_vision.training.options import parse_options
+from crossformer_vision.training.resume import find_run_of_job
 
 CROSSFORMER = [sys.executable, "-m", "crossformer_vision"]
 CALM = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -252,6 +254,22 @@ def test_resume_auto(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "holds a run with another configuration: model.lr is" in said and "0.5 here" in said
     assert [p.name for p in Path("runs").iterdir()] == ["classification-crossformer_nano"]
+
+
+def test_restarted_job_continues_its_newest_run(tmp_path, monkeypatch):
+    """Launches of torchrun share the id ``none``, so older runs have it too. Other models are not matched."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    options = parse_options("train", [*CLASSIFICATION, "--model.backbone", "resnet50"])
+    names = ["", "-2", "-9", "-10", "d", "-9-old"]
+    for age, name in enumerate(names):
+        run = Path(f"runs/classification-resnet50{name}")
+        run.mkdir(parents=True)
+        (run / "config.yaml").touch()
+        (run / ".lock").write_text("torchrun none")
+        os.utime(run / ".lock", (age, age))
+    shutil.rmtree("runs/classification-resnet50-9-old")
+    assert find_run_of_job(options) == Path("runs/classification-resnet50-10")
 
 
 @pytest.mark.slow

@@ -276,6 +276,18 @@ def test_validate_last_checkpoint(tmp_path, capsys):
     assert f"loss {float(last['val_loss']):.4f}" in capsys.readouterr().out
 
 
+def test_validate_counts_the_images_it_uses(tmp_path, capsys):
+    assert main(["train", *CLASSIFICATION, "--trainer.max_epochs", "1", "--run.dir", str(tmp_path)]) == 0
+    validate = ["validate", str(tmp_path), "--trainer.limit_val_batches"]
+    capsys.readouterr()
+    assert main([*validate, "1"]) == 0
+    assert "\n16 images; plots and results.json in" in capsys.readouterr().out
+    assert json.loads((tmp_path / "validate/results.json").read_text())["images"] == 16
+    assert main([*validate, "0"]) == 1
+    assert "there are no images to validate on" in capsys.readouterr().err
+    assert not (tmp_path / "validate-2").exists()
+
+
 @pytest.mark.parametrize("decay_on", ["weights", "all_but_norms", "all"])
 def test_weight_decay_parameter_groups(decay_on):
     task = Classification("crossformer_nano", optimizer="sgd", weight_decay=0.1, decay_on=decay_on)
@@ -286,6 +298,9 @@ def test_weight_decay_parameter_groups(decay_on):
     assert (id(block.norm1.weight) in decayed) == (decay_on == "all")
     groups = task.create_optimizer().param_groups
     assert sum(len(g["params"]) for g in groups) == len(list(task.net.parameters()))
+    task.net.stages[0].requires_grad_(False)
+    trained = {id(p) for group in task.create_optimizer().param_groups for p in group["params"]}
+    assert trained == {id(p) for p in task.net.parameters() if p.requires_grad}
 
 
 def test_full_disk_keeps_previous_checkpoint(tmp_path):

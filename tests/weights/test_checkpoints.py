@@ -22,6 +22,7 @@ from published_files import FILE_2021, state_dict_of_2021, write_file_of_2021
 
 from crossformer_vision import UserError, create_detector, create_segmenter, load_checkpoint
 from crossformer_vision.cli import main
+from crossformer_vision.weights.download import check_connection
 from crossformer_vision.weights.published import PUBLISHED, cached_path, fetch_published, how_to_build
 from crossformer_vision.weights.reading import read_checkpoint
 
@@ -422,6 +423,17 @@ def test_complete_partial_file_is_not_downloaded_again(drive):
     assert handler.sent == 0
 
 
+def test_connection_check_uses_port_and_proxy(drive, monkeypatch):
+    _, url = drive
+    check_connection(url)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(UserError, match=r"no connection to 127\.0\.0\.1"):
+        check_connection(url)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    check_connection(url)
+
+
 def test_errors_give_manual_download_instructions(drive):
     by_hand = r"Try again.*; or get it in a browser from https://pan\.baidu\.com/s/1M45YXZgVvp6Ew9DO8UhdlA .code nkju."
     with pytest.raises(UserError, match=by_hand + r" and save it as .*crossformer-t\.pth"):
@@ -445,13 +457,13 @@ def test_how_to_build_published_models(tmp_path):
         ("retinanet_crossformer_small", (7, 4)),
     ):
         path = tmp_path / "file.pth"
-        create, load = how_to_build(name, path).splitlines()
+        *create, load = how_to_build(name, path).splitlines()
         found = {}
         with torch.device("meta"):
-            exec(f"import timm, crossformer_vision\n{create}", found)
+            exec("\n".join(create), found)
         block = found["model"].body.model.stages[1].blocks[1].attn
         assert (block.group_size, block.interval, block.lda_span) == (*groups, "map") and str(path) in load
-    assert how_to_build("crossformer_tiny", path).startswith('model = timm.create_model("crossformer_tiny")')
+    assert 'model = timm.create_model("crossformer_tiny")' in how_to_build("crossformer_tiny", path)
 
 
 def test_swin_keys_are_not_treated_as_published_crossformer():

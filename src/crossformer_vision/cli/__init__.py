@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     verb, *rest = arguments
     if verb not in VERBS:
         hint = did_you_mean(verb, [*VERBS, "--version", "--help"]) or f". Choose from {', '.join(VERBS)}"
-        print(f"crossformer: error: unknown verb '{verb}'{hint}", file=sys.stderr)
+        print(f"crossformer: error: unknown command '{verb}'{hint}", file=sys.stderr)
         return 2
     keep_freed_memory()
     replace_unencodable_characters()
@@ -72,7 +72,7 @@ def report_error(error: Exception) -> int:
     Returns:
         Exit code: that of a stopped run, 2 for wrong usage, else 1.
     """
-    code = getattr(error, "code", None)
+    code = getattr(error, "exit_code", None)
     line = error_line(error)
     if isinstance(code, int):  # training.interruption.Stopped
         print(f"\n{line}", file=sys.stderr)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from crossformer_vision.files import create_output_dir
 from crossformer_vision.tools.benchmark_data import run
-from crossformer_vision.training.arguments import normalize, option_value, without_option
 from crossformer_vision.training.build import build
 from crossformer_vision.training.options import parse_options
 
@@ -15,8 +14,7 @@ def main(arguments: list[str]) -> None:
     Args:
         arguments: Command-line arguments after the verb.
     """
-    arguments = normalize(arguments)
-    output_dir = Path(option_value(arguments, "--output") or "runs/benchmark")
-    options = parse_options("train", without_option(arguments, "--output"))
+    options = parse_options("benchmark-data", arguments)
+    output_dir = Path(options.config.output)
     create_output_dir(output_dir)
     run(build(options), output_dir)

@@ -1,7 +1,6 @@
 """Base class of the data modules: splits, classes, loaders, and resume within an epoch."""
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch.utils.data import default_collate
 
 from crossformer_vision.data.loader import SeededLoader
 from crossformer_vision.data.sampling import EpochBatches, ReadImages
+from crossformer_vision.devices import count_cores
 from crossformer_vision.errors import NoSuchSplit, UserError, check_names, check_range
 from crossformer_vision.models.grouping import ceil_div
 
@@ -65,7 +65,7 @@ class BaseDataModule(L.LightningDataModule):
         self.root, self.splits = root, {"train": train_split, "val": val_split}
         self.batch_size, self.skip_corrupt, self.seed = batch_size, skip_corrupt, seed
         if num_workers is None:
-            num_workers = min(MAX_WORKERS, max(0, (os.cpu_count() or 1) - 1))
+            num_workers = min(MAX_WORKERS, count_cores() - 1)
         self.num_workers = num_workers
         self.classes = list(classes or ())
         check_names("classes", self.classes)

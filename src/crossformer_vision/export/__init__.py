@@ -85,7 +85,7 @@ def export(
         raise UserError(f"{predictor.info.source}: is an exported file already")
     if int8 is not None and (features or predictor.task == "detection"):
         raise UserError("--int8: only classifiers and segmenters can be quantized, not detectors or features")
-    inputs = None if int8 is None else record_inputs(predictor.to("cpu"), int8)
+    inputs = None if int8 is None else record_inputs(predictor, int8)
     net = copy.deepcopy(predictor.net).cpu().float().eval()
     metadata = export_metadata(predictor)
     if features:
@@ -170,7 +170,7 @@ def input_size(predictor: Predictor) -> tuple[int, int]:
     size = predictor.info.image.get("input_size") or model_args.get("img_size")
     if isinstance(size, int):
         return size, size
-    return (256, 320) if size is None else (int(size[-2]), int(size[-1]))
+    return (256, 256) if size is None else (int(size[-2]), int(size[-1]))
 
 
 def export_metadata(predictor: Predictor) -> dict[str, Any]:

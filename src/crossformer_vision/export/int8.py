@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crossformer_vision.data.images import EXTENSIONS
 from crossformer_vision.errors import UserError
 from crossformer_vision.export.formats import Metadata
 from crossformer_vision.inference.exported import METADATA_KEY, OpenVinoRuntime
@@ -30,7 +31,9 @@ def record_inputs(predictor: Predictor, folder: str) -> list[Tensor]:
     Raises:
         UserError: If there is no image, or one cannot be read.
     """
-    files = [str(file) for file, _ in find_images([folder])]
+    files = [str(file) for file, _ in find_images([folder]) if file.suffix.lower() in EXTENSIONS]
+    if not files:
+        raise UserError(f"{folder}: no images in this folder")
     inputs: list[Tensor] = []
     hook = predictor.net.register_forward_pre_hook(lambda _, args: inputs.append(args[0].cpu()))
     try:
@@ -104,7 +107,7 @@ def measure_agreement(runtime: OpenVinoRuntime, predictor: Predictor, inputs: li
     same = total = 0
     for images in inputs:
         with torch.no_grad():
-            expected = predictor.net(images)
+            expected = predictor.net(images.to(predictor.device)).cpu()
         is_same = expected.argmax(1) == runtime(images)[0].argmax(1)
         same, total = same + int(is_same.sum()), total + is_same.numel()
     return same / total

@@ -79,11 +79,12 @@ class ExportedNetwork(nn.Module):
 
     Args:
         runtime: Runtime of the graph.
+        has_fixed_size: Whether the graph accepts only one height and width.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, has_fixed_size: bool = False) -> None:
         super().__init__()
-        self.runtime = runtime
+        self.runtime, self.has_fixed_size = runtime, has_fixed_size
 
     @override
     def forward(self, images: Tensor) -> Tensor:
@@ -156,6 +157,13 @@ def load_exported(path: Path) -> tuple[nn.Module, ModelInfo]:
         test_scales=tuple(content.get("test_scales") or (1.0,)),
         min_score=content.get("min_score") or 0.0,
     )
+    size = content.get("size")
     if info.task == "detection":
+        if size:
+            raise UserError(
+                f"{path}: accepts only images of {size[0]}x{size[1]}, but a detector needs any size"
+            )
         return ExportedDetector(runtime, info.image), info
-    return ExportedNetwork(runtime), info
+    if info.task == "segmentation" and size:
+        info.test = {**info.test, "window": size[0], "stride": None}
+    return ExportedNetwork(runtime, bool(size)), info

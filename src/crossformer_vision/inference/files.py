@@ -3,7 +3,6 @@
 import glob
 import json
 import logging
-import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from crossformer_vision.data.images import EXTENSIONS, error_summary, files_below
+from crossformer_vision.devices import count_cores
 from crossformer_vision.errors import UserError, counted
 from crossformer_vision.inference import video
 from crossformer_vision.inference.inputs import open_image
@@ -301,7 +301,7 @@ def predict_files(
     ids = CocoIds([file for file, _ in files]) if predictor.task == "detection" else None
     errors: list[UserError] = []
     console = Console(stderr=True) if print_json else None
-    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(READERS, count_cores())) as pool:
         writer = ResultWriter(pool, output_dir, draw_pictures, print_json, ids)
         with Progress(transient=True, console=console) as bar:
             progress = bar.add_task("predicting", total=len(files))

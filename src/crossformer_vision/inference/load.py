@@ -22,7 +22,7 @@ from crossformer_vision.inference.predictor import (
 )
 from crossformer_vision.inference.published import published_checkpoint
 from crossformer_vision.models.build import build_model
-from crossformer_vision.weights.loading import load_checkpoint
+from crossformer_vision.weights.loading import load_weights
 from crossformer_vision.weights.reading import read_checkpoint
 
 Source = str | os.PathLike[str] | bytes | BinaryIO | dict[str, Any]
@@ -137,7 +137,7 @@ def restore_model(checkpoint: dict[str, Any], source: str) -> tuple[nn.Module, M
             "stride": options.get("window_stride"),
         }
     net = build_model(info.task, options)
-    load_checkpoint(net, checkpoint["state_dict"], adapt_classifier=False)
+    load_weights(net, checkpoint["state_dict"], source, adapt_classifier=False)
     return net, info
 
 

@@ -78,7 +78,8 @@ def use_fonts_for(texts: Iterable[str]) -> Iterator[None]:
     """Make matplotlib use a font with the glyphs of texts, and not treat dollar signs as formulas."""
     import matplotlib
 
-    found = _find(_beyond_ascii(texts)) if _beyond_ascii(texts) else None
+    characters = _beyond_ascii(texts)
+    found = _find(characters) if characters else None
     families = ["DejaVu Sans", *((found[0],) if found else ())]
     with matplotlib.rc_context({"font.family": families, "text.parse_math": False}), catch_warnings():
         filterwarnings("ignore", message="Glyph .* missing")  # `_find` has logged a warning

@@ -83,8 +83,8 @@ def parameter_groups(net: nn.Module, weight_decay: float, decay_on: DecayOn) -> 
     exempt = {id(p) for m in net.modules() if isinstance(m, norms) for p in m.parameters()}
     exempt |= {id(p) for name, p in net.named_parameters() if name in exempt_names}
     return [
-        {"params": [p for p in net.parameters() if id(p) not in exempt]},
-        {"params": [p for p in net.parameters() if id(p) in exempt], "weight_decay": 0.0},
+        {"params": [p for p in trainable if id(p) not in exempt]},
+        {"params": [p for p in trainable if id(p) in exempt], "weight_decay": 0.0},
     ]
 
 
@@ -106,7 +106,10 @@ class ScheduleOptions:
 
     def __post_init__(self) -> None:
         check_choice("schedule", self.name, ("cosine", "poly", "step"))
-        check_range("warmup_epochs", self.warmup_epochs, 0)
+        for name in ("power", "warmup_epochs", "warmup_lr", "min_lr"):
+            check_range(name, getattr(self, name), 0)
+        if self.warmup_steps is not None:
+            check_range("warmup_steps", self.warmup_steps, 0)
         milestones = list(self.milestones)
         if milestones != sorted(milestones) or any(milestone <= 0 for milestone in milestones):
             raise UserError(f"milestones={milestones}: must be epochs above 0 in ascending order")

@@ -1,7 +1,6 @@
 """Measure whether training is input-bound: throughput of data loading and of training steps."""
 
 import itertools
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.table import Table
 from crossformer_vision.data.images import error_summary, to_rgb
 from crossformer_vision.data.module import BaseDataModule
 from crossformer_vision.data.randomness import preserve_rng_state
+from crossformer_vision.devices import count_cores
 from crossformer_vision.errors import UserError
 from crossformer_vision.files import write_json, write_text
 from crossformer_vision.plotting import visualize
@@ -27,7 +27,7 @@ SAMPLES = 64  # images whose steps are timed one by one
 
 def worker_counts(configured: int) -> list[int]:
     """Numbers of workers to try: 0, powers of two up to the number of cores, and the configured one."""
-    cores = os.cpu_count() or 1
+    cores = count_cores()
     return sorted({0, configured, *(2**k for k in range(8) if 2**k <= cores)})
 
 

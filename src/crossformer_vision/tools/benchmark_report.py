@@ -1,6 +1,5 @@
 """Tables and plots of a benchmark."""
 
-import csv
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from crossformer_vision.files import write_json, write_text
+from crossformer_vision.files import write_csv, write_json, write_text
 from crossformer_vision.plotting import visualize
 
 CONSOLE_COLUMNS = (2, 4, 6)  # columns that fit into a terminal of 80 characters
@@ -102,10 +101,7 @@ def write_report(results: list[dict[str, Any]], metadata: dict[str, Any], output
     write_json(output / "benchmark.json", {"rows": results, **metadata})
     lines = to_markdown(results)
     write_text(output / "benchmark.md", "\n".join(lines) + "\n")
-    with (output / "benchmark.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for entry in results for key in entry)))
-        writer.writeheader()
-        writer.writerows(results)
+    write_csv(output / "benchmark.csv", results)
     if any(entry.get("macs") for entry in results):
         plot_throughput(results, output / "benchmark.png")
     header, _, *body = [[cell.strip() for cell in line[1:-1].split(" | ")] for line in lines]

@@ -227,7 +227,7 @@ def run_grid(path: str, output_dir: Path, url: str | None = None, heartbeat: int
             results = train_cell(arguments, run_dir, digest=trial.user_attrs["digest"])
         except Stopped as stop:
             raise Stopped(
-                "stopped; run the same command again to continue the grid", stop.code - 128
+                "stopped; run the same command again to continue the grid", stop.exit_code - 128
             ) from None
         except KeyboardInterrupt:
             raise

@@ -1,6 +1,5 @@
 """Table and plot of a grid's results."""
 
-import csv
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from crossformer_vision.errors import UserError, error_line
-from crossformer_vision.files import write_json
+from crossformer_vision.files import write_csv, write_json, write_text
 from crossformer_vision.inference.load import load_predictor
 from crossformer_vision.plotting import visualize
 from crossformer_vision.plotting.fonts import use_fonts_for
@@ -52,13 +51,10 @@ def write_report(grid: Grid, results: Results, errors: dict[str, str], output_di
     scores = {row: {str(s): r[metric] for s, r in sorted(seeds.items())} for row, seeds in results.items()}
     content = {"metric": metric, "rows": rows, "cells": scores, "failed": errors, **environment_info()}
     write_json(output_dir / "compare.json", content)
-    with (output_dir / "compare.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(output_dir / "compare.csv", rows)
     table = [format_row(row) for row in rows]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header(metric), ["---"] * len(table[0]), *table)]
-    (output_dir / "compare.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(output_dir / "compare.md", "\n".join(lines) + "\n")
     if any(row["mean"] is not None and row["macs"] for row in rows):
         plot(rows, metric, output_dir / "compare.png")
     print_table(header(metric), table)

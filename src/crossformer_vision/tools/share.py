@@ -15,16 +15,22 @@ from crossformer_vision.inference.load import load_predictor
 from crossformer_vision.inference.predictor import Predictor
 
 PLOTS = ("curves.png", "confusion_matrix.png")  # not predictions.png, whose images may not be shareable
-CITATION = """\
-```bibtex
+CROSSFORMER = """\
 @inproceedings{wang2022crossformer,
   title = {CrossFormer: A Versatile Vision Transformer Hinging on Cross-scale Attention},
   author = {Wang, Wenxiao and Yao, Lu and Chen, Long and Lin, Binbin and Cai, Deng and He, Xiaofei
             and Liu, Wei},
   booktitle = {International Conference on Learning Representations (ICLR)},
   year = {2022}
-}
-```"""
+}"""
+CROSSFORMER_PP = """\
+@article{wang2023crossformer,
+  title = {CrossFormer++: A Versatile Vision Transformer Hinging on Cross-scale Attention},
+  author = {Wang, Wenxiao and Chen, Wei and Qiu, Qibo and Chen, Long and Wu, Boxi and Lin, Binbin
+            and He, Xiaofei and Liu, Wei},
+  journal = {IEEE Transactions on Pattern Analysis and Machine Intelligence},
+  year = {2023}
+}"""
 
 
 def share(source: str, to: str) -> str:
@@ -54,7 +60,7 @@ def share(source: str, to: str) -> str:
     if repository is None:
         folder = Path(to)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder}: exists already. Choose a new folder")
+            raise UserError(f"{folder}: already exists. Choose a new folder")
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".share-") as new:
@@ -154,7 +160,7 @@ def model_card(
         if results.get(key) is not None:
             facts.append(f"- **{label}:** {results[key]}")
     images = "".join(f"\n![{p.removesuffix('.png').replace('_', ' ')}]({p})\n" for p in plots)
-    needs_import = name.startswith(("crossformer_", "pvt_"))
+    needs_import = timm.model_entrypoint(name.split(".")[0]).__module__.startswith("crossformer_vision")
     line = "import crossformer_vision  # registers the model; pip install crossformer-vision\n"
     import_line = line if needs_import else ""
     return f"""---
@@ -186,8 +192,11 @@ print(pipeline("image-classification", model="{opened.partition(":")[2]}")("phot
 ```
 
 Saved with timm {timm.__version__}. Whoever shares these weights chooses their licence.
+{_citation(name)}"""
 
-## Citation
 
-{CITATION}
-"""
+def _citation(model: str) -> str:
+    """Section with the paper of a model; empty for models of other papers."""
+    if model.startswith("crossformer_pp"):
+        return f"\n## Citation\n\n```bibtex\n{CROSSFORMER_PP}\n```\n"
+    return f"\n## Citation\n\n```bibtex\n{CROSSFORMER}\n```\n" if model.startswith("crossformer") else ""

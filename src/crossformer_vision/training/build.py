@@ -48,19 +48,13 @@ def build(options: Options, is_resumed: bool = False) -> RunObjects:
     """
     silence_lightning()
     config = options.built_config()
-    _set_seed(config.seed_everything)
+    L.seed_everything(config.seed_everything, workers=True)
     objects = instantiate(options.parser, config)
     callbacks: list[Callback] = []
     if options.verb == "train":
         use_tensorboard = objects.trainer.logger is not False
         callbacks = run_callbacks(objects.run, objects.model, options.to_yaml(), is_resumed, use_tensorboard)
     return RunObjects(objects.model, objects.data, build_trainer(objects.trainer, callbacks))
-
-
-def _set_seed(seed: bool | int) -> None:
-    """Seed all random number generators; ``True`` chooses a seed and ``False`` leaves them alone."""
-    if seed is not False:
-        L.seed_everything(None if seed is True else seed, workers=True)
 
 
 def build_trainer(options: Namespace, callbacks: list[Callback]) -> L.Trainer:

@@ -23,12 +23,12 @@ class Stopped(Exception):
     """A signal has ended a run, after its state was saved.
 
     Attributes:
-        code: Exit code of the command, 128 plus the signal's number.
+        exit_code: Exit code of the command, 128 plus the signal's number.
     """
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
-        self.code = 128 + number
+        self.exit_code = 128 + number
 
 
 class StopOnNonFiniteLoss(Callback):

@@ -100,7 +100,8 @@ def _explain_unrecognized(word: str, options: Sequence[str]) -> str:
     if word.startswith("-"):
         return f"no option --{name}{suggest_option(name, options, '--')}"
     if Path(word).exists():
-        return f"unexpected argument '{word}'; did you mean --data.root {word}?"
+        hint = f". Did you mean --data.root {word}?" if "data.root" in options else ""
+        return f"unexpected argument '{word}'{hint}"
     return f"unexpected argument '{word}', which is no existing folder. Name a folder, or an option with --"
 
 
@@ -131,8 +132,8 @@ def suggest_option(name: str, options: Sequence[str], prefix: str) -> str:
         options: Names of the options.
         prefix: ``--`` on the command line, nothing in a configuration.
     """
-    if name in ("devices", "gpus"):
-        return "; did you mean --device cpu (or gpu), or --trainer.devices N?"
+    if name in ("devices", "gpus") and "trainer.devices" in options:
+        return ". Did you mean --device cpu (or gpu), or --trainer.devices N?"
     close = [option for option in ALIASES.get(name.replace("-", "_"), ()) if option in options][:1]
     close = close or difflib.get_close_matches(name, options, 1, 0.75)
     last = name.rsplit(".", 1)[-1]
@@ -141,7 +142,7 @@ def suggest_option(name: str, options: Sequence[str], prefix: str) -> str:
     if not close:
         return ". --help lists all"
     option = close[0].replace("_", "-") if prefix and "." not in close[0] else close[0]
-    return f"; did you mean {prefix}{option}?"
+    return f". Did you mean {prefix}{option}?"
 
 
 def _config_with(name: str, configs: Sequence[str]) -> str:

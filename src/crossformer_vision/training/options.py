@@ -29,7 +29,7 @@ from crossformer_vision.training.trainer_options import (
     reset_unsupported,
 )
 
-Verb = Literal["train", "validate"]
+Verb = Literal["train", "validate", "benchmark-data"]
 
 USAGE = {
     "train": "crossformer train [FOLDER] [--epochs N] [--batch-size N] [--lr RATE] [--OPTION VALUE …]\n"
@@ -38,6 +38,7 @@ USAGE = {
     "       crossformer train --resume auto [--run.dir RUN] [--OPTION VALUE …]",
     "validate": "crossformer validate RUN [--checkpoint FILE] [--OPTION VALUE …]\n"
     "       crossformer validate --config FILE --checkpoint FILE --data.root FOLDER",
+    "benchmark-data": "crossformer benchmark-data [FOLDER] [--output FOLDER] [--OPTION VALUE …]",
 }
 DESCRIPTION = {
     "train": "Train a model. FOLDER holds your images (--data.root). RUN is a run directory, such as "
@@ -45,6 +46,8 @@ DESCRIPTION = {
     "--resume auto starts a run or continues it. --debug shows the traceback of an error.",
     "validate": "Evaluate a checkpoint and plot its results. RUN is a run directory, whose best.ckpt is "
     "evaluated unless --checkpoint names another file. --debug shows the traceback of an error.",
+    "benchmark-data": "Time the data loading of a training run against its network. The options are those of "
+    "train. --debug shows the traceback of an error.",
 }
 
 
@@ -53,7 +56,7 @@ class Options:
     """Parsed options of a training or validation run.
 
     Attributes:
-        verb: ``train`` or ``validate``.
+        verb: Name of the command.
         task: Name of the task.
         parser: Parser that produced ``config``.
         config: Values of all options.
@@ -94,7 +97,7 @@ def parse_options(verb: Verb, arguments: Sequence[str], overrides: dict[str, Any
     """Parse command-line arguments.
 
     Args:
-        verb: ``train`` or ``validate``.
+        verb: Name of the command.
         arguments: Arguments after the verb.
         overrides: See ``Options``.
 
@@ -144,7 +147,7 @@ def _build_parser(verb: Verb, task: str, defaults: Sequence[str]) -> LightningAr
     """Parser for a task.
 
     Args:
-        verb: ``train`` or ``validate``.
+        verb: Name of the command.
         task: Name of the task.
         defaults: Configuration files whose values are defaults.
     """
@@ -158,7 +161,9 @@ def _build_parser(verb: Verb, task: str, defaults: Sequence[str]) -> LightningAr
     info = TASKS[task]
     parser.add_argument("--config", action=ActionConfigFile, help="configuration file, or bundled recipe")
     parser.add_argument("--task", default=task, help=f"one of {', '.join(TASKS)}")
-    parser.add_argument("--seed_everything", type=bool | int, default=0, help="seed of all random numbers")
+    if verb == "benchmark-data":
+        parser.add_argument("--output", default="runs/benchmark", help="directory for the table and plot")
+    parser.add_argument("--seed_everything", type=int, default=0, help="seed of all random numbers")
     parser.add_lightning_class_args(info.load_data_class(), "data")
     parser.add_lightning_class_args(info.load_task_class(), "model")
     parser.add_class_arguments(RunOptions, "run")

@@ -1,5 +1,6 @@
 """Options of an existing run: to resume it, or to validate one of its checkpoints."""
 
+import glob
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,7 +9,7 @@ from typing import Any
 
 from crossformer_vision.errors import UserError
 from crossformer_vision.training.arguments import has_option
-from crossformer_vision.training.cluster import current_job, is_started_by_this_job
+from crossformer_vision.training.cluster import LOCK, current_job, is_started_by_this_job
 from crossformer_vision.training.command import command_name
 from crossformer_vision.training.options import Options, flatten, parse_options
 from crossformer_vision.training.recipes import as_ascii, as_text, read_config
@@ -157,6 +158,9 @@ def find_run_of_job(options: Options) -> Path | None:
     if current_job() is None:
         return None
     run_dir = default_run_dir(options)
-    found = [run_dir] if options.config.run.dir else sorted(run_dir.parent.glob(f"{run_dir.name}*"))
+    found = [run_dir]
+    if not options.config.run.dir:  # numbered if it exists
+        found += run_dir.parent.glob(f"{glob.escape(run_dir.name)}-[0-9]*")
     started = [path for path in found if (path / "config.yaml").is_file() and is_started_by_this_job(path)]
-    return started[-1] if started else None
+    # The newest, because torchrun gives all its launches the same id unless --rdzv-id is set.
+    return max(started, key=lambda path: (path / LOCK).stat().st_mtime, default=None)

@@ -13,6 +13,7 @@ A run directory contains:
 import logging
 import platform
 import re
+import shlex
 import signal
 import sys
 import time
@@ -233,12 +234,16 @@ def evaluate(
 
     Returns:
         Content of ``results.json``, and the directory.
+
+    Raises:
+        UserError: If there are no images to validate on.
     """
-    images = len(data.open("val"))
-    if images and trainer.is_global_zero:
+    if trainer.is_global_zero:
         output_dir = create_run_dir(output_dir)
     try:
         metrics = validate(trainer, task, data, checkpoint, output_dir)
+        if not metrics:
+            raise UserError("there are no images to validate on. Check --trainer.limit_val_batches")
     finally:
         if trainer.is_global_zero and not any(output_dir.iterdir()):
             output_dir.rmdir()
@@ -246,13 +251,20 @@ def evaluate(
         **task.model_names(),
         **metrics,
         "data": data.root,
-        "images": images,
+        "images": _count_validated(trainer, data),
         "checkpoint": None if checkpoint is None else str(checkpoint),
         **environment_info(),
     }
     if trainer.is_global_zero:
         write_json(output_dir / "results.json", results)
     return results, output_dir
+
+
+def _count_validated(trainer: L.Trainer, data: Any) -> int:
+    """Number of images that the last validation of a Trainer has used."""
+    batches = int(sum(trainer.num_val_batches))
+    loader: Any = trainer.val_dataloaders
+    return min(len(data.open("val")), batches * loader.batches.batch_size * trainer.world_size)
 
 
 def is_finished(run_dir: Path, trainer: L.Trainer) -> bool:
@@ -290,7 +302,7 @@ def _set_callbacks(trainer: L.Trainer, callbacks: list[Callback]) -> None:
 def environment_info() -> dict[str, Any]:
     """Command, hardware, torch version and date, for result files."""
     return {
-        "command": " ".join(["crossformer", *sys.argv[1:]]),
+        "command": shlex.join(["crossformer", *sys.argv[1:]]),
         "hardware": hardware_name(),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),

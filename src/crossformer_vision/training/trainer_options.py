@@ -1,12 +1,12 @@
 """Options of Lightning's Trainer: defaults, unsupported options, and early checks."""
 
-import os
 from inspect import signature
 from typing import Any
 
 import lightning as L
 import torch
 
+from crossformer_vision.devices import count_cores
 from crossformer_vision.errors import UserError
 from crossformer_vision.training.precision import training_device
 
@@ -84,12 +84,12 @@ def check_trainer_options(options: Any) -> None:
 def _check_process_count(options: Any) -> None:
     """Refuse more processes than CPU cores."""
     device = training_device(options.accelerator)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     processes = int(options.devices) if str(options.devices).isdecimal() else 1
     if device is not None and device.type == "cpu" and processes > cores:
         raise UserError(
-            f"--trainer.devices {processes}: there is no GPU to use, and {processes} processes need "
-            f"{processes} cores of the CPU, which has {cores}. Use --trainer.devices {cores} or fewer"
+            f"--trainer.devices {processes}: {processes} processes on the CPU need {processes} cores, and "
+            f"there are {cores}. Use --trainer.devices {cores} or fewer"
         )
 
 

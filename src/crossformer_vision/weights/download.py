@@ -39,9 +39,11 @@ def check_connection(url: str, timeout: float = 5) -> None:
     Raises:
         UserError: If the connection fails.
     """
-    address = urllib.request.getproxies().get("https", url)
-    parts = urllib.parse.urlsplit(address if "://" in address else f"//{address}")
-    host, port = parts.hostname or "", parts.port or 443
+    target = urllib.parse.urlsplit(url)
+    proxy = urllib.request.getproxies().get(target.scheme)
+    if proxy and not urllib.request.proxy_bypass(target.hostname or ""):
+        target = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    host, port = target.hostname or "", target.port or (443 if target.scheme == "https" else 80)
     try:
         socket.create_connection((host, port), timeout=timeout).close()
     except OSError as error:

@@ -11,7 +11,7 @@ from timm.layers import resize_rel_pos_bias_table_simple
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from crossformer_vision.errors import UserError
+from crossformer_vision.errors import UserError, counted
 from crossformer_vision.models import variants
 from crossformer_vision.models.dense.base import DenseModel, remap_keys
 from crossformer_vision.weights.reading import read_checkpoint, select_weights
@@ -44,7 +44,7 @@ class LoadReport:
         return f"<LoadReport {self}>"
 
     def __str__(self) -> str:
-        parts = [f"{len(self.loaded)} weights loaded"]
+        parts = [f"{counted(len(self.loaded), 'weight')} loaded"]
         for reason, names in (("of another shape", self.dropped), ("not in the file", self.missing)):
             if names:
                 parts.append(f"{len(names)} {reason}, not changed ({_abbreviate(names)})")
@@ -109,8 +109,22 @@ def load_checkpoint(
     Raises:
         UserError: If the file cannot be read or belongs to another model.
     """
-    source = "state dict" if isinstance(checkpoint, dict) else str(checkpoint)
-    content = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint)
+    if isinstance(checkpoint, dict):
+        return load_weights(model, checkpoint, "state dict", adapt_classifier)
+    return load_weights(model, read_checkpoint(checkpoint), str(checkpoint), adapt_classifier)
+
+
+def load_weights(
+    model: nn.Module, content: dict[str, Any], source: str, adapt_classifier: bool = True
+) -> LoadReport:
+    """``load_checkpoint`` for the content of a file.
+
+    Args:
+        model: The network.
+        content: Content of a checkpoint, or state dict.
+        source: Where it is from, for messages.
+        adapt_classifier: See ``load_checkpoint``.
+    """
     target = _describe_target(model)
     weights = select_weights(content)
     report = LoadReport(buffers=[name for name in weights if variants.PUBLISHED_BUFFERS.search(name)])
@@ -215,7 +229,7 @@ def _check_names(report: LoadReport, target: _Target, source: str) -> None:
         if wrong:
             suffix = "" if reason == "lacks" else " that the model lacks"
             raise UserError(
-                f"{source}: belongs to another model: it {reason} {len(wrong)} weights "
+                f"{source}: belongs to another model: it {reason} {counted(len(wrong), 'weight')} "
                 f"({_abbreviate(wrong)}){suffix}"
             )
 
@@ -235,7 +249,9 @@ def _check_complete(
             raise UserError(f"{source}: is for other classes: {name} has shape {there}, not {here}")
         raise UserError(f"{source}: has {there[0]} classes, {here[0]} are needed")
     if report.missing:
-        raise UserError(f"{source}: lacks {len(report.missing)} weights ({_abbreviate(report.missing)})")
+        raise UserError(
+            f"{source}: lacks {counted(len(report.missing), 'weight')} ({_abbreviate(report.missing)})"
+        )
 
 
 def _best_names(

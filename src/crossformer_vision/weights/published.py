@@ -227,7 +227,8 @@ def how_to_build(name: str, path: Path) -> str:
         kind = "detector" if head in DETECTORS else "segmenter"
         groups = variants.published_groups(model, head)  # the file does not contain them
         create = f'crossformer_vision.create_{kind}("{head}", "{model}", backbone_args={groups})'
-    return f'model = {create}\ncrossformer_vision.load_checkpoint(model, "{path}")'
+    imports = "import timm\nimport crossformer_vision"
+    return f'{imports}\n\nmodel = {create}\ncrossformer_vision.load_checkpoint(model, "{path}")'
 
 
 def read_published_weights(model: str, file: str | None = None) -> dict[str, Tensor]:

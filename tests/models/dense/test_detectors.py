@@ -265,7 +265,9 @@ def test_img_size_of_variable_size_backbone_raises():
 def test_unknown_names_raise():
     with pytest.raises(ValueError, match="unknown detector 'yolo'. Choose from retinanet, mask_rcnn"):
         create_detector("yolo")
-    with pytest.raises(ValueError, match="unknown model 'crossformer_smal'; did you mean crossformer_small"):
+    with pytest.raises(
+        ValueError, match="unknown model 'crossformer_smal'. Did you mean 'crossformer_small'"
+    ):
         create_detector("retinanet", "crossformer_smal")
     with pytest.raises(ValueError, match="One of 8, 16 or 32 is needed"):
         create_detector("retinanet", "vit_small_patch14_dinov2")

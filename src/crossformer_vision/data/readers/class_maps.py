@@ -116,7 +116,8 @@ def uses_0_and_255(pairs: list[tuple[Path, Path]], classes: ClassList) -> bool:
     maps_with_both = 0
     for _, path in pairs[:: max(1, ceil_div(len(pairs), CHECKED_MAPS))]:
         try:
-            found = set(np.unique(stored_values(Image.open(path))).tolist())
+            with Image.open(path) as class_map:
+                found = set(np.unique(stored_values(class_map)).tolist())
         except Exception:  # reported when the map is read
             return False
         values |= found

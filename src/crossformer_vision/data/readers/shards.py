@@ -128,7 +128,7 @@ def _iterate_members(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInf
         tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps all members in memory
         name = member.name.removeprefix("./")
         if member.isfile() and not is_hidden(Path(name)):
-            yield member.name, member
+            yield name, member
 
 
 def _pair_labels(path: Path, key: str, files: list[Member]) -> Iterator[tuple[str, int, int, int]]:

@@ -255,8 +255,8 @@ class MaskRCNN(DenseModel, GeneralizedRCNN):
                     (f"roi_heads.box_predictor.bbox_pred.{kind}", 4),
                     (f"roi_heads.mask_predictor.mask_fcn_logits.{kind}", 1),
                 ):
-                    value = renamed[name]
-                    renamed[name] = torch.cat([value.new_zeros(rows, *value.shape[1:]), value])
+                    if (value := renamed.get(name)) is not None:  # Faster R-CNN has no masks
+                        renamed[name] = torch.cat([value.new_zeros(rows, *value.shape[1:]), value])
         return renamed
 
 
