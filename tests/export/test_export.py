@@ -26,7 +26,7 @@ from crossformer_vision.export.detectors import MaskRCNNGraph, suppress_overlaps
 from crossformer_vision.export.graphs import Features
 from crossformer_vision.export.int8 import record_inputs
 from crossformer_vision.export.verification import difference, different_objects
-from crossformer_vision.inference.exported import METADATA_KEY, OnnxRuntime
+from crossformer_vision.inference.exported import METADATA_KEY
 
 SMALL = {"depths": (1, 2, 1, 1), "embed_dim": 16, "num_heads": (1, 1, 2, 4)}
 TWO_STAGES = {
