@@ -44,6 +44,8 @@ examples
 data
   my_images  train/<class>/… and val/<class>/… with images of each class
   my_coco    annotations/instances_train.json and instances_val.json, images/train/ and images/val/
+  my_yolo    data.yaml, images/train/ and labels/train/, the same for val/
+  my_voc     Annotations/*.xml, JPEGImages/, ImageSets/Main/train.txt and val.txt
   my_maps    images/training/ and annotations/training/ (PNG, one class index per pixel), the same for
              validation/, and classes.json
 

@@ -62,7 +62,7 @@ def here(tmp_path, monkeypatch):
         ("train --learning-rate 0.1", "no option --learning-rate. Did you mean --model.lr?"),
         ("train --model crossformer_small", "no option --model. Did you mean --model.backbone?"),
         ("train --workers 2", "no option --workers. Did you mean --data.num_workers?"),
-        ("train --data data.yaml", "--data.root names the folder of your images. A data.yaml is YOLO's"),
+        ("train --data data.yaml", "data.yaml: no such folder in"),
         ("train --trainer.accelerator gpu", "--trainer.accelerator gpu: torch finds no such device. Use cpu"),
         (
             "train --trainer.devices 500",
@@ -81,8 +81,8 @@ def here(tmp_path, monkeypatch):
             "train --data.augmentation math.steps",
             "--data.augmentation math.steps: module 'math' has no 'steps'",
         ),
-        ("train --data.root my_yolo", "labels/train/0.txt holds detection labels in YOLO's format"),
-        ("train --data.root my_voc", "Annotations/0.xml holds detection labels in Pascal VOC's format"),
+        ("train --data.root my_yolo", "my_yolo: has no data.yaml, which lists the classes of labels"),
+        ("train --data.root my_voc", "my_voc/ImageSets/Main/train.txt: no such file, nor a folder train with XML"),
         ("--verison", "unknown command '--verison'. Did you mean '--version'?"),
         ("predict photo.jpg", "the following arguments are required: images"),
         (

@@ -61,12 +61,7 @@ def read_classes(root: Path) -> ClassList:
     info, listed = root / "objectInfo150.txt", root / "classes.json"
     if info.is_file() and not listed.is_file():
         return _read_ade20k(info)
-    try:
-        content = json.loads(listed.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{listed}: no such file; it lists the classes: {EXAMPLE}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{listed}: not a list of classes like {EXAMPLE} ({error})") from None
+    content = _read_json(listed)
     content = content if isinstance(content, dict) and "classes" in content else {"classes": content}
     if unknown := sorted(set(content) - set(KEYS)):
         raise UserError(f"{listed}: unknown key '{unknown[0]}'. There are {', '.join(KEYS)}")
@@ -76,6 +71,33 @@ def read_classes(root: Path) -> ClassList:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{listed}: not a list of classes like {EXAMPLE} ({error})") from None
     return _class_list(listed, names, ignored, "ignore_index" in content)
+
+
+def read_class_names(root: Path) -> list[str] | None:
+    """Class names in their order from ``classes.json``; ``None`` if there is no such file.
+
+    Raises:
+        UserError: If it is not a list of names.
+    """
+    listed = root / "classes.json"
+    if not listed.is_file():
+        return None
+    content = _read_json(listed)
+    names = content.get("classes") if isinstance(content, dict) else content
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f'{listed}: must list the class names: ["cat", "dog"]')
+    check_names(listed, names)
+    return names
+
+
+def _read_json(listed: Path) -> Any:
+    """Content of ``classes.json``."""
+    try:
+        return json.loads(listed.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{listed}: no such file; it lists the classes: {EXAMPLE}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{listed}: not a list of classes like {EXAMPLE} ({error})") from None
 
 
 def _class_list(listed: Path, names: dict[int, str], ignored: int, says_what_is_ignored: bool) -> ClassList:

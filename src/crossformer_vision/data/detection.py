@@ -14,12 +14,15 @@ from typing_extensions import override
 
 from crossformer_vision.data.augmentation import PhotometricDistortion, Steps, compose_checked
 from crossformer_vision.data.detection_transforms import ToTensors, object_labels
+from crossformer_vision.data.layout import FORMATS, find_label_format
 from crossformer_vision.data.loader import SeededLoader
 from crossformer_vision.data.module import BaseDataModule
 from crossformer_vision.data.readers.coco import CocoImages
 from crossformer_vision.data.readers.digits import DigitObjects
+from crossformer_vision.data.readers.voc import VocImages, find_voc_split
+from crossformer_vision.data.readers.yolo import YoloImages, find_yolo_images, read_yolo_dataset
 from crossformer_vision.data.sampling import ReadImages
-from crossformer_vision.errors import NoSuchSplit, UserError
+from crossformer_vision.errors import NoSuchSplit, UserError, check_choice
 
 log = logging.getLogger("crossformer_vision")
 
@@ -34,15 +37,18 @@ def collate_detection(samples: list[tuple[Tensor, dict[str, Tensor]]]) -> Batch:
 
 
 class DetectionData(BaseDataModule):
-    """Images with boxes, and masks for Mask R-CNN, in COCO's format.
+    """Images with boxes, and masks for Mask R-CNN, with labels in the format of COCO, YOLO or Pascal VOC.
 
     Training batches have images that are all wide or all tall. Validation reads images one by one, so that a
     result does not depend on the size of other images.
 
     Args:
         root: Folder with COCO's layout: ``annotations/instances_<split>.json`` and the images in ``<split>/``
-            or ``images/<split>/``; or ``<split>/_annotations.coco.json`` beside the images. Null for the
-            bundled digits.
+            or ``images/<split>/``; or ``<split>/_annotations.coco.json`` beside the images. Or with YOLO's:
+            ``data.yaml``, ``images/<split>/`` and ``labels/<split>/``. Or with Pascal VOC's:
+            ``Annotations/*.xml``, ``JPEGImages/`` and ``ImageSets/Main/<split>.txt``. Null for the bundled
+            digits.
+        format: Format of the labels: ``coco``, ``yolo`` or ``voc``; null to detect it from the layout.
         train_split: Split to train on; ``train`` also finds ``train2017``.
         val_split: Split to validate on; ``val`` also finds ``val2017`` and ``valid``.
         detector: Detector to train; ``mask_rcnn`` also reads masks. The command takes it from the model.
@@ -76,6 +82,7 @@ class DetectionData(BaseDataModule):
     def __init__(
         self,
         root: str | None = None,
+        format: Literal["coco", "yolo", "voc"] | None = None,
         train_split: str = "train",
         val_split: str = "val",
         detector: Literal["retinanet", "mask_rcnn"] = "retinanet",
@@ -97,6 +104,9 @@ class DetectionData(BaseDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(root, train_split, val_split, batch_size, num_workers, skip_corrupt, seed, classes)
+        if format is not None:
+            check_choice("format", format, tuple(FORMATS))
+        self.format = format
         self.masks = detector == "mask_rcnn"
         self.min_sizes = [min_size] if isinstance(min_size, int) else list(min_size)
         self.max_size = max_size
@@ -131,17 +141,31 @@ class DetectionData(BaseDataModule):
         """Reader of a split."""
         if self.root is None:
             return DigitObjects(stage, self.lengths[stage], self.image_size, self.masks, self.seed)
-        train = stage == "train"
+        root, train = Path(self.root), stage == "train"
+        if not root.exists():
+            raise UserError(f"{root}: no such folder. --data.root needs images and their labels")
+        found = find_label_format(root)
+        format = self.format or (found[0] if found else "coco")
+        self.label_format = FORMATS[format]
         skip_empty = self.skip_empty and train
         outlines = self.masks and train and self.augmentation is None
-        options = (self.masks, train, skip_empty, outlines, self.skip_corrupt)
-        return CocoImages(*self._find(stage), self.classes or None, *options)
+        classes, options = self.classes or None, (self.masks, train, skip_empty, outlines)
+        if format == "yolo":
+            dataset = read_yolo_dataset(root)
+            name, images = find_yolo_images(dataset, self.split_names(stage))
+            self.note_split(stage, images[0].parent, name)
+            return YoloImages(dataset, images, classes, *options)
+        if format == "voc":
+            if self.masks:
+                raise UserError(f"{root}: Pascal VOC labels have no masks. Use --model.detector retinanet")
+            split = find_voc_split(root, self.split_names(stage))
+            self.note_split(stage, split.source, split.source.stem)
+            return VocImages(root, split, classes, train, skip_empty)
+        return CocoImages(*self._find(stage), classes, *options, self.skip_corrupt)
 
     def _find(self, stage: str) -> tuple[Path, Path]:
-        """Annotation file and folder of images of a split."""
+        """Annotation file in COCO's format and folder of images of a split."""
         root, split = Path(str(self.root)), self.splits[stage]
-        if not root.is_dir():
-            raise UserError(f"{root}: no such folder. --data.root needs annotations and images")
         for name in self.split_names(stage):
             for annotations, folders in (
                 (root / "annotations" / f"instances_{name}.json", (root / name, root / "images" / name)),

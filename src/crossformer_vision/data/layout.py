@@ -1,45 +1,67 @@
-"""Infer the task from the layout of a data folder."""
+"""Infer the task and the format of the labels from the layout of a data folder."""
 
 from pathlib import Path
 
 from crossformer_vision.data.images import EXTENSIONS, is_hidden
-from crossformer_vision.errors import UserError
+from crossformer_vision.data.readers.yolo import find_names_file
 
-CONVERT = "Convert the labels to COCO (annotations/instances_train.json), which many labeling tools export"
+FORMATS = {"coco": "COCO", "yolo": "YOLO", "voc": "Pascal VOC"}
+"""Formats of object labels, and their names in messages."""
 
 
 def infer_task(root: Path) -> tuple[str, str]:
     """Infer a task from a folder's layout.
 
     Args:
-        root: Folder of the data.
+        root: Folder of the data, or a file that describes them.
 
     Returns:
         ``"classification"``, ``"detection"`` or ``"segmentation"``, and the reason, which names the file or
         folder found. Folders of an unknown layout are treated as class folders.
-
-    Raises:
-        UserError: If the labels are in a detection format that is not supported.
     """
-    for pattern in ("annotations/instances_*.json", "*/_annotations.coco.json", "_annotations.coco.json"):
-        if file := next(iter(sorted(root.glob(pattern))), None):
-            return "detection", f"{file.relative_to(root)} is a COCO file"
-    for name in ("leftImg8bit", "VOCdevkit"):
-        if (root / name).is_dir():
-            return "segmentation", f"{name}/ holds class maps"
+    found = find_label_format(root)
+    if found is not None and found[0] == "coco":
+        return "detection", found[1]
+    if (root / "leftImg8bit").is_dir():
+        return "segmentation", "leftImg8bit/ holds class maps"
+    if any((root / "VOCdevkit").glob("VOC*/SegmentationClass")):
+        return "segmentation", "VOCdevkit/ holds class maps"
     if has_class_maps(root):
         return "segmentation", "annotations/ holds class maps of images/"
-    if file := find_yolo_labels(root):
-        raise UserError(
-            f"{root}: {file.relative_to(root)} holds detection labels in YOLO's format, which cannot be "
-            f"read. {CONVERT}"
-        )
-    if file := next(root.glob("Annotations/*.xml"), None):
-        raise UserError(
-            f"{root}: {file.relative_to(root)} holds detection labels in Pascal VOC's format, which cannot "
-            f"be read. {CONVERT}"
-        )
+    if found is not None:
+        return "detection", found[1]
     return "classification", "its folders are treated as classes"
+
+
+def find_label_format(root: Path) -> tuple[str, str] | None:
+    """Format of object labels.
+
+    Args:
+        root: Folder of the data, or ``data.yaml``.
+
+    Returns:
+        A key of ``FORMATS``, and the reason; ``None`` if there are no object labels.
+    """
+    if root.is_file():
+        return ("yolo", f"{root.name} describes YOLO labels") if find_names_file(root) else None
+    for pattern in ("annotations/instances_*.json", "*/_annotations.coco.json", "_annotations.coco.json"):
+        if file := _first(root, pattern):
+            return "coco", f"{file} is a COCO file"
+    for pattern in ("labels/*.txt", "labels/*/*.txt", "*/labels/*.txt"):
+        if file := _first(root, pattern):
+            return "yolo", f"{file} holds YOLO labels"
+    if (root / "data.yaml").is_file():
+        return "yolo", "data.yaml describes YOLO labels"
+    splits = ("train/*.xml", "valid/*.xml", "val/*.xml")
+    for pattern in ("Annotations/*.xml", "VOCdevkit/VOC*/Annotations/*.xml", *splits):
+        if file := _first(root, pattern):
+            return "voc", f"{file} holds Pascal VOC labels"
+    return None
+
+
+def _first(root: Path, pattern: str) -> str | None:
+    """First path below a folder that matches a pattern."""
+    return min((path.relative_to(root).as_posix() for path in root.glob(pattern)), default=None)
 
 
 def has_class_maps(root: Path) -> bool:
@@ -52,12 +74,3 @@ def has_class_maps(root: Path) -> bool:
         path.suffix.lower() in EXTENSIONS and not is_hidden(path.relative_to(root))
         for path in (root / "annotations").rglob("*")
     )
-
-
-def find_yolo_labels(root: Path) -> Path | None:
-    """A file of labels in YOLO's format, or the ``data.yaml`` that describes them."""
-    for pattern in ("labels/*.txt", "labels/*/*.txt", "*/labels/*.txt"):
-        if file := next(iter(sorted(root.glob(pattern))), None):
-            return file
-    described = root / "data.yaml"
-    return described if described.is_file() else None

@@ -43,6 +43,7 @@ class BaseDataModule(L.LightningDataModule):
     Attributes:
         classes: Class names, known after a split is open.
         found_splits: Where the splits were found.
+        label_format: Format of the labels, for messages; empty for bundled data and class folders.
         global_batch: Batch size of all processes, known after the training loader is created.
 
     Raises:
@@ -70,6 +71,7 @@ class BaseDataModule(L.LightningDataModule):
         self.classes = list(classes or ())
         check_names("classes", self.classes)
         self.found_splits: dict[str, Path] = {}
+        self.label_format = ""
         self.images: dict[str, ReadImages] = {}
         self.global_batch = batch_size
         self._training: SeededLoader | None = None
@@ -111,10 +113,17 @@ class BaseDataModule(L.LightningDataModule):
         """Open a split."""
         raise NotImplementedError
 
-    def note_split(self, stage: str, path: Path) -> None:
-        """Record where a split was found. Warns if ``best.ckpt`` would be selected on test images."""
+    def note_split(self, stage: str, path: Path, name: str | None = None) -> None:
+        """Record where a split was found. Warns if ``best.ckpt`` would be selected on test images.
+
+        Args:
+            stage: ``train`` or ``val``.
+            path: Its folder or file.
+            name: Name of the split, if it is not that of the path.
+        """
         self.found_splits[stage] = path
-        if stage == "val" and path.name.removesuffix(".tar") == "test" and self.splits["val"] != "test":
+        name = name or path.name.removesuffix(".tar")
+        if stage == "val" and name == "test" and self.splits["val"] != "test":
             log.warning(
                 "%s: there is no validation split, so best.ckpt is selected on the test images. To use other "
                 "images, name their folder with --data.val_split",

@@ -8,6 +8,7 @@ from crossformer_vision.errors import UserError
 
 # Aliases of common options, as in other trainers.
 SHORT_OPTIONS = {
+    "--data": "--data.root",
     "--epochs": "--trainer.max_epochs",
     "--batch-size": "--data.batch_size",
     "--lr": "--model.lr",
@@ -15,6 +16,7 @@ SHORT_OPTIONS = {
     "--print-config": "--print_config",
     "-c": "--config",
 }
+DATA_FILES = ("data.yaml", "dataset.yaml")  # of data sets in YOLO's format
 ACCELERATORS = ("cpu", "gpu", "cuda", "mps", "auto")
 
 
@@ -37,8 +39,10 @@ def normalize(arguments: Sequence[str]) -> list[str]:
             result += [_long_name(name), value] if equals else [_long_name(name)]
         else:
             result.append(argument)
-    if result and not result[0].startswith("-") and Path(result[0]).is_dir():
-        result.insert(0, "--data.root")
+    if result and not result[0].startswith("-"):
+        first = Path(result[0])
+        if first.is_dir() or (first.is_file() and first.name in DATA_FILES):
+            result.insert(0, "--data.root")
     return _expand_device(result)
 
 

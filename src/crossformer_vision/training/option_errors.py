@@ -73,11 +73,6 @@ def explain(message: str, parser: Any, arguments: Sequence[str], configs: Sequen
     message = " ".join(message.split())
     options = [action.dest for action in parser_actions(parser) if action.help != SUPPRESS]
     if match := re.search(r'Parser key "(data|model|run|trainer)": Unable to load config', message):
-        if match[1] == "data":
-            return (
-                "--data is not an option: --data.root names the folder of your images. A data.yaml is "
-                "YOLO's, whose labels must be converted to COCO first"
-            )
         return f"no option --{match[1]}{suggest_option(match[1], options, '--')}"
     if match := re.search(r"unrecognized arguments: (\S+)", message):
         return _explain_unrecognized(match[1], options)

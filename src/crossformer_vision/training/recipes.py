@@ -150,7 +150,7 @@ def choose_task(arguments: Sequence[str], configs: Sequence[str]) -> tuple[str, 
         Name of the task, and a note for the user if it was inferred from the data.
 
     Raises:
-        UserError: If there is no such task, or the data are in a format that cannot be read.
+        UserError: If there is no such task.
     """
     contents = [read_config(config) for config in configs]
     name = option_value(arguments, "--task")
@@ -158,7 +158,7 @@ def choose_task(arguments: Sequence[str], configs: Sequence[str]) -> tuple[str, 
         name = name or content.get("task")
     name = name or _task_with_own_option(arguments, contents)
     if name is None and not configs and (root := option_value(arguments, "--data.root")) is not None:
-        if Path(root).is_dir():
+        if Path(root).exists():
             task, reason = infer_task(Path(root))
             note = f"task: {task}, because in {root} {reason}. Override with --task."
             return task, None if task == "classification" else note

@@ -158,6 +158,7 @@ def _print_start(trainer: L.Trainer, task: Task, data: Any, parameters: int, res
     name = " on ".join(task.model_names().values())
     split = f" in {data.found_splits['val']}" if "val" in data.found_splits else ""
     classes = counted(len(data.classes), "class", "classes")
+    classes += f" ({data.label_format} labels)" if data.label_format else ""
     print(
         f"training {name} ({parameters / 1e6:.1f} M parameters) on {counted(train, 'image')} of {classes}, "
         f"validating on {val}{split}\n"

@@ -66,3 +66,11 @@ def stored_size(path: Path) -> tuple[int, int]:
     with Image.open(path) as image:
         width, height = image.size
         return (height, width) if orientation_of(image) >= 5 else (width, height)
+
+
+def header_size(path: Path) -> tuple[int, int]:
+    """``stored_size``, or 0 and 0 for a file that cannot be read, which is reported when it is used."""
+    try:
+        return stored_size(path)
+    except OSError:
+        return 0, 0

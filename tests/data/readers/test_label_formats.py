@@ -1,0 +1,267 @@
+"""Tests for labels in YOLO's and Pascal VOC's format: the same objects as in COCO's, and errors."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from small_runs import DETECTION
+
+from crossformer_vision import DetectionData, UserError
+from crossformer_vision.cli import main
+from crossformer_vision.data.readers.digits import MultiScaleDigits
+
+NAMES = [str(digit) for digit in range(10)]
+SPLITS = {"train": 12, "val": 6}
+
+
+def samples(split):
+    """Images with integer boxes, as all three formats can express them, and rectangular polygons."""
+    digits = MultiScaleDigits(split, SPLITS[split], 64, (1, 3), (0.2, 0.5), seed=3)
+    for index in range(len(digits)):
+        image, target = digits[index]
+        yield f"{index:03d}", image, target["boxes"].astype(int).tolist(), target["labels"].tolist()
+
+
+def save(image, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def corners(box):
+    x1, y1, x2, y2 = box
+    return [x1, y1, x2, y1, x2, y2, x1, y2]
+
+
+def write_coco(root):
+    for split in SPLITS:
+        content = {"images": [], "annotations": [], "categories": []}
+        content["categories"] = [{"id": k, "name": name} for k, name in enumerate(NAMES)]
+        for n, (name, image, boxes, labels) in enumerate(samples(split)):
+            save(image, root / f"images/{split}/{name}.png")
+            content["images"].append({"id": n, "file_name": f"{name}.png", "width": 64, "height": 64})
+            for box, label in zip(boxes, labels, strict=True):
+                x1, y1, x2, y2 = box
+                entry = {"id": len(content["annotations"]), "image_id": n, "category_id": label}
+                entry |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": [corners(box)], "iscrowd": 0}
+                content["annotations"].append(entry)
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / f"annotations/instances_{split}.json").write_text(json.dumps(content))
+
+
+def write_yolo(root, polygons=False):
+    for split in SPLITS:
+        for name, image, boxes, labels in samples(split):
+            save(image, root / f"images/{split}/{name}.png")
+            rows = []
+            for (x1, y1, x2, y2), label in zip(boxes, labels, strict=True):
+                values = [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
+                if polygons:
+                    values = corners((x1, y1, x2, y2))
+                rows.append(" ".join([str(label), *(f"{v / 64:.8f}" for v in values)]))
+            (root / f"labels/{split}").mkdir(parents=True, exist_ok=True)
+            (root / f"labels/{split}/{name}.txt").write_text("\n".join(rows) + "\n")
+    content = {"path": ".", "train": "images/train", "val": "images/val", "names": dict(enumerate(NAMES))}
+    (root / "data.yaml").write_text(yaml.safe_dump(content))
+
+
+def write_voc(root):
+    for split in SPLITS:
+        stems = []
+        for name, image, boxes, labels in samples(split):
+            stems.append(f"{split}_{name}")
+            save(image, root / f"JPEGImages/{stems[-1]}.png")
+            objects = "".join(
+                f"<object><name>{NAMES[label]}</name><bndbox><xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin>"
+                f"<xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+                for (x1, y1, x2, y2), label in zip(boxes, labels, strict=True)
+            )
+            size = "<size><width>64</width><height>64</height><depth>3</depth></size>"
+            (root / "Annotations").mkdir(exist_ok=True)
+            text = f"<annotation><filename>x.png</filename>{size}{objects}</annotation>"
+            (root / f"Annotations/{stems[-1]}.xml").write_text(text)
+        (root / "ImageSets/Main").mkdir(parents=True, exist_ok=True)
+        (root / f"ImageSets/Main/{split}.txt").write_text("\n".join(stems))
+    (root / "classes.json").write_text(json.dumps(NAMES))
+
+
+WRITERS = {"coco": write_coco, "yolo": write_yolo, "voc": write_voc}
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "mask_rcnn"])
+def test_same_objects_in_every_format(detector, tmp_path):
+    targets = {}
+    formats = {"retinanet": ("coco", "yolo", "voc"), "mask_rcnn": ("coco", "yolo")}[detector]
+    for name in formats:
+        (tmp_path / name).mkdir()
+        options = {"polygons": True} if (name, detector) == ("yolo", "mask_rcnn") else {}
+        WRITERS[name](tmp_path / name, **options)
+        data = DetectionData(str(tmp_path / name), detector=detector, min_size=64, max_size=64, num_workers=0)
+        assert data.num_classes == 10 and data.classes == NAMES
+        targets[name] = [data.open("val")[n][1] for n in range(SPLITS["val"])]
+        assert len(data.open("train")) == SPLITS["train"]
+    for name in formats[1:]:
+        for expected, found in zip(targets["coco"], targets[name], strict=True):
+            assert expected.keys() == found.keys()
+            for key, value in expected.items():
+                torch.testing.assert_close(found[key], value, rtol=0, atol=1e-5)
+
+
+def test_same_run_in_every_format(tmp_path, capsys):
+    results = {}
+    for name, write in WRITERS.items():
+        (tmp_path / name).mkdir()
+        write(tmp_path / name)
+        run = tmp_path / f"run_{name}"
+        options = [*DETECTION, "--trainer.max_epochs", "1", "--run.dir", str(run)]
+        assert main(["train", *options[2:], "--data.root", str(tmp_path / name)]) == 0  # without --task
+        said = capsys.readouterr().out
+        assert f"({ {'coco': 'COCO', 'yolo': 'YOLO', 'voc': 'Pascal VOC'}[name] } labels)" in said
+        results[name] = json.loads((run / "results.json").read_text())
+    for key in ("val_box_ap", "val_box_ap50", "val_box_recall"):
+        for name in ("yolo", "voc"):
+            assert results[name][key] == pytest.approx(results["coco"][key], abs=1e-6), (name, key)
+    rows = {name: (tmp_path / f"run_{name}/metrics.csv").read_text().splitlines()[1] for name in WRITERS}
+    losses = {name: float(row.split(",")[4]) for name, row in rows.items()}
+    assert losses["yolo"] == pytest.approx(losses["coco"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "data_yaml",
+    [
+        "names: [cat, dog]\ntrain: ../train/images\nval: ../valid/images\n",  # Roboflow
+        "names: [cat, dog]\nnc: 2\n",
+        "path: sub\nnames: {0: cat, 1: dog}\ntrain: train.txt\nval: [valid/images]\n",
+    ],
+)
+def test_yolo_layouts(data_yaml, tmp_path):
+    root = tmp_path / "sub" if "path: sub" in data_yaml else tmp_path
+    for split in ("train", "valid"):
+        save(Image.new("RGB", (40, 20)), root / f"{split}/images/1.png")
+        save(Image.new("RGB", (40, 20)), root / f"{split}/images/empty.png")
+        (root / f"{split}/labels").mkdir()
+        (root / f"{split}/labels/1.txt").write_text("1 0.5 0.5 0.25 0.5\n")
+    (root / "train.txt").write_text("./train/images/1.png\n\n")
+    (tmp_path / "data.yaml").write_text(data_yaml)
+    for given in (tmp_path, tmp_path / "data.yaml"):
+        data = DetectionData(str(given), min_size=32, max_size=64, num_workers=0)
+        assert data.num_classes == 2
+        assert len(data.open("train")) == (1 if "train.txt" in data_yaml else 2)
+        _, target = data.open("val")[0]
+        assert target["boxes"].tolist() == [[15, 5, 25, 15]] and target["labels"].tolist() == [2]
+        assert len(data.open("val")[1][1]["boxes"]) == 0
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ("0 0.5 0.5 0.2", "1.txt: row 2 has 4 numbers. A box has 5"),
+        ("0 0.5 0.5 0.2 0.2 0.1 0.1", "1.txt: row 2 has 7 numbers, and no other row"),
+        ("0 0.5 0.5 0.2 0.2 0.1 0.1 0.3", "1.txt: row 2 has 8 numbers. A box has 5"),
+        ("7 0.5 0.5 0.2 0.2", r"1.txt: row 2 has class 7. data.yaml has the classes 0 to 1"),
+        ("0.5 0.5 0.5 0.2 0.2", "1.txt: row 2 has class 0.5"),
+        ("0 320 240 20 20", "1.txt: row 2 has the coordinate 320. Coordinates must be from 0 to 1"),
+        ("0 nan 0.5 0.2 0.2", "1.txt: row 2 has the coordinate nan"),
+        ("cat 0.5 0.5 0.2 0.2", "1.txt: row 2 is not numbers: 'cat 0.5"),
+    ],
+)
+def test_invalid_yolo_rows(row, message, tmp_path):
+    save(Image.new("RGB", (40, 20)), tmp_path / "images/train/1.png")
+    (tmp_path / "labels/train").mkdir(parents=True)
+    (tmp_path / "labels/train/1.txt").write_text(f"0 0.5 0.5 0.2 0.2\n{row}\n")
+    (tmp_path / "data.yaml").write_text("names: [cat, dog]\n")
+    with pytest.raises(UserError, match=message):
+        DetectionData(str(tmp_path)).open("train")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("train: images/train", "data.yaml: has no class names"),
+        ("names: {0: cat, 2: dog}", "names must have the indices 0 to 1 without gaps"),
+        ("names: [cat, cat]", "data.yaml: a class has no name, or two classes have the same"),
+        ("names: [cat, dog]\ntrain: nowhere", "data.yaml: no such folder or list of images: nowhere"),
+        ("names: [cat, dog]\ntrain: labels", "split 'train' has no images in labels"),
+        ("names: [cat", "data.yaml: cannot be read"),
+        ("names: [cat, dog]", "label file, nor one for any other of 1 images"),
+    ],
+)
+def test_invalid_yolo_data_sets(content, message, tmp_path):
+    save(Image.new("RGB", (40, 20)), tmp_path / "images/train/1.png")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "data.yaml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        DetectionData(str(tmp_path)).open("train")
+
+
+def voc_object(name="cat", box=(5, 5, 20, 15), more=""):
+    values = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=False))
+    return f"<object><name>{name}</name>{more}<bndbox>{values}</bndbox></object>"
+
+
+def write_voc_file(root: Path, *objects, split="train"):
+    save(Image.new("RGB", (40, 20)), root / f"{split}/1.png")
+    (root / f"{split}/1.xml").write_text(f"<annotation>{''.join(objects)}</annotation>")
+    return root
+
+
+def test_voc_files_beside_images(tmp_path):
+    """Roboflow's layout; classes are sorted by name, sizes come from the images, difficult objects are crowds."""
+    write_voc_file(tmp_path, voc_object("zebra"), voc_object("ant", (1, 1, 40, 20)))
+    write_voc_file(
+        tmp_path, voc_object("ant"), voc_object("ant", more="<difficult>1</difficult>"), split="valid"
+    )
+    data = DetectionData(str(tmp_path), min_size=20, max_size=40, num_workers=0, hflip=0)
+    assert data.num_classes == 2 and data.classes == ["ant", "zebra"]
+    image, target = data.open("train").source.read(0)
+    assert target["boxes"].tolist() == [[4, 4, 20, 15], [0, 0, 40, 20]] and target["labels"].tolist() == [
+        2,
+        1,
+    ]
+    assert data.open("val").source.read(0)[1]["iscrowd"].tolist() == [0, 1]
+    assert np.asarray(image).shape == (20, 40, 3)
+
+
+@pytest.mark.parametrize(
+    "objects, message",
+    [
+        (["<object></object>"], "1.xml: object 1 has no name"),
+        (
+            [voc_object(), voc_object(box=(1, 2, 3))],
+            "1.xml: object 2 has no bndbox with xmin, ymin, xmax, ymax",
+        ),
+        ([voc_object(box=(1, 2, 3, "inf"))], "1.xml: object 1 has a box with a value that is not finite"),
+        (["<object>"], "1.xml: cannot be read as XML"),
+        ([], "has no annotations to train on"),
+        ([voc_object(box=(100, 100, 120, 120))], "no object of 1 can be trained on"),
+    ],
+)
+def test_invalid_voc_files(objects, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        DetectionData(str(write_voc_file(tmp_path, *objects))).open("train")
+
+
+def test_voc_objects_outside_classes_and_missing_files(tmp_path):
+    write_voc_file(tmp_path, voc_object("dog"))
+    (tmp_path / "classes.json").write_text('["cat", "cow"]')
+    with pytest.raises(
+        UserError, match="1.xml: object 1 is of class 'dog', which is not among the classes cat, cow"
+    ):
+        DetectionData(str(tmp_path)).open("train")
+    (tmp_path / "train/1.png").unlink()
+    with pytest.raises(UserError, match=r"1\.jpg: no such image"):
+        DetectionData(str(tmp_path)).open("train")
+    with pytest.raises(UserError, match="Pascal VOC labels have no masks"):
+        DetectionData(str(tmp_path), detector="mask_rcnn").open("train")
+
+
+def test_format_option_overrides_detection(tmp_path):
+    write_yolo(tmp_path)
+    write_coco(tmp_path)
+    assert type(DetectionData(str(tmp_path)).open("train").source).__name__ == "CocoImages"
+    assert type(DetectionData(str(tmp_path), format="yolo").open("train").source).__name__ == "YoloImages"
+    with pytest.raises(UserError, match="format='yoloo': must be one of .*Did you mean 'yolo'"):
+        DetectionData(str(tmp_path), format="yoloo")
