@@ -82,7 +82,10 @@ def here(tmp_path, monkeypatch):
             "--data.augmentation math.steps: module 'math' has no 'steps'",
         ),
         ("train --data.root my_yolo", "my_yolo: has no data.yaml, which lists the classes of labels"),
-        ("train --data.root my_voc", "my_voc/ImageSets/Main/train.txt: no such file, nor a folder train with XML"),
+        (
+            "train --data.root my_voc",
+            "my_voc/ImageSets/Main/train.txt: no such file, nor a folder train with XML",
+        ),
         ("--verison", "unknown command '--verison'. Did you mean '--version'?"),
         ("predict photo.jpg", "the following arguments are required: images"),
         (

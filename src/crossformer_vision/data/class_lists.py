@@ -1,7 +1,7 @@
 """Class names of segmentation data, and their values in class maps."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from crossformer_vision.errors import UserError, check_names, counted
 
 IGNORED = 255  # ignore index of class maps: excluded from loss and metrics
 UNKNOWN = 254  # in lookup tables: marks values that are invalid in class maps
-KEYS = ("classes", "first_index", "ignore_index")
+KEYS = ("classes", "first_index", "ignore_index", "colors")
 EXAMPLE = '{"classes": ["sky", "road"], "ignore_index": 255}'
 
 
@@ -24,11 +24,13 @@ class ClassList:
         names: Class names by index.
         values: Index by value in the files, ``(256,)``; ``IGNORED`` or ``UNKNOWN`` for others.
         says_what_is_ignored: Whether the list sets ``ignore_index`` explicitly.
+        colors: Value of each color, for class maps in colors; empty for class maps with values.
     """
 
     names: list[str]
     values: NDArray[np.uint8]
     says_what_is_ignored: bool = False
+    colors: dict[tuple[int, ...], int] = field(default_factory=dict)
 
 
 def value_table(classes: int, first: int = 0, ignored: int = IGNORED) -> NDArray[np.uint8]:
@@ -50,7 +52,8 @@ def read_classes(root: Path) -> ClassList:
 
     ADE20K's own ``objectInfo150.txt`` numbers them from 1, and 0 is ignored. ``classes.json`` lists names by
     index (``["sky", "road"]``), or names with their values (``{"sky": 0}``, ``{"0": "sky"}`` or
-    ``[{"id": 0, "name": "sky"}]``). A class whose value is ``ignore_index`` is no class.
+    ``[{"id": 0, "name": "sky"}]``). A class whose value is ``ignore_index`` is no class. With ``colors``, one
+    ``[r, g, b]`` per class, the class maps show classes in these colors.
 
     Args:
         root: Folder with one of these files.
@@ -70,7 +73,22 @@ def read_classes(root: Path) -> ClassList:
         names = _names_by_value(content["classes"], first)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{listed}: not a list of classes like {EXAMPLE} ({error})") from None
-    return _class_list(listed, names, ignored, "ignore_index" in content)
+    colors = _read_colors(listed, content["colors"], list(names)) if "colors" in content else {}
+    return _class_list(listed, names, ignored, "ignore_index" in content, colors)
+
+
+def _read_colors(listed: Path, colors: Any, values: list[int]) -> dict[tuple[int, ...], int]:
+    """Value by color."""
+    if not isinstance(colors, list) or len(colors) != len(values):
+        raise UserError(f"{listed}: colors must list one [r, g, b] for each of the {len(values)} classes")
+    for color in colors:
+        is_rgb = isinstance(color, list) and len(color) == 3
+        if not is_rgb or not all(isinstance(v, int) and 0 <= v <= 255 for v in color):
+            raise UserError(f"{listed}: the color {color} is not [r, g, b] with values from 0 to 255")
+    by_color = {tuple(color): value for color, value in zip(colors, values, strict=True)}
+    if len(by_color) < len(values):
+        raise UserError(f"{listed}: two classes have the same color")
+    return by_color
 
 
 def read_class_names(root: Path) -> list[str] | None:
@@ -100,7 +118,13 @@ def _read_json(listed: Path) -> Any:
         raise UserError(f"{listed}: not a list of classes like {EXAMPLE} ({error})") from None
 
 
-def _class_list(listed: Path, names: dict[int, str], ignored: int, says_what_is_ignored: bool) -> ClassList:
+def _class_list(
+    listed: Path,
+    names: dict[int, str],
+    ignored: int,
+    says_what_is_ignored: bool,
+    colors: dict[tuple[int, ...], int],
+) -> ClassList:
     check_names(listed, list(names.values()))
     if not 0 <= ignored <= 255 or min(names, default=0) < 0 or max(names, default=0) > UNKNOWN - 1:
         raise UserError(
@@ -114,7 +138,7 @@ def _class_list(listed: Path, names: dict[int, str], ignored: int, says_what_is_
     values = np.full(256, UNKNOWN, np.uint8)
     values[list(names)] = np.arange(len(names))
     values[[IGNORED, ignored]] = IGNORED
-    return ClassList(list(names.values()), values, says_what_is_ignored)
+    return ClassList(list(names.values()), values, says_what_is_ignored, colors)
 
 
 def _names_by_value(classes: Any, first: int) -> dict[int, str]:

@@ -17,8 +17,9 @@ from typing_extensions import override
 from crossformer_vision.data.augmentation import Steps, compose_checked
 from crossformer_vision.data.loader import SeededLoader
 from crossformer_vision.data.module import SYNONYMS, BaseDataModule
+from crossformer_vision.data.readers.csv_labels import CsvImages
 from crossformer_vision.data.readers.digits import DigitImages
-from crossformer_vision.data.readers.folders import FolderImages, hold_out
+from crossformer_vision.data.readers.folders import FolderImages, LabeledImages, hold_out
 from crossformer_vision.data.readers.named_datasets import HuggingFaceImages, TimmImages
 from crossformer_vision.data.readers.shards import ShardImages, find_shards
 from crossformer_vision.data.readers.tar import TarImages
@@ -55,7 +56,8 @@ class ClassificationData(BaseDataModule):
         backbone: timm name of the model, whose image size, normalization and crop are the defaults.
         root: Folder with ``train/<class>/…`` and ``val/<class>/…`` (or ``validation``, ``test``), with tar
             files of class folders, with WebDataset shards (``train/*.tar``, or ``x-train-0000.tar``), or with
-            class folders only (see ``val_share``); null for the bundled digits.
+            class folders only (see ``val_share``); or a CSV file with the columns ``path``, ``label`` and
+            perhaps ``split``; null for the bundled digits.
         dataset: Name of a dataset instead of a folder, as in timm: ``torch/cifar10``, ``hfds/ylecun/mnist``,
             …
         image_column: Hugging Face datasets only: column with the images; null if there is only one.
@@ -148,7 +150,7 @@ class ClassificationData(BaseDataModule):
     def _read(self, stage: str) -> ReadImages:
         source = self._source(stage)
         self.classes = self.classes or source.classes
-        if not isinstance(source, (FolderImages, TarImages, ShardImages)) and source.classes != self.classes:
+        if not isinstance(source, (LabeledImages, TarImages, ShardImages)) and source.classes != self.classes:
             name = self.dataset or "the digits"
             raise UserError(f"{name}: has other classes than the run: {', '.join(self.classes[:5])}, …")
         if len(self.classes) < 2:
@@ -205,9 +207,8 @@ class ClassificationData(BaseDataModule):
         has_classes = self.splits["train"] in SYNONYMS["train"] and any(p.is_dir() for p in root.iterdir())
         return root if has_classes else None
 
-    def _part(self, folder: Path, stage: str) -> FolderImages:
-        """Images of a folder without splits: those that are held out, or the others."""
-        images = FolderImages(folder, self.classes)
+    def _part(self, images: LabeledImages, source: Path, stage: str) -> LabeledImages:
+        """Images of a folder or file without splits: those that are held out, or the others."""
         names = set(images.names)
         if not self.held_out:
             if self.val_list:
@@ -215,14 +216,14 @@ class ClassificationData(BaseDataModule):
             else:
                 self.held_out = hold_out(images, self.val_share, self.seed)
                 log.warning(
-                    "%s: no validation folder; holding out %d of %d images, %.0f %% of each class",
-                    folder,
+                    "%s: no validation split; holding out %d of %d images, %.0f %% of each class",
+                    source,
                     len(self.held_out),
                     len(images),
                     100 * self.val_share,
                 )
             if not self.held_out:
-                raise UserError(f"{folder}: too few images to hold some out for validation")
+                raise UserError(f"{source}: too few images to hold some out for validation")
         held_out = set(self.held_out)
         return images.select(held_out if stage == "val" else names - held_out)
 
@@ -253,14 +254,29 @@ class ClassificationData(BaseDataModule):
             return TimmImages(self.dataset, self.root, split, self.download)
         if not self.root:
             return DigitImages(stage, self.lengths[stage], self._size(), self.seed)
+        if Path(self.root).suffix == ".csv":
+            return self._listed(Path(self.root), stage)
         if shards := self._shards(stage):
             self.note_split(stage, shards[0].parent)
             return ShardImages(shards, self.classes)
         if folder := self._unsplit():
-            return self._part(folder, stage)
+            return self._part(FolderImages(folder, self.classes), folder, stage)
         path = self._find(stage)
         self.note_split(stage, path)
         return TarImages(path, self.classes) if path.suffix == ".tar" else FolderImages(path, self.classes)
+
+    def _listed(self, file: Path, stage: str) -> LabeledImages:
+        """Images of a split that a CSV file lists."""
+        if not file.is_file():
+            raise UserError(
+                f"{file}: no such file. --data.root needs a CSV file with the columns path and label"
+            )
+        images = CsvImages(file, self.classes)
+        self.label_format = "CSV"
+        if not images.splits:
+            return self._part(images, file, stage)
+        self.note_split(stage, file)
+        return images.select_split(self.split_names(stage))
 
     def _size(self) -> int:
         return self.image_size or self.model_cfg.input_size[-1]

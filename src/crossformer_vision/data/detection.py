@@ -17,12 +17,12 @@ from crossformer_vision.data.detection_transforms import ToTensors, object_label
 from crossformer_vision.data.layout import FORMATS, find_label_format
 from crossformer_vision.data.loader import SeededLoader
 from crossformer_vision.data.module import BaseDataModule
-from crossformer_vision.data.readers.coco import CocoImages
+from crossformer_vision.data.readers.coco import CocoImages, find_coco_split
 from crossformer_vision.data.readers.digits import DigitObjects
 from crossformer_vision.data.readers.voc import VocImages, find_voc_split
 from crossformer_vision.data.readers.yolo import YoloImages, find_yolo_images, read_yolo_dataset
 from crossformer_vision.data.sampling import ReadImages
-from crossformer_vision.errors import NoSuchSplit, UserError, check_choice
+from crossformer_vision.errors import UserError, check_choice
 
 log = logging.getLogger("crossformer_vision")
 
@@ -161,26 +161,9 @@ class DetectionData(BaseDataModule):
             split = find_voc_split(root, self.split_names(stage))
             self.note_split(stage, split.source, split.source.stem)
             return VocImages(root, split, classes, train, skip_empty)
-        return CocoImages(*self._find(stage), classes, *options, self.skip_corrupt)
-
-    def _find(self, stage: str) -> tuple[Path, Path]:
-        """Annotation file in COCO's format and folder of images of a split."""
-        root, split = Path(str(self.root)), self.splits[stage]
-        for name in self.split_names(stage):
-            for annotations, folders in (
-                (root / "annotations" / f"instances_{name}.json", (root / name, root / "images" / name)),
-                (root / name / "_annotations.coco.json", (root / name,)),
-            ):
-                if annotations.exists():
-                    for folder in folders:
-                        if folder.is_dir():
-                            self.note_split(stage, folder)
-                            return annotations, folder
-                    raise UserError(f"{folders[0]}: no such folder, for the images of {annotations}")
-        raise NoSuchSplit(
-            f"{root / 'annotations' / f'instances_{split}.json'}: no such annotation file. "
-            f"Name the split with --data.{stage}_split"
-        )
+        annotations, folder = find_coco_split(root, self.split_names(stage))
+        self.note_split(stage, folder)
+        return CocoImages(annotations, folder, classes, *options, self.skip_corrupt)
 
     def _transform(self, stage: str) -> Callable[..., Any]:
         """Augmentation of an image and its target."""

@@ -19,6 +19,8 @@ def infer_task(root: Path) -> tuple[str, str]:
         ``"classification"``, ``"detection"`` or ``"segmentation"``, and the reason, which names the file or
         folder found. Folders of an unknown layout are treated as class folders.
     """
+    if root.suffix == ".csv":
+        return "classification", "lists images and their classes"
     found = find_label_format(root)
     if found is not None and found[0] == "coco":
         return "detection", found[1]
@@ -57,6 +59,18 @@ def find_label_format(root: Path) -> tuple[str, str] | None:
         if file := _first(root, pattern):
             return "voc", f"{file} holds Pascal VOC labels"
     return None
+
+
+def find_map_format(root: Path) -> str:
+    """Format of data for segmentation: ``maps``, or ``coco`` or ``yolo`` for objects that are rendered.
+
+    Args:
+        root: Folder of the data, or ``data.yaml``.
+    """
+    found = find_label_format(root)
+    if found is None or found[0] == "voc":
+        return "maps"
+    return "maps" if found[0] == "yolo" and has_class_maps(root) else found[0]
 
 
 def _first(root: Path, pattern: str) -> str | None:

@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torchvision.datasets import Cityscapes
@@ -10,13 +10,17 @@ from typing_extensions import override
 
 from crossformer_vision.data.augmentation import Steps
 from crossformer_vision.data.class_lists import IGNORED, read_classes, value_table
+from crossformer_vision.data.layout import FORMATS, find_map_format
 from crossformer_vision.data.loader import SeededLoader
 from crossformer_vision.data.module import BaseDataModule
 from crossformer_vision.data.readers.class_maps import ClassMapImages, pair_files, uses_0_and_255
+from crossformer_vision.data.readers.coco import CocoImages, find_coco_split
 from crossformer_vision.data.readers.digits import DigitMaps
+from crossformer_vision.data.readers.object_maps import ObjectMaps
+from crossformer_vision.data.readers.yolo import YoloImages, find_yolo_images, read_yolo_dataset
 from crossformer_vision.data.sampling import ReadImages
 from crossformer_vision.data.segmentation_transforms import ToInput, TrainingTransform, ValidationTransform
-from crossformer_vision.errors import NoSuchSplit, UserError, error_line
+from crossformer_vision.errors import NoSuchSplit, UserError, check_choice, error_line
 from crossformer_vision.models import find_model
 
 log = logging.getLogger("crossformer_vision")
@@ -38,7 +42,10 @@ class SegmentationData(BaseDataModule):
         root: Folder in ADE20K's layout (``images/training/``, ``annotations/training/`` with PNGs of the same
             names, and the same for ``validation``; classes from ADE20K's ``objectInfo150.txt``, or from
             ``classes.json``: ``{"classes": ["sky", …], "ignore_index": 255}``), in that of Cityscapes
-            (``leftImg8bit/``, ``gtFine/``) or of Pascal VOC (``VOCdevkit/``). Null for the bundled digits.
+            (``leftImg8bit/``, ``gtFine/``) or of Pascal VOC (``VOCdevkit/``). Or objects in the format of
+            COCO or YOLO with polygons or masks, which are rendered over the class ``background``. Null for
+            the bundled digits.
+        format: ``maps``, ``coco`` or ``yolo``; null to detect it from the layout.
         train_split: Split to train on; ``train`` also finds ``training``.
         val_split: Split to validate on; ``val`` also finds ``validation``.
         backbone: timm name of the backbone, whose normalization is used. The command takes it from the model.
@@ -71,6 +78,7 @@ class SegmentationData(BaseDataModule):
     def __init__(
         self,
         root: str | None = None,
+        format: Literal["maps", "coco", "yolo"] | None = None,
         train_split: str = "train",
         val_split: str = "val",
         backbone: str = "crossformer_nano",
@@ -93,6 +101,9 @@ class SegmentationData(BaseDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(root, train_split, val_split, batch_size, num_workers, skip_corrupt, seed, classes)
+        if format is not None:
+            check_choice("format", format, ("maps", "coco", "yolo"))
+        self.format = format
         cfg = find_model(backbone)
         self.to_input = ToInput(tuple(cfg.mean), tuple(cfg.std), short_side, long_side, size_divisor)
         self.test_scales = test_scales
@@ -110,7 +121,7 @@ class SegmentationData(BaseDataModule):
         if different := sorted(set(source.classes) ^ set(self.classes)):
             name = self.root or "the digits"
             raise UserError(f"{name}: class '{different[0]}' is not among the run's {self.classes}")
-        if isinstance(source, ClassMapImages):
+        if isinstance(source, (ClassMapImages, ObjectMaps)):
             self.values = source.reorder_classes(self.classes)
         is_train = stage == "train"
         validation_transform = ValidationTransform(self.to_input, self.test_scales)
@@ -122,13 +133,15 @@ class SegmentationData(BaseDataModule):
         image = dict(vars(self.to_input))
         return {"classes": self.classes, "image": image, "values": self.values}
 
-    def _source(self, stage: str) -> ClassMapImages | DigitMaps:
+    def _source(self, stage: str) -> ClassMapImages | ObjectMaps | DigitMaps:
         """Reader of a split."""
         if self.root is None:
             return DigitMaps(stage, self.lengths[stage], self.training_transform.crop_size, self.seed)
         root, split = Path(self.root), self.splits[stage]
-        if not root.is_dir():
+        if not root.exists():
             raise UserError(f"{root}: no such folder. --data.root needs images/ and annotations/")
+        if (format := self.format or find_map_format(root)) != "maps":
+            return self._object_maps(root, format, stage)
         try:
             if (root / "leftImg8bit").is_dir():
                 return cityscapes(root, split)
@@ -147,6 +160,18 @@ class SegmentationData(BaseDataModule):
             f"{root / 'images' / split}: no such folder. Name the split with --data.{stage}_split"
         )
 
+    def _object_maps(self, root: Path, format: str, stage: str) -> ObjectMaps:
+        """Reader of class maps that are rendered from objects."""
+        self.label_format = FORMATS[format]
+        if format == "yolo":
+            dataset = read_yolo_dataset(root)
+            name, images = find_yolo_images(dataset, self.split_names(stage))
+            self.note_split(stage, images[0].parent, name)
+            return ObjectMaps(YoloImages(dataset, images, masks=True))
+        annotations, folder = find_coco_split(root, self.split_names(stage))
+        self.note_split(stage, folder)
+        return ObjectMaps(CocoImages(annotations, folder, masks=True, skip_missing=self.skip_corrupt))
+
     def _class_map_images(self, root: Path, images: Path, maps: Path) -> ClassMapImages:
         """Reader of images and class maps in ADE20K's layout."""
         pairs, classes = pair_files(images, maps), read_classes(root)
@@ -160,7 +185,7 @@ class SegmentationData(BaseDataModule):
             self.uses_0_and_255 = True
         if self.uses_0_and_255:
             classes.values[IGNORED] = 1
-        return ClassMapImages(pairs, classes.names, classes.values)
+        return ClassMapImages(pairs, classes.names, classes.values, classes.colors)
 
     @override
     def training_size(self) -> tuple[int, int]:

@@ -41,7 +41,7 @@ def normalize(arguments: Sequence[str]) -> list[str]:
             result.append(argument)
     if result and not result[0].startswith("-"):
         first = Path(result[0])
-        if first.is_dir() or (first.is_file() and first.name in DATA_FILES):
+        if first.is_dir() or (first.is_file() and (first.name in DATA_FILES or first.suffix == ".csv")):
             result.insert(0, "--data.root")
     return _expand_device(result)
 

@@ -17,17 +17,25 @@ CHECKED_MAPS = 50  # maximum number of class maps checked for values of 0 and 25
 
 
 class ClassMapImages:
-    """Images with class maps (grayscale or palette PNG).
+    """Images with class maps: grayscale or palette PNG with class indices, or PNG in the classes' colors.
 
     Args:
         pairs: Files of image and class map.
         classes: Class names.
         table: Class index by value in the files, shape ``(256,)``; ``IGNORED``, or ``UNKNOWN`` for invalid
             values.
+        colors: Value of each color, for class maps in colors.
     """
 
-    def __init__(self, pairs: list[tuple[Path, Path]], classes: list[str], table: NDArray[np.uint8]) -> None:
+    def __init__(
+        self,
+        pairs: list[tuple[Path, Path]],
+        classes: list[str],
+        table: NDArray[np.uint8],
+        colors: dict[tuple[int, ...], int] | None = None,
+    ) -> None:
         self.pairs, self.classes, self.table = pairs, classes, table
+        self.colors = sorted((_color_code(*color), value) for color, value in (colors or {}).items())
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -61,13 +69,15 @@ class ClassMapImages:
         image: Image.Image = Image.open(path)
         try:
             class_map = Image.open(label)
-            values = stored_values(class_map)
+            values = self._values_of_colors(class_map, label) if self.colors else stored_values(class_map)
+        except UserError:
+            raise
         except Exception as error:  # decoders raise errors of any kind
             raise UserError(f"{label}: cannot read this class map ({error_summary(error)})") from None
         if values.ndim != 2:
             raise UserError(
                 f"{label}: a class map has one class index per pixel (grayscale or palette), not "
-                f"{class_map.mode}"
+                f"{class_map.mode}. For classes in colors, list colors in classes.json"
             )
         image = apply_orientation(image, label_size=class_map.size)
         if class_map.size != image.size:
@@ -85,6 +95,25 @@ class ClassMapImages:
                 f"{label}: has the value {value}, which is none of the {len(self.classes)} classes"
             )
         return image, indices
+
+    def _values_of_colors(self, class_map: Image.Image, label: Path) -> NDArray[np.int64]:
+        """Values of the classes whose colors a class map shows."""
+        codes, values = (np.array(column) for column in zip(*self.colors, strict=True))
+        pixels = np.asarray(class_map.convert("RGB")).astype(np.int64)
+        found = _color_code(*np.moveaxis(pixels, -1, 0))
+        index = np.searchsorted(codes, found).clip(max=len(codes) - 1)
+        is_unknown = codes[index] != found
+        if is_unknown.any():
+            y, x = np.argwhere(is_unknown)[0].tolist()
+            color = tuple(pixels[y, x].tolist())
+            raise UserError(f"{label}: has the color {color} at x {x}, y {y}, which is none of the classes")
+        chosen: NDArray[np.int64] = values[index]
+        return chosen
+
+
+def _color_code(r: Any, g: Any, b: Any) -> Any:
+    """One number for a color, of integers or arrays."""
+    return (r << 16) + (g << 8) + b
 
 
 def stored_values(class_map: Image.Image) -> NDArray[Any]:
@@ -110,7 +139,7 @@ def uses_0_and_255(pairs: list[tuple[Path, Path]], classes: ClassList) -> bool:
         pairs: Files of image and class map, of which up to 50 are checked.
         classes: Classes of the data. Only two classes without an explicit ignored value are checked.
     """
-    if len(classes.names) != 2 or classes.says_what_is_ignored:
+    if len(classes.names) != 2 or classes.says_what_is_ignored or classes.colors:
         return False
     values: set[int] = set()
     maps_with_both = 0

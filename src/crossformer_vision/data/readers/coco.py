@@ -5,6 +5,7 @@ msgspec decodes annotations in COCO's own form. All others take a slower path, w
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,35 @@ from crossformer_vision.data.readers.coco_json import (
 from crossformer_vision.data.readers.coco_masks import check_segmentation, polygons_have_pixels
 from crossformer_vision.data.readers.listed_images import find_listed_images, header_size, is_outside
 from crossformer_vision.data.readers.objects import ObjectBuffer, ObjectImages
-from crossformer_vision.errors import UserError, check_names, counted
+from crossformer_vision.errors import NoSuchSplit, UserError, check_names, counted
 
 log = logging.getLogger("crossformer_vision")
+
+
+def find_coco_split(root: Path, split_names: Sequence[str]) -> tuple[Path, Path]:
+    """Annotation file and folder of images of a split.
+
+    Args:
+        root: Data root.
+        split_names: Names that the split may have.
+
+    Raises:
+        NoSuchSplit: If there is no annotation file.
+        UserError: If there is no folder of images for it.
+    """
+    for name in split_names:
+        for annotations, folders in (
+            (root / "annotations" / f"instances_{name}.json", (root / name, root / "images" / name)),
+            (root / name / "_annotations.coco.json", (root / name,)),
+        ):
+            if annotations.exists():
+                if folder := next((folder for folder in folders if folder.is_dir()), None):
+                    return annotations, folder
+                raise UserError(f"{folders[0]}: no such folder, for the images of {annotations}")
+    raise NoSuchSplit(
+        f"{root / 'annotations' / f'instances_{split_names[0]}.json'}: no such annotation file. "
+        "Name the split with --data.train_split or --data.val_split"
+    )
 
 
 class CocoImages(ObjectImages):

@@ -4,10 +4,10 @@ import logging
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
-from copy import copy
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from crossformer_vision.data.images import EXTENSIONS, StringArray, apply_orientation, is_hidden, names_below
@@ -17,7 +17,41 @@ from crossformer_vision.errors import UserError, counted
 log = logging.getLogger("crossformer_vision")
 
 
-class FolderImages:
+class LabeledImages:
+    """Image files below a folder, with one class each.
+
+    Args:
+        folder: Folder of the images.
+        names: Their paths below it.
+        labels: Class index of each image.
+        classes: Class names.
+    """
+
+    def __init__(
+        self, folder: Path, names: StringArray, labels: NDArray[np.integer], classes: list[str]
+    ) -> None:
+        self.folder, self.names, self.classes = folder, names, classes
+        self.labels = labels.astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """An upright image and its class index."""
+        return apply_orientation(Image.open(self.name(index))), int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        """Path of an image."""
+        return f"{self.folder}/{self.names[index]}"
+
+    def select(self, names: set[str]) -> "LabeledImages":
+        """The images with given names below the folder."""
+        indices = [n for n, name in enumerate(self.names) if name in names]
+        chosen = StringArray(self.names[n] for n in indices)
+        return LabeledImages(self.folder, chosen, self.labels[indices], self.classes)
+
+
+class FolderImages(LabeledImages):
     """``<class>/…/<image>``: the class is the first folder, however deep the image lies below it.
 
     It reads ImageNet's ``train/<class>/x.JPEG`` and tiny-ImageNet's ``train/<class>/images/x.JPEG``.
@@ -49,7 +83,7 @@ class FolderImages:
                 elif below:
                     other_files.append(name)
 
-        self.names = StringArray(image_names())
+        names = StringArray(image_names())
         self._check_folders(set(found))
         if other_files:
             example = folder / other_files[0]
@@ -58,8 +92,8 @@ class FolderImages:
             count = counted(len(outside), "image")
             log.warning("%s: skipped %s outside the class folders, such as %s", folder, count, outside[0])
         indices = class_indices(folder, list(found), classes)
-        self.classes = list(indices)
-        self.labels = np.array([indices[name] for name in found], np.int32)[np.array(labels)]
+        by_order = np.array([indices[name] for name in found], np.int32)
+        super().__init__(folder, names, by_order[np.array(labels)], list(indices))
 
     def _check_folders(self, found: set[str]) -> None:
         folder = self.folder
@@ -73,24 +107,6 @@ class FolderImages:
                 f"{folder / empty[0]}: a class folder without images. Add images, or choose another --task "
                 "if this is not a folder of classes"
             )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """An upright image and its class index."""
-        return apply_orientation(Image.open(self.name(index))), int(self.labels[index])
-
-    def name(self, index: int) -> str:
-        """Path of an image."""
-        return f"{self.folder}/{self.names[index]}"
-
-    def select(self, names: set[str]) -> "FolderImages":
-        """The images with given names below the folder."""
-        subset = copy(self)
-        indices = [n for n, name in enumerate(self.names) if name in names]
-        subset.names, subset.labels = StringArray(self.names[n] for n in indices), self.labels[indices]
-        return subset
 
 
 def class_indices(path: Path, found: list[str], classes: Sequence[str]) -> dict[str, int]:
@@ -109,7 +125,7 @@ def class_indices(path: Path, found: list[str], classes: Sequence[str]) -> dict[
     return {name: i for i, name in enumerate(classes or found)}
 
 
-def hold_out(images: FolderImages, share: float, seed: int) -> list[str]:
+def hold_out(images: LabeledImages, share: float, seed: int) -> list[str]:
     """Choose validation images: the same share of each class at random, at least one of two.
 
     Args:

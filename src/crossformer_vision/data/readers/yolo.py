@@ -265,7 +265,7 @@ class YoloImages(ObjectImages):
             x, y, w, h = values
             box = [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]
             if self.masks:
-                raise UserError(f"{place} is a box; without polygons there is --model.detector retinanet")
+                raise UserError(f"{place} is a box, but masks need polygons. RetinaNet needs boxes only")
             objects.append(index, label, row, box)
             return
         self._triangle = self._triangle or (place if len(values) == 6 else None)
