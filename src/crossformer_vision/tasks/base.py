@@ -10,7 +10,7 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from crossformer_vision.compat import batch_progress, epochs_started, get_trainer, setup_fit_data
 from crossformer_vision.data.randomness import get_rng_state, mix_seed, seed_all, set_rng_state
@@ -18,6 +18,12 @@ from crossformer_vision.errors import UserError, check_choice, check_names, chec
 from crossformer_vision.models import find_model
 from crossformer_vision.models.dense.base import DenseModel
 from crossformer_vision.models.grouping import ceil_div
+from crossformer_vision.tasks.finetuning import (
+    Freeze,
+    freeze_parameters,
+    learning_rate_scales,
+    set_frozen_to_eval,
+)
 from crossformer_vision.tasks.optimizers import DecayOn, ScheduleOptions, check_optimizer, create_optimizer
 from crossformer_vision.weights.loading import LoadReport
 from crossformer_vision.weights.published import is_available
@@ -77,6 +83,11 @@ class Task(L.LightningModule):
         warmup_steps: Length of the warm-up in optimizer steps, instead of ``warmup_epochs``.
         warmup_lr: Learning rate of the first step.
         min_lr: Learning rate at the end of ``cosine`` and ``poly``.
+        freeze: Number of stages of the backbone that are not trained, with the stem; ``all`` for everything
+            except the classifier or the heads. Frozen norms stay in evaluation mode.
+        layer_decay: Factor of the learning rate from one layer of the backbone to the previous one; 1 for
+            none.
+        backbone_lr_scale: Factor of the learning rate of the backbone.
         grad_checkpointing: Recompute activations in the backward pass to save memory.
         compile: Use ``torch.compile`` in training and validation; for dense models, on the backbone.
         seed: Seed of the random numbers of a step; ``None`` for the seed of ``seed_everything``.
@@ -112,6 +123,9 @@ class Task(L.LightningModule):
         warmup_steps: int | None = None,
         warmup_lr: float = 1e-6,
         min_lr: float = 1e-5,
+        freeze: Freeze = 0,
+        layer_decay: float = 1.0,
+        backbone_lr_scale: float = 1.0,
         grad_checkpointing: bool = False,
         compile: bool = False,
         seed: int | None = None,
@@ -122,12 +136,17 @@ class Task(L.LightningModule):
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             check_range(name, value, 0)
         check_optimizer(optimizer)
+        if freeze != "all":
+            check_range("freeze", freeze, 0)
+        check_range("layer_decay", layer_decay, 0, 1)
+        check_range("backbone_lr_scale", backbone_lr_scale, 0)
         check_names("classes", classes or ())
         self.optimizer, self.lr = optimizer, lr
         self.weight_decay, self.decay_on = weight_decay, decay_on
         self.schedule = ScheduleOptions(
             schedule, milestones, power, warmup_epochs, warmup_steps, warmup_lr, min_lr
         )
+        self.freeze_stages, self.layer_decay, self.backbone_lr_scale = freeze, layer_decay, backbone_lr_scale
         self.grad_checkpointing, self.use_compile, self.seed = grad_checkpointing, compile, seed
         self.class_names = classes
         self.images_seen = 0  # in training; counts batches if the data module is not of this library
@@ -135,6 +154,15 @@ class Task(L.LightningModule):
         self._resumed: dict[str, Any] = {}  # checkpoint that training resumes from
         self._group_options: list[dict[str, Any]] = []  # of the optimizer's parameter groups
         self._configured_lr = lr
+
+    def describe_frozen(self) -> str:
+        """How many parameters are frozen, in one line; empty without ``freeze``."""
+        if not self.freeze_stages:
+            return ""
+        freeze_parameters(self.net, self.freeze_stages, *self._backbone_options)
+        counts = [p.numel() for p in self.net.parameters() if not p.requires_grad]
+        total = sum(p.numel() for p in self.net.parameters())
+        return f"frozen: {sum(counts) / 1e6:.1f} of {total / 1e6:.1f} M parameters"
 
     def model_names(self) -> dict[str, str]:
         """Names of the detector or segmenter, if there is one, and of the model or backbone."""
@@ -152,12 +180,27 @@ class Task(L.LightningModule):
             raise UserError(f"the task has num_classes={own}, but its data have {count} classes")
         if stage == "fit":  # a checkpoint is loaded after this
             self.images_seen, self._resumed = 0, {}
+            if self.freeze_stages:
+                freeze_parameters(self.net, self.freeze_stages, *self._backbone_options)
+                self.train(self.training)
         body = self.net.body if isinstance(self.net, DenseModel) else self.net
         if self.grad_checkpointing:
             # timm's features_only wrapper contains the model.
             getattr(body, "model", body).set_grad_checkpointing(True)
         if self.use_compile:
             body.compile()
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if mode and self.freeze_stages:
+            set_frozen_to_eval(self.net)
+        return self
+
+    @property
+    def _backbone_options(self) -> tuple[str, dict[str, Any]]:
+        """Name and arguments of the model or backbone."""
+        return self.hparams["backbone"], self.hparams["model_args"] or {}
 
     @property
     def _data_module(self) -> Any:
@@ -199,8 +242,13 @@ class Task(L.LightningModule):
 
     def create_optimizer(self) -> Optimizer:
         """Create the optimizer of the task's options. Override it for another one."""
+        scales = None
+        if (self.layer_decay, self.backbone_lr_scale) != (1, 1):
+            scales = learning_rate_scales(
+                self.net, *self._backbone_options, self.layer_decay, self.backbone_lr_scale
+            )
         return create_optimizer(
-            self.net, self.optimizer, self.lr, self.weight_decay, self.decay_on, self.device
+            self.net, self.optimizer, self.lr, self.weight_decay, self.decay_on, self.device, scales
         )
 
     def _create_schedule(self, optimizer: Optimizer) -> Scheduler:

@@ -31,7 +31,13 @@ def check_optimizer(name: str) -> None:
 
 
 def create_optimizer(
-    net: nn.Module, name: str, lr: float, weight_decay: float, decay_on: DecayOn, device: torch.device
+    net: nn.Module,
+    name: str,
+    lr: float,
+    weight_decay: float,
+    decay_on: DecayOn,
+    device: torch.device,
+    lr_scales: dict[str, float] | None = None,
 ) -> Optimizer:
     """Create an optimizer for the trainable parameters of a network.
 
@@ -42,11 +48,16 @@ def create_optimizer(
         weight_decay: Weight decay.
         decay_on: Parameters with weight decay, see ``parameter_groups``.
         device: Device of the network.
+        lr_scales: Factor of the learning rate by parameter name, which timm's schedules apply.
 
     Raises:
-        UserError: If the network has no parameters for the optimizer, or the device would emulate its dtype.
+        UserError: If there are no parameters for the optimizer, or the device would emulate its dtype.
     """
     groups = parameter_groups(net, weight_decay, decay_on)
+    if not any(group["params"] for group in groups):
+        raise UserError("every parameter is frozen, so there is nothing to train. Lower --model.freeze")
+    if lr_scales is not None:
+        groups = split_by_scale(groups, {id(p): lr_scales[name] for name, p in net.named_parameters()})
     options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     base_name = name.lower().removeprefix("lookahead_")
     if "muon" not in base_name:
@@ -86,6 +97,25 @@ def parameter_groups(net: nn.Module, weight_decay: float, decay_on: DecayOn) -> 
         {"params": [p for p in trainable if id(p) not in exempt]},
         {"params": [p for p in trainable if id(p) in exempt], "weight_decay": 0.0},
     ]
+
+
+def split_by_scale(groups: list[dict[str, Any]], scales: dict[int, float]) -> list[dict[str, Any]]:
+    """Split parameter groups so that the parameters of a group share the factor of their learning rate.
+
+    Args:
+        groups: Parameter groups.
+        scales: Factor by the ``id`` of a parameter.
+
+    Returns:
+        Groups with ``lr_scale``, the largest first.
+    """
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        by_scale: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_scale.setdefault(scales[id(parameter)], []).append(parameter)
+        split += [{**group, "params": members, "lr_scale": scale} for scale, members in by_scale.items()]
+    return sorted(split, key=lambda group: -group["lr_scale"])
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,9 @@ FIXED = (
     "model.width",
     "model.anchor_scale",
     "model.optimizer",
+    "model.freeze",
+    "model.layer_decay",
+    "model.backbone_lr_scale",
     "model.decay_on",
 )
 

@@ -167,6 +167,8 @@ def _print_start(trainer: L.Trainer, task: Task, data: Any, parameters: int, res
     )
     if not resume and task.initial_weights:
         print(task.initial_weights, flush=True)
+    if line := task.describe_frozen():
+        print(line, flush=True)
 
 
 def _fit(trainer: L.Trainer, task: Task, data: Any, resume: str | None) -> None:

@@ -1,0 +1,116 @@
+"""Fine-tuning: frozen stages, and learning rates that decrease towards the input."""
+
+import re
+from typing import Any, Literal
+
+from timm.models import FeatureListNet
+from timm.models._manipulate import group_parameters
+from torch import nn
+
+from crossformer_vision.errors import UserError
+from crossformer_vision.models import create_on_meta
+from crossformer_vision.models.dense.base import DenseModel
+
+Freeze = int | Literal["all"]
+
+
+def layer_ids(net: nn.Module, backbone: str, model_args: dict[str, Any], coarse: bool) -> dict[str, int]:
+    """Layer of each parameter of the backbone, from timm's ``group_matcher``.
+
+    Args:
+        net: Classifier, detector or segmenter.
+        backbone: timm name of the model or backbone.
+        model_args: Its arguments.
+        coarse: Number stages instead of blocks. The stem is layer 0.
+
+    Returns:
+        Layer by parameter name. In a classifier, the classifier and the final norm are the last layer.
+
+    Raises:
+        UserError: If the model does not describe its layers.
+    """
+    model: Any = create_on_meta(backbone, **model_args) if isinstance(net, DenseModel) else net
+    if not hasattr(model, "group_matcher"):
+        raise UserError(f"model '{backbone}' does not describe its layers, so none can be selected")
+    ids: dict[str, int] = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+    if not isinstance(net, DenseModel):
+        return ids
+    is_flat = isinstance(net.body, FeatureListNet)  # calls layers.0 layers_0
+    names = {name: re.sub(r"^(\w+)\.(\d+)\.", r"\1_\2.", name) if is_flat else name for name in ids}
+    own = dict(net.named_parameters())
+    found = {}
+    for name, layer in ids.items():
+        for candidate in (net.body_prefix + names[name], net.body_prefix + name):
+            if candidate in own:
+                found[candidate] = layer
+    return found
+
+
+def freeze_parameters(net: nn.Module, stages: Freeze, backbone: str, model_args: dict[str, Any]) -> None:
+    """Freeze the first stages of a backbone.
+
+    Args:
+        net: Classifier, detector or segmenter.
+        stages: Number of stages, with the stem; ``"all"`` for everything except the classifier or the heads.
+        backbone: timm name of the model or backbone.
+        model_args: Its arguments.
+
+    Raises:
+        UserError: If there are not so many stages.
+    """
+    if stages == "all":
+        trained = head_parameters(net)
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(name in trained)
+        return
+    ids = layer_ids(net, backbone, model_args, coarse=True)
+    count = max(ids.values()) - (not isinstance(net, DenseModel))
+    if stages > count:
+        raise UserError(
+            f"--model.freeze {stages}: model '{backbone}' has {count} stages. 'all' freezes them all"
+        )
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(ids.get(name, stages + 1) > stages)
+
+
+def head_parameters(net: Any) -> set[str]:
+    """Names of the parameters of the classifier, or of the neck and heads of a dense model."""
+    if isinstance(net, DenseModel):
+        return {name for name, _ in net.named_parameters() if not name.startswith(net.body_prefix)}
+    classifier = {id(parameter) for parameter in net.get_classifier().parameters()}
+    return {name for name, parameter in net.named_parameters() if id(parameter) in classifier}
+
+
+def set_frozen_to_eval(net: nn.Module) -> None:
+    """Put modules whose parameters are all frozen into evaluation mode: norms, dropout, stochastic depth."""
+    parameters = list(net.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        net.eval()
+        return
+    for child in net.children():
+        set_frozen_to_eval(child)
+
+
+def learning_rate_scales(
+    net: nn.Module, backbone: str, model_args: dict[str, Any], layer_decay: float, backbone_scale: float
+) -> dict[str, float]:
+    """Factor of the learning rate of each parameter, as in timm's ``param_groups_layer_decay``.
+
+    Args:
+        net: Classifier, detector or segmenter.
+        backbone: timm name of the model or backbone.
+        model_args: Its arguments.
+        layer_decay: Factor from one layer to the previous one. The classifier or the heads have factor 1.
+        backbone_scale: Further factor of the backbone.
+
+    Returns:
+        Factor by parameter name.
+    """
+    heads = head_parameters(net)
+    scales = {name: 1.0 if name in heads else backbone_scale for name, _ in net.named_parameters()}
+    if layer_decay != 1:
+        ids = layer_ids(net, backbone, model_args, coarse=False)
+        last = max(ids.values()) + isinstance(net, DenseModel)
+        for name, layer in ids.items():
+            scales[name] *= layer_decay ** (last - layer)
+    return scales
