@@ -13,6 +13,9 @@ Kwargs = dict[str, Any]
 JsonObject = dict[str, Any]
 """A JSON object, such as the content of ``results.json`` or a row of a table."""
 
+Checkpoint = dict[str, Any]
+"""Content of a checkpoint file: a state dict, or weights, options and counters by name."""
+
 
 class Backbone(Protocol):
     """A timm ``features_only`` model: images ``(B, C, H, W)`` to one feature map per stride."""

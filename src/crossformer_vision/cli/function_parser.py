@@ -8,13 +8,14 @@ import inspect
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 from jsonargparse import ArgumentParser
 
 from crossformer_vision.training.arguments import is_number
 from crossformer_vision.training.option_errors import explain
+from crossformer_vision.types import Kwargs
 
 
 def run_function(function: Callable[..., None], verb: str, arguments: Sequence[str]) -> None:
@@ -66,10 +67,10 @@ def build_parser(function: Callable[..., None], verb: str) -> ArgumentParser:
     return parser
 
 
-def _add_argument(parser: ArgumentParser, parameter: inspect.Parameter, kind: Any, help: str) -> None:
+def _add_argument(parser: ArgumentParser, parameter: inspect.Parameter, kind: object, help: str) -> None:
     """Add the argument of one parameter."""
     is_required = parameter.default is parameter.empty
-    options: dict[str, Any] = {"help": help}
+    options: Kwargs = {"help": help}
     if get_origin(kind) in (Union, UnionType):  # X | None
         alternatives = [alternative for alternative in get_args(kind) if alternative is not NoneType]
         kind = alternatives[0] if len(alternatives) == 1 else kind

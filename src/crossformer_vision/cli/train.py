@@ -5,7 +5,6 @@ import shlex
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from crossformer_vision.plotting.visualize import metric_label
 from crossformer_vision.training.arguments import normalize, option_value, without_option
@@ -16,6 +15,7 @@ from crossformer_vision.training.options import Options, parse_options
 from crossformer_vision.training.resume import default_run_dir, find_run, find_run_of_job, resume_options
 from crossformer_vision.training.run import find_callback, is_finished, silence_lightning, train
 from crossformer_vision.training.run_directory import RunDirectory
+from crossformer_vision.types import JsonObject
 
 
 def main(arguments: list[str]) -> None:
@@ -82,7 +82,7 @@ def print_notes(options: Options) -> None:
             print(note, flush=True)
 
 
-def print_summary(objects: RunObjects, results: dict[str, Any]) -> None:
+def print_summary(objects: RunObjects, results: JsonObject) -> None:
     """Print the score, the outputs of the run, and what to do next."""
     run_dir = find_callback(objects.trainer, RunDirectory).path
     command, metric = command_name(), objects.task.monitor

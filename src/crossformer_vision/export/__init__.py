@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -18,6 +17,8 @@ from crossformer_vision.export.int8 import quantize, record_inputs
 from crossformer_vision.export.verification import difference, different_objects, worst_difference
 from crossformer_vision.inference.load import Source, load_predictor
 from crossformer_vision.inference.predictor import DetectionPredictor, Predictor
+from crossformer_vision.models.dense.transform import DetectorTransform
+from crossformer_vision.types import JsonObject
 
 SIZES = ((64, 64), (97, 130), (225, 300), (64, 259), (231, 200))  # image sizes for verification
 TOLERANCE = 1e-3  # relative to the largest output; for detectors, the share of objects that may differ
@@ -37,12 +38,12 @@ class ExportReport:
         int8: Result of quantization, see ``int8.quantize``. ``differences`` are measured before it.
     """
 
-    metadata: dict[str, Any]
+    metadata: JsonObject
     size: tuple[int, int] | None
     differences: dict[str, float]
     objects: int = 0
     fixed_size_reason: str = ""
-    int8: dict[str, Any] = field(default_factory=dict)
+    int8: JsonObject = field(default_factory=dict)
 
 
 def export(
@@ -127,7 +128,7 @@ def _check_format(path: Path, int8: str | None) -> None:
 
 def _export_graph(
     net: nn.Module,
-    metadata: dict[str, Any],
+    metadata: JsonObject,
     path: Path,
     size: tuple[int, int],
     is_fixed: bool,
@@ -173,10 +174,10 @@ def input_size(predictor: Predictor) -> tuple[int, int]:
     return (256, 256) if size is None else (int(size[-2]), int(size[-1]))
 
 
-def export_metadata(predictor: Predictor) -> dict[str, Any]:
+def export_metadata(predictor: Predictor) -> JsonObject:
     """Metadata that is stored in an exported file: task, classes and preprocessing."""
     info = predictor.info
-    metadata: dict[str, Any] = {
+    metadata: JsonObject = {
         "task": info.task,
         "classes": info.classes,
         "values": info.values,
@@ -185,7 +186,8 @@ def export_metadata(predictor: Predictor) -> dict[str, Any]:
     if info.task == "segmentation":
         metadata |= {"test": info.test, "test_scales": list(info.test_scales)}
     if isinstance(predictor, DetectionPredictor):
-        transform: Any = predictor.net.transform
+        transform = predictor.net.transform
+        assert isinstance(transform, DetectorTransform)
         sizes = {"min_size": transform.min_size[-1], "max_size": transform.max_size}
         metadata["image"] = {**sizes, "mean": transform.image_mean, "std": transform.image_std}
         metadata["category_ids"] = info.category_ids

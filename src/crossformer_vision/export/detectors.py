@@ -5,11 +5,12 @@ takes a batch of resized images and returns the best ``max_detections`` objects 
 Within the graph, missing candidates of a level or image have score ``NO_OBJECT``.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.detection import RetinaNet
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.rpn import permute_and_flatten
 from torchvision.ops import nms
 from typing_extensions import override
@@ -31,7 +32,7 @@ class RetinaNetGraph(nn.Module):
 
     outputs = ("boxes", "labels", "scores")
 
-    def __init__(self, net: Any) -> None:
+    def __init__(self, net: RetinaNet) -> None:
         super().__init__()
         self.net = net
 
@@ -74,7 +75,7 @@ class MaskRCNNGraph(nn.Module):
 
     outputs = ("boxes", "labels", "scores", "masks")
 
-    def __init__(self, net: Any) -> None:
+    def __init__(self, net: GeneralizedRCNN) -> None:
         super().__init__()
         self.net = net
 
@@ -160,7 +161,7 @@ def select_top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return top, torch.where(top > 0, index, 0)
 
 
-def decode_boxes(coder: Any, deltas: Tensor, anchors: Tensor, index: Tensor) -> Tensor:
+def decode_boxes(coder: BoxCoder, deltas: Tensor, anchors: Tensor, index: Tensor) -> Tensor:
     """Decode the boxes of selected anchors.
 
     Args:
@@ -173,8 +174,7 @@ def decode_boxes(coder: Any, deltas: Tensor, anchors: Tensor, index: Tensor) -> 
         Boxes, ``(B, n, 4)``.
     """
     selected = deltas.gather(1, index[..., None].expand(-1, -1, 4))
-    boxes: Tensor = coder.decode_single(selected.flatten(0, 1), anchors[index.flatten()])
-    return boxes.view(*index.shape, 4)
+    return coder.decode_single(selected.flatten(0, 1), anchors[index.flatten()]).view(*index.shape, 4)
 
 
 def clip_boxes(boxes: Tensor, images: Tensor) -> Tensor:

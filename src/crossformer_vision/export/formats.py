@@ -7,22 +7,21 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from crossformer_vision.compat import oblivious_sizes
 from crossformer_vision.inference.exported import METADATA_KEY, OnnxRuntime, OpenVinoRuntime
+from crossformer_vision.types import JsonObject
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
-Metadata = dict[str, Any]
 Call = Callable[[Tensor], tuple[Tensor, ...]]
 OPSET = 20
 
 
 def write_onnx(
-    graph: torch.export.ExportedProgram, outputs: tuple[str, ...], path: Path, metadata: Metadata
+    graph: torch.export.ExportedProgram, outputs: tuple[str, ...], path: Path, metadata: JsonObject
 ) -> None:
     """Write a graph as ONNX.
 
@@ -36,7 +35,7 @@ def write_onnx(
 
     with warnings.catch_warnings(), oblivious_sizes(), suppress_loggers("onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")
-        program: Any = torch.onnx.export(
+        program = torch.onnx.export(
             graph,
             dynamo=True,
             verbose=False,
@@ -44,13 +43,14 @@ def write_onnx(
             input_names=["images"],
             output_names=list(outputs),
         )
+        assert program is not None
         ClearMetadataAndDocStringPass()(program.model)  # stack traces of every node: half of the file
     program.model.metadata_props[METADATA_KEY] = json.dumps(metadata)
     program.save(path)
 
 
 def write_openvino(
-    graph: torch.export.ExportedProgram, outputs: tuple[str, ...], path: Path, metadata: Metadata
+    graph: torch.export.ExportedProgram, outputs: tuple[str, ...], path: Path, metadata: JsonObject
 ) -> None:
     """Write a graph as OpenVINO: ``.xml`` and ``.bin``.
 
@@ -71,7 +71,7 @@ def write_openvino(
 
 
 def write_torch(
-    graph: torch.export.ExportedProgram, outputs: tuple[str, ...], path: Path, metadata: Metadata
+    graph: torch.export.ExportedProgram, outputs: tuple[str, ...], path: Path, metadata: JsonObject
 ) -> None:
     """Write a graph for ``torch.export.load``.
 
@@ -86,7 +86,7 @@ def write_torch(
 
 def load_torch(path: Path) -> Call:
     """Load a ``.pt2`` file that was just written. torch unpickles it, so never use this for other files."""
-    program: Any = torch.export.load(path).module(check_guards=False)
+    program = torch.export.load(path).module(check_guards=False)
 
     def call(images: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():

@@ -22,6 +22,7 @@ from crossformer_vision.models.dense.backbones import (
 from crossformer_vision.models.dense.base import DenseModel
 from crossformer_vision.models.dense.detectors import MaskRCNN, RetinaNet
 from crossformer_vision.models.grouping import Layout, pad_to_multiple, padded_size
+from crossformer_vision.types import Kwargs
 from crossformer_vision.weights.loading import load_checkpoint
 
 MIN_SIDE = 32  # minimum height and width of images, in pixels
@@ -40,10 +41,10 @@ class Features(nn.Module):
 
     outputs = tuple(f"stride_{stride}" for stride in STRIDES)
 
-    def __init__(self, net: nn.Module, options: dict[str, Any]) -> None:
+    def __init__(self, net: nn.Module, options: Kwargs) -> None:
         super().__init__()
         if isinstance(net, DenseModel):
-            self.body = net.body
+            self.body: Any = net.body
             return
         name, arguments = options["backbone"], options["model_args"] or {}
         arguments = {**img_size_kwargs(name, options.get("image_size")), **arguments}
@@ -115,7 +116,7 @@ def forward_any_layout(attention: LongShortAttention, x: Tensor) -> Tensor:
     is_small = torch.sym_min(1, torch.sym_max(0, attention.group_size + 1 - torch.sym_min(H, W)))
     pairs = zip(attention.small_layout(H, W), attention.large_layout(H, W), strict=True)
     values = [torch.full((), is_small * a + (1 - is_small) * b, dtype=torch.int64) for a, b in pairs]
-    layout: Any = Layout(*(value.item() for value in torch.stack(values)))
+    layout = Layout(*(value.item() for value in torch.stack(values)))
     for value in layout:
         assume(value >= 1)
     padded_H, padded_W = padded_size(layout)

@@ -2,18 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from crossformer_vision.data.images import EXTENSIONS
 from crossformer_vision.errors import UserError
-from crossformer_vision.export.formats import Metadata
 from crossformer_vision.inference.exported import METADATA_KEY, OpenVinoRuntime
 from crossformer_vision.inference.files import find_images
 from crossformer_vision.inference.predictor import Predictor
 from crossformer_vision.models.grouping import ceil_div
+from crossformer_vision.types import JsonObject
 
 MAX_IMAGES = 300  # maximum number of calibration images
 
@@ -44,7 +43,7 @@ def record_inputs(predictor: Predictor, folder: str) -> list[Tensor]:
     return inputs
 
 
-def quantize(path: Path, predictor: Predictor, inputs: list[Tensor], metadata: Metadata) -> dict[str, Any]:
+def quantize(path: Path, predictor: Predictor, inputs: list[Tensor], metadata: JsonObject) -> JsonObject:
     """Quantize an OpenVINO file to 8 bits in place.
 
     Args:

@@ -1,12 +1,11 @@
 """Compare an exported graph with the original PyTorch model."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from crossformer_vision.export.formats import Call
 from crossformer_vision.models.dense.masks import paste_masks
+from crossformer_vision.models.dense.transform import DetectorTransform
 from crossformer_vision.models.grouping import ceil_div
 
 BATCH_SIZES = (1, 3)
@@ -55,7 +54,7 @@ def difference(net: nn.Module, call: Call, size: tuple[int, int]) -> tuple[float
     return largest, 0
 
 
-def different_objects(net: Any, call: Call, size: tuple[int, int]) -> tuple[float, int]:
+def different_objects(net: nn.Module, call: Call, size: tuple[int, int]) -> tuple[float, int]:
     """Share of a detector's objects that the graph does not find, for batches of one and three images.
 
     Objects are equal if they have the same label, borders within half a pixel, scores within 0.001 and the
@@ -69,8 +68,10 @@ def different_objects(net: Any, call: Call, size: tuple[int, int]) -> tuple[floa
     Returns:
         The share, and the number of objects.
     """
-    net.transform.min_size, net.transform.max_size = (min(size),), max(size)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (net.transform.image_mean, net.transform.image_std))
+    transform = net.transform
+    assert isinstance(transform, DetectorTransform)
+    transform.min_size, transform.max_size = (min(size),), max(size)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (transform.image_mean, transform.image_std))
     missing = total = 0
     for batch_size in BATCH_SIZES:
         images = random_images(batch_size, size)

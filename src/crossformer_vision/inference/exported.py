@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from typing_extensions import override
 from crossformer_vision.errors import UserError, error_line, missing_extra
 from crossformer_vision.inference.predictor import ModelInfo
 from crossformer_vision.models.dense.transform import DetectorTransform
+from crossformer_vision.types import Kwargs
 
 METADATA_KEY = "crossformer_vision"  # key of the metadata in an exported file
 
@@ -33,8 +33,7 @@ class OnnxRuntime(nn.Module):
 
     def metadata(self) -> str | None:
         """JSON that ``crossformer export`` has stored in the file, if any."""
-        text: str | None = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-        return text
+        return self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
 
     @override
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -100,7 +99,7 @@ class ExportedDetector(nn.Module):
         image: Resizing and normalization of images.
     """
 
-    def __init__(self, runtime: Runtime, image: dict[str, Any]) -> None:
+    def __init__(self, runtime: Runtime, image: Kwargs) -> None:
         super().__init__()
         self.runtime = runtime
         self.transform = DetectorTransform(image["min_size"], image["max_size"], image["mean"], image["std"])
@@ -134,9 +133,8 @@ def load_exported(path: Path) -> tuple[nn.Module, ModelInfo]:
     Raises:
         UserError: If the file is damaged or not from ``crossformer export``, or its runtime is not installed.
     """
-    runtime: Runtime
     try:
-        runtime = OnnxRuntime(path) if path.suffix == ".onnx" else OpenVinoRuntime(path)
+        runtime: Runtime = OnnxRuntime(path) if path.suffix == ".onnx" else OpenVinoRuntime(path)
         content = json.loads(runtime.metadata() or "{}")
     except ModuleNotFoundError as error:
         raise missing_extra(error, "export") from None

@@ -5,11 +5,10 @@ import json
 import logging
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from rich.console import Console
@@ -198,7 +197,7 @@ class ResultWriter:
                 self.pending.popleft().result()
         self.add_line(result, file, name)
 
-    def add_line(self, result: Result, file: Path, name: Path, **extra: Any) -> None:
+    def add_line(self, result: Result, file: Path, name: Path, **extra: object) -> None:
         """Write and print a result without a picture.
 
         Args:
@@ -259,7 +258,7 @@ def predict_video(predictor: Predictor, file: Path, name: Path, writer: ResultWr
         writer: Writer of the results.
     """
     with ExitStack() as stack:
-        append: Any = None
+        append: Callable[[Image.Image, float], None] | None = None
         for number, (seconds, frame) in enumerate(video.frames(file)):
             (result,) = predictor.predict([(frame, f"{file}#{number}")])
             if writer.folder and writer.draw_pictures:

@@ -2,7 +2,7 @@
 
 import io
 import os
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from crossformer_vision.data.images import load_image
 from crossformer_vision.errors import UserError
 from crossformer_vision.models.grouping import ceil_div
 
-ImageInput = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[Any] | Tensor
+ImageInput = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[np.generic] | Tensor
 MAX_CROPS = 8  # maximum number of crops of an elongated image
 
 
@@ -39,7 +39,7 @@ def open_image(image: ImageInput) -> tuple[Image.Image, str]:
     return load_image(image, name), name
 
 
-def _from_array(pixels: NDArray[Any] | Tensor) -> Image.Image:
+def _from_array(pixels: NDArray[np.generic] | Tensor) -> Image.Image:
     if isinstance(pixels, Tensor):
         pixels = pixels.detach().cpu().float().numpy() if pixels.is_floating_point() else pixels.cpu().numpy()
         pixels = pixels.transpose(1, 2, 0) if pixels.ndim == 3 else pixels
@@ -53,7 +53,7 @@ def _from_array(pixels: NDArray[Any] | Tensor) -> Image.Image:
     if pixels.dtype.kind in "fb":
         if not -0.5 <= low <= high <= 1.5:  # resampling overshoots a little
             raise UserError(f"an image with values from {low:g} to {high:g}: floats must be in 0..1")
-        pixels = (pixels * 255.0).round().clip(0, 255)
+        pixels = np.multiply(pixels, 255.0).round().clip(0, 255)
     elif not 0 <= low <= high <= 255:
         raise UserError(f"an image with values from {low:g} to {high:g}: integers must be in 0..255")
     if pixels.ndim == 3 and pixels.shape[2] == 1:

@@ -3,7 +3,7 @@
 import io
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import nn
@@ -22,10 +22,11 @@ from crossformer_vision.inference.predictor import (
 )
 from crossformer_vision.inference.published import published_checkpoint
 from crossformer_vision.models.build import build_model
+from crossformer_vision.types import Checkpoint
 from crossformer_vision.weights.loading import load_weights
 from crossformer_vision.weights.reading import read_checkpoint
 
-Source = str | os.PathLike[str] | bytes | BinaryIO | dict[str, Any]
+Source = str | os.PathLike[str] | bytes | BinaryIO | Checkpoint
 
 
 def load_predictor(
@@ -78,7 +79,7 @@ def load_predictor(
     return create_predictor(net, info, best_device(device), score_threshold, tile_size)
 
 
-def find_checkpoint(source: Source, model: str | None) -> tuple[dict[str, Any], str]:
+def find_checkpoint(source: Source, model: str | None) -> tuple[Checkpoint, str]:
     """Content of a checkpoint, and its name for messages.
 
     Args:
@@ -104,7 +105,7 @@ def find_checkpoint(source: Source, model: str | None) -> tuple[dict[str, Any], 
     return read_checkpoint(io.BytesIO(source) if isinstance(source, bytes) else source), "checkpoint"
 
 
-def restore_model(checkpoint: dict[str, Any], source: str) -> tuple[nn.Module, ModelInfo]:
+def restore_model(checkpoint: Checkpoint, source: str) -> tuple[nn.Module, ModelInfo]:
     """Build the network of a run's checkpoint and load its weights.
 
     Args:

@@ -7,10 +7,11 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from crossformer_vision.data.readers.coco_json import coco_id
 from crossformer_vision.errors import UserError, counted
+from crossformer_vision.types import JsonObject
 
 log = logging.getLogger("crossformer_vision")
 
@@ -92,7 +93,7 @@ class CocoIds:
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self.known: dict[Path, tuple[Any, str]] = {}
+        self.known: dict[Path, tuple[int | str, str]] = {}
         for folder in sorted({parent for file in files for parent in list(file.parents)[:4]}):
             name = f"instances_{folder.resolve().name}.json"
             above = (folder.parent, folder.parent.parent)
@@ -113,20 +114,19 @@ class CocoIds:
         except (OSError, ValueError, KeyError, TypeError):  # not a COCO file
             return
 
-    def entry(self, file: Path, name: Path) -> dict[str, Any]:
+    def entry(self, file: Path, name: Path) -> JsonObject:
         """``id`` and ``file_name`` of an image.
 
         Args:
             file: Image file.
             name: Its name if no COCO file lists it.
         """
-        known = self.known.get(file)
-        number, file_name = known or (next(self.numbers), name.as_posix())
+        number, file_name = self.known.get(file) or (next(self.numbers), name.as_posix())
         return {"id": number, "file_name": file_name}
 
 
 def write_results(
-    lines: Path, stream: TextIO, classes: Sequence[str], category_ids: Sequence[Any] | None = None
+    lines: Path, stream: TextIO, classes: Sequence[str], category_ids: Sequence[int | str] | None = None
 ) -> None:
     """Combine results into one JSON document without holding them in memory.
 
@@ -149,13 +149,13 @@ def write_results(
     stream.write("\n")
 
 
-def _read_lines(lines: Path) -> Iterator[dict[str, Any]]:
+def _read_lines(lines: Path) -> Iterator[JsonObject]:
     with lines.open(encoding="utf-8") as stream:
         for line in stream:
             yield json.loads(line)
 
 
-def _write_list(stream: TextIO, items: Iterable[Any]) -> None:
+def _write_list(stream: TextIO, items: Iterable[object]) -> None:
     separator = "["
     for item in items:
         stream.write(separator + "\n" + json.dumps(item, ensure_ascii=False))
@@ -163,12 +163,12 @@ def _write_list(stream: TextIO, items: Iterable[Any]) -> None:
     stream.write("\n]" if separator == "," else "[]")
 
 
-def _coco_images(lines: Path) -> Iterator[dict[str, Any]]:
+def _coco_images(lines: Path) -> Iterator[JsonObject]:
     for result in _read_lines(lines):
         yield {key: result[key] for key in ("id", "file_name", "width", "height")}
 
 
-def _coco_annotations(lines: Path) -> Iterator[dict[str, Any]]:
+def _coco_annotations(lines: Path) -> Iterator[JsonObject]:
     numbers = itertools.count(1)
     for result in _read_lines(lines):
         for predicted in result["objects"]:

@@ -2,8 +2,9 @@
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Protocol, TypeVar, cast, overload
 
 import numpy as np
 import torch
@@ -24,11 +25,13 @@ from crossformer_vision.inference.tiling import detect_in_tiles
 from crossformer_vision.models.dense.masks import paste_binary_masks
 from crossformer_vision.models.dense.transform import return_mask_crops
 from crossformer_vision.models.dense.windows import predict_class_map
+from crossformer_vision.types import Kwargs
 
 log = logging.getLogger("crossformer_vision")
 
 NamedImage = tuple[Image.Image, str]
 """An upright RGB image and its name."""
+AnyImage = TypeVar("AnyImage", bound=ImageInput)
 
 
 @dataclass
@@ -51,11 +54,11 @@ class ModelInfo:
     task: str
     classes: list[str]
     source: str = "checkpoint"
-    image: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-    category_ids: list[Any] | None = None
+    image: Kwargs = field(default_factory=dict)
+    options: Kwargs = field(default_factory=dict)
+    category_ids: list[int | str] | None = None
     values: list[int] | None = None
-    test: dict[str, Any] = field(default_factory=dict)
+    test: Kwargs = field(default_factory=dict)
     test_scales: tuple[float, ...] = (1.0,)
     min_score: float = 0.0
 
@@ -81,7 +84,7 @@ class Predictor(ABC):
                 f"{info.source}: its weights are not finite, so every output would be NaN. Use a checkpoint "
                 "from before the run diverged"
             )
-        self.net: Any = net.to(device).eval()
+        self.net = net.to(device).eval()
         self.info, self.device = info, device
         self.dtype = torch.float32
 
@@ -126,8 +129,8 @@ class Predictor(ABC):
     @overload
     def __call__(self, image: ImageInput) -> Result: ...
     @overload
-    def __call__(self, image: list[Any]) -> list[Result]: ...
-    def __call__(self, image: ImageInput | list[Any]) -> Result | list[Result]:
+    def __call__(self, image: list[AnyImage]) -> list[Result]: ...
+    def __call__(self, image: ImageInput | list[AnyImage]) -> Result | list[Result]:
         """Predict an image, or each of a list of images.
 
         Args:
@@ -170,7 +173,7 @@ class ClassificationPredictor(Predictor):
         super().__init__(net, info, device)
         from timm.data import create_transform
 
-        self.transform: Any = create_transform(**info.image)
+        self.transform: Callable[[Image.Image], Tensor] = create_transform(**info.image)
         self.use_crops = info.image.get("crop_mode") != "squash"
 
     @override
@@ -209,6 +212,10 @@ class SegmentationPredictor(Predictor):
         return results
 
 
+class _Scorer(Protocol):
+    score_thresh: float
+
+
 class DetectionPredictor(Predictor):
     """Predicts boxes, and masks for Mask R-CNN.
 
@@ -232,7 +239,7 @@ class DetectionPredictor(Predictor):
         super().__init__(net, info, device)
         self.score_threshold, self.tile_size = score_threshold, tile_size
         # PyTorch detectors have a score threshold of their own; in exported ones it is part of the graph.
-        self.scorer: Any = getattr(self.net, "roi_heads", self.net)
+        self.scorer = cast("_Scorer", getattr(self.net, "roi_heads", self.net))
         self.own_threshold: float | None = getattr(self.scorer, "score_thresh", None)
         if self.own_threshold is not None:
             self.own_threshold = self.scorer.score_thresh = min(self.own_threshold, score_threshold)
@@ -269,12 +276,10 @@ class DetectionPredictor(Predictor):
     def _detect_above_threshold(self, pixels: Tensor) -> dict[str, Tensor]:
         """Run the detector with the score threshold, so that it computes no masks of dropped objects."""
         if self.own_threshold is None:
-            objects: dict[str, Tensor] = self.net([pixels])[0]
-            return objects
+            return self.net([pixels])[0]
         self.scorer.score_thresh = max(self.own_threshold, self.score_threshold - 1e-6)
         try:
-            objects = self.net([pixels])[0]
-            return objects
+            return self.net([pixels])[0]
         finally:
             self.scorer.score_thresh = self.own_threshold
 

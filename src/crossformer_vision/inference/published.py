@@ -11,11 +11,12 @@ from crossformer_vision.errors import UserError
 from crossformer_vision.models import find_model
 from crossformer_vision.models.build import build_model
 from crossformer_vision.training.recipes import find_config
+from crossformer_vision.types import Checkpoint
 from crossformer_vision.weights import published
 from crossformer_vision.weights.loading import load_checkpoint
 
 
-def published_checkpoint(name: str, file: str | None = None) -> dict[str, Any] | None:
+def published_checkpoint(name: str, file: str | None = None) -> Checkpoint | None:
     """Published weights as the content of a run's checkpoint.
 
     Args:
@@ -36,7 +37,7 @@ def published_checkpoint(name: str, file: str | None = None) -> dict[str, Any] |
     return None
 
 
-def _classifier_checkpoint(name: str, file: str | None) -> dict[str, Any]:
+def _classifier_checkpoint(name: str, file: str | None) -> Checkpoint:
     cfg = find_model(name)
     if file is None and not (cfg.has_weights and published.is_available(name)):
         raise UserError(f"{name}: its weights are not cached and cannot be downloaded. Pass a run or a file")
@@ -52,7 +53,7 @@ def _classifier_checkpoint(name: str, file: str | None) -> dict[str, Any]:
     }
 
 
-def _dense_checkpoint(name: str, file: str | None) -> dict[str, Any]:
+def _dense_checkpoint(name: str, file: str | None) -> Checkpoint:
     """A published detector or segmenter with the groups and image sizes of its recipe."""
     is_detector = name.partition("_crossformer_")[0] in ("retinanet", "mask_rcnn")
     task = "detection" if is_detector else "segmentation"

@@ -3,7 +3,6 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from faster_coco_eval.core import mask as rle
@@ -12,6 +11,7 @@ from PIL import Image
 
 from crossformer_vision.plotting import drawing
 from crossformer_vision.plotting.fonts import shorten
+from crossformer_vision.types import JsonObject
 
 
 class ResultMixin:
@@ -71,7 +71,7 @@ class ClassificationResult(ResultMixin):
         """The image with its three most probable classes as a caption."""
         return drawing.add_caption(self.image, [f"{name} {p:.1%}" for name, p in self.top(3)])
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """The five most probable classes, as written to ``predictions.json``."""
         return {"image": self.name, "classes": [{"class": c, "probability": p} for c, p in self.top()]}
 
@@ -98,7 +98,7 @@ class DetectionResult(ResultMixin):
     labels: NDArray[np.int64]
     scores: NDArray[np.float32]
     masks: NDArray[np.uint8] | None
-    category_ids: Sequence[Any] | None = None
+    category_ids: Sequence[int | str] | None = None
 
     def __str__(self) -> str:
         counts = [(int((self.labels == k + 1).sum()), name) for k, name in enumerate(self.classes)]
@@ -107,12 +107,13 @@ class DetectionResult(ResultMixin):
 
     def plot(self) -> Image.Image:
         """The image with boxes, masks, labels and scores."""
-        objects: dict[str, Any] = {"boxes": self.boxes, "labels": self.labels, "scores": self.scores}
+        objects: dict[str, NDArray[np.generic]]
+        objects = {"boxes": self.boxes, "labels": self.labels, "scores": self.scores}
         if self.masks is not None:
             objects["masks"] = self.masks
         return drawing.draw_objects(self.image, objects, self.classes)
 
-    def to_coco(self, image_id: int = 1, first_id: int = 1) -> list[dict[str, Any]]:
+    def to_coco(self, image_id: int = 1, first_id: int = 1) -> list[JsonObject]:
         """Convert to annotations in COCO's format with ``score``; masks are compressed run-length encodings.
 
         Args:
@@ -125,7 +126,7 @@ class DetectionResult(ResultMixin):
         annotations = []
         categories = self.category_ids or range(1, 1 + len(self.classes))
         for n, (x1, y1, x2, y2) in enumerate(self.boxes.astype(float).round(2).tolist()):
-            annotation: dict[str, Any] = dict(
+            annotation: JsonObject = dict(
                 id=first_id + n,
                 image_id=image_id,
                 category_id=categories[int(self.labels[n]) - 1],
@@ -143,7 +144,7 @@ class DetectionResult(ResultMixin):
             annotations.append(annotation)
         return annotations
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Size of the image and COCO annotations, as printed by ``crossformer predict --json``."""
         size = dict(width=self.image.width, height=self.image.height)
         return {"image": self.name, **size, "objects": self.to_coco()}
@@ -193,7 +194,7 @@ class SegmentationResult(ResultMixin):
         image.putpalette(colors.tobytes())
         return image
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Size of the image and area of each class, as written to ``predictions.json``."""
         size = self.class_map.size
         areas = [{"class": name, "pixels": n, "share": round(n / size, 6)} for name, n in self.areas()]

@@ -1,7 +1,6 @@
 """Detection in overlapping tiles, for images much larger than those of training."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +73,7 @@ def detect_in_tiles(
     groups = group_boxes(boxes, labels, scores, is_cut)
     groups.sort(key=lambda group: -float(scores[group].max()))
     first = [group[0] for group in groups]
-    objects: dict[str, Any] = {"boxes": boxes[first], "labels": labels[first]}
+    objects = {"boxes": boxes[first], "labels": labels[first]}
     objects["scores"] = torch.stack([scores[group].max() for group in groups]) if groups else scores
     if any(view.masks is not None for view in views):
         objects["masks"] = torch.zeros(len(groups), H, W, dtype=torch.bool)

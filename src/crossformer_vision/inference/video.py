@@ -5,11 +5,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from crossformer_vision.errors import UserError, counted, missing_extra
+
+if TYPE_CHECKING:
+    from av.video.stream import VideoStream
 
 log = logging.getLogger("crossformer_vision")
 
@@ -18,7 +22,7 @@ DEFAULT_RATE = 25.0  # frames per second if the file does not specify it
 EXTENSIONS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
 
 
-def _import_av() -> Any:
+def _import_av() -> ModuleType:
     try:
         import av
     except ModuleNotFoundError as error:
@@ -85,7 +89,7 @@ def mp4_writer(path: Path, fps: float) -> Iterator[Callable[[Image.Image, float]
     """
     av = _import_av()
     with av.open(str(path), "w") as container:
-        stream: Any = None
+        stream: VideoStream | None = None
         last = -1  # time of the last frame, in ticks
 
         def append(image: Image.Image, seconds: float) -> None:

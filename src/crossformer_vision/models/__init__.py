@@ -6,8 +6,10 @@ from typing import Any
 import timm
 import torch
 from timm.models import PretrainedCfg, get_pretrained_cfg
+from torch import nn
 
 from crossformer_vision.errors import UserError, error_line
+from crossformer_vision.types import Kwargs
 
 
 def find_model(name: str) -> PretrainedCfg:
@@ -31,7 +33,7 @@ def find_model(name: str) -> PretrainedCfg:
     return cfg
 
 
-def create_on_meta(model: str, **kwargs: Any) -> Any:
+def create_on_meta(model: str, **kwargs: Any) -> nn.Module:
     """Create a timm model on the meta device, to query its attributes.
 
     Args:
@@ -48,7 +50,7 @@ def create_on_meta(model: str, **kwargs: Any) -> Any:
         return timm.create_model(model, **kwargs)
 
 
-def img_size_kwargs(model: str, image_size: int | None) -> dict[str, Any]:
+def img_size_kwargs(model: str, image_size: int | None) -> Kwargs:
     """Arguments that build a timm model of fixed input size for another size.
 
     Args:
@@ -76,7 +78,7 @@ def img_size_kwargs(model: str, image_size: int | None) -> dict[str, Any]:
     return {"img_size": image_size}
 
 
-def drop_path_kwargs(model: str, rate: float) -> dict[str, Any]:
+def drop_path_kwargs(model: str, rate: float) -> Kwargs:
     """Arguments that build a timm model with stochastic depth.
 
     Args:

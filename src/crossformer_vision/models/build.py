@@ -1,16 +1,15 @@
 """Build the network of a task from the options of a run, with random weights and without Lightning."""
 
-from typing import Any
-
 import timm
 from torch import nn
 
 from crossformer_vision.models import img_size_kwargs
 from crossformer_vision.models.dense.detectors import create_detector
 from crossformer_vision.models.dense.segmenters import create_segmenter
+from crossformer_vision.types import Kwargs
 
 
-def build_model(task: str, options: dict[str, Any]) -> nn.Module:
+def build_model(task: str, options: Kwargs) -> nn.Module:
     """Build a network with random weights.
 
     Args:
@@ -40,6 +39,6 @@ def build_model(task: str, options: dict[str, Any]) -> nn.Module:
     )
 
 
-def _given(options: dict[str, Any], *names: str) -> dict[str, Any]:
+def _given(options: Kwargs, *names: str) -> Kwargs:
     """Options that have a value."""
     return {name: options[name] for name in names if options.get(name) is not None}

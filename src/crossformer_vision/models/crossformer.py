@@ -32,7 +32,7 @@ Deviations from the published code:
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -134,9 +134,9 @@ class CrossScaleEmbedding(nn.Module):
         self.norm_first = norm_first
         self.prefers_channels_last = in_dim >= 8
         widths = cel_widths(dim, len(kernel_sizes), split)
-        self.convs: Any = nn.ModuleList(
-            LargeKernelConv2d(in_dim, width, k, stride) for k, width in zip(kernel_sizes, widths, strict=True)
-        )
+        pairs = zip(kernel_sizes, widths, strict=True)
+        convs = [LargeKernelConv2d(in_dim, width, k, stride) for k, width in pairs]
+        self.convs = cast(Sequence[LargeKernelConv2d], nn.ModuleList(convs))
         self.norm = nn.LayerNorm(in_dim if norm_first else dim)
 
     @override
@@ -566,7 +566,7 @@ class CrossFormer(StagedClassifier):
         intervals = per_block(interval, depths, "interval")
         dims = [embed_dim * 2**i for i in range(len(depths))]
         reductions = [min(4 * 2**i, output_stride) for i in range(len(depths))]
-        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, [*depths], stagewise=True))
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.output_fmt = "NHWC"
@@ -583,7 +583,7 @@ class CrossFormer(StagedClassifier):
                 for k, (size, steps) in enumerate(zip(group_sizes[i], intervals[i], strict=True))
             ]
             attentions = [create_attention(attention, context) for context in contexts]
-            stage = CrossFormerStage(embed, dim, attentions, mlp_ratio, drop_paths[i], int(amplitude_cooling))
+            stage = CrossFormerStage(embed, dim, attentions, mlp_ratio, rates[i], int(amplitude_cooling))
             self.stages.append(stage)
         self.feature_info = [
             {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}

@@ -1,9 +1,9 @@
 """Freeze position biases for deployment."""
 
-from typing import Any
-
 import torch
 from torch import nn
+
+from crossformer_vision.models.crossformer import DynamicPositionBias
 
 
 def freeze_position_bias(model: nn.Module, height: int = 224, width: int = 224) -> nn.Module:
@@ -21,11 +21,11 @@ def freeze_position_bias(model: nn.Module, height: int = 224, width: int = 224) 
     Returns:
         The model, in eval mode.
     """
-    body: Any = getattr(model.eval(), "body", model)
-    modules: list[Any] = [module for module in model.modules() if hasattr(module, "frozen")]
+    body: nn.Module = getattr(model.eval(), "body", model)
+    modules = [module for module in model.modules() if isinstance(module, DynamicPositionBias)]
     if not modules:
         return model
-    sizes: dict[Any, tuple[int, int]] = {}
+    sizes: dict[DynamicPositionBias, tuple[int, int]] = {}
     for module in modules:
         module.frozen = None
     hooks = [m.register_forward_pre_hook(lambda m, args: sizes.update({m: args[:2]})) for m in modules]

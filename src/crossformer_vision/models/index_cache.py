@@ -1,19 +1,23 @@
 """Cache of index tensors, which depend on sizes and devices but never on weights."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeVarTuple, Unpack
 
 from crossformer_vision.compat import in_dispatch_mode, in_functional_transform
 from crossformer_vision.models.tracing import is_traced
 
+T = TypeVar("T", bound=Tensor | Iterable[Tensor | Iterable[Tensor]])
+Ts = TypeVarTuple("Ts")
+
 MAX_BYTES = 64 << 20
-_cache: dict[Any, Any] = {}
+_cache: dict[tuple[object, ...], Any] = {}
 
 
-def cached(build: Callable[..., Any], *args: Any) -> Any:
+def cached(build: Callable[[Unpack[Ts]], T], *args: Unpack[Ts]) -> T:
     """``build(*args)``, computed once and shared by all blocks and models.
 
     The cache holds at most ``MAX_BYTES``. It is bypassed while tensors are symbolic or fake (compilation,
@@ -38,5 +42,5 @@ def cached(build: Callable[..., Any], *args: Any) -> Any:
     return value
 
 
-def _num_bytes(value: Any) -> int:
+def _num_bytes(value: Tensor | Iterable[Tensor | Iterable[Tensor]]) -> int:
     return value.nbytes if isinstance(value, Tensor) else sum(map(_num_bytes, value))

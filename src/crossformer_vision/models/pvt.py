@@ -10,7 +10,7 @@ published code compares with the grid of the first stage.
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,8 @@ from crossformer_vision.errors import check_choice
 from crossformer_vision.models.ablations import SpatialReductionAttention
 from crossformer_vision.models.crossformer import FeedForward
 from crossformer_vision.models.timm_interface import FeatureMaps, StagedClassifier, check_size
-from crossformer_vision.models.variants import model_cfg
+from crossformer_vision.models.variants import Renamings, model_cfg
+from crossformer_vision.types import Kwargs
 
 __all__ = ["PyramidVisionTransformer"]
 
@@ -179,7 +180,7 @@ class PyramidVisionTransformer(StagedClassifier):
         check_choice("global_pool", global_pool, POOLS)
         self.num_classes, self.global_pool = num_classes, global_pool
         self.output_fmt = "NHWC"
-        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, [*depths], stagewise=True))
         self.stages = nn.ModuleList()
         for i, dim in enumerate(embed_dims):
             embed = PatchEmbedding(embed_dims[i - 1] if i else in_chans, dim, 2 if i else 4)
@@ -220,13 +221,11 @@ class PyramidVisionTransformer(StagedClassifier):
     @override
     def forward_stage(self, index: int, x: Tensor) -> Tensor:
         token = self.cls_token if index == len(self.stages) - 1 else None
-        output: Tensor = self.stages[index](x, token)
-        return output
+        return self.stages[index](x, token)
 
     @override
     def final_norm(self, x: Tensor) -> Tensor:
-        features: Tensor = self.norm(x.flatten(1, 2))
-        return features
+        return self.norm(x.flatten(1, 2))
 
     @override
     def stage_map(self, index: int, x: Tensor, image_size: tuple[int, int]) -> Tensor:
@@ -264,7 +263,7 @@ class PyramidVisionTransformer(StagedClassifier):
         return take_indices
 
 
-PUBLISHED_NAMES: list[tuple[str, Any]] = [
+PUBLISHED_NAMES: Renamings = [
     (r"^pos_embed(\d)$", lambda m: f"stages.{int(m[1]) - 1}.pos_embed"),
     (r"^patch_embed(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.embed."),
     (r"^block(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks."),
@@ -282,7 +281,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None 
     return renamed
 
 
-def _cfg(variant: str) -> dict[str, Any]:
+def _cfg(variant: str) -> Kwargs:
     return model_cfg(
         url=f"https://github.com/whai362/PVT/releases/download/v2/{variant}.pth",
         crop_pct=0.9,

@@ -1,9 +1,12 @@
 """Options of ``CrossFormer`` that vary by stage or block, or that select an ablation by name."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 from torch import nn
+
+T = TypeVar("T")
+GroupSizes = Sequence[int | Sequence[int]]
 
 
 def check_options(
@@ -13,7 +16,7 @@ def check_options(
     output_stride: int,
     attention: str,
     position_bias: str,
-    group_size: Any,
+    group_size: object,
 ) -> None:
     """Check the options of ``CrossFormer`` that accept names.
 
@@ -44,11 +47,10 @@ def check_options(
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
 
 
-def resolve_group_size(group_size: Any, depths: Sequence[int]) -> Sequence[Any]:
+def resolve_group_size(group_size: GroupSizes | str, depths: Sequence[int]) -> GroupSizes:
     """Group sizes of a named mode, or the given ones."""
     if not isinstance(group_size, str):
-        sizes: Sequence[Any] = group_size
-        return sizes
+        return group_size
     from crossformer_vision.models.ablations import GROUP_MODES
 
     return GROUP_MODES[group_size](depths)
@@ -61,7 +63,7 @@ def add_absolute_position(embed: nn.Module, dim: int) -> nn.Module:
     return AbsolutePosition(embed, dim)
 
 
-def per_block(values: Sequence[Any], depths: Sequence[int], name: str) -> list[list[Any]]:
+def per_block(values: Sequence[T | Sequence[T]], depths: Sequence[int], name: str) -> list[list[T]]:
     """Expand values per stage to values per block.
 
     Args:

@@ -1,11 +1,13 @@
 """Base class with timm's model interface: stages, norm and head."""
 
-from typing import Any
+from typing import Any, cast
 
+from timm.layers import ClassifierHead
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from crossformer_vision.compat import FeatureGetterNet, feature_take_indices
+from crossformer_vision.types import JsonObject
 
 MIN_SIDE = 32  # the stride of the last stage
 
@@ -32,10 +34,11 @@ def check_size(x: Tensor) -> Tensor:
 class FeatureMaps(FeatureGetterNet):
     """timm's ``features_only`` wrapper, with gradient checkpointing."""
 
+    model: "StagedClassifier"
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations of each block in the backward pass."""
-        model: Any = self.model
-        model.set_grad_checkpointing(enable)
+        self.model.set_grad_checkpointing(enable)
 
 
 class StagedClassifier(nn.Module):
@@ -55,8 +58,8 @@ class StagedClassifier(nn.Module):
 
     stages: nn.ModuleList
     norm: nn.Module
-    head: Any
-    feature_info: list[dict[str, Any]]
+    head: nn.Module
+    feature_info: list[JsonObject]
     num_classes: int
     global_pool: str
     num_features: int
@@ -67,7 +70,7 @@ class StagedClassifier(nn.Module):
         tables = ("relative_table", "absolute_position")
         return {name for name, _ in self.named_parameters() if name.endswith(tables)}
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
         """Patterns that assign parameters to layer groups.
 
         Args:
@@ -82,13 +85,12 @@ class StagedClassifier(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations of each block in the backward pass."""
-        stages: Any = self.stages
-        for stage in stages:
+        for stage in cast(Any, self.stages):
             stage.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
-        return self.head.fc
+        return self.head.get_submodule("fc")
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier.
@@ -100,18 +102,17 @@ class StagedClassifier(nn.Module):
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = global_pool
-        self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features)
-        self.head_hidden_size = self.head.num_features
+        head = cast(ClassifierHead, self.head)
+        head.reset(num_classes, pool_type=global_pool, in_features=self.num_features)
+        self.head_hidden_size = head.num_features
 
     def forward_stage(self, index: int, x: Tensor) -> Tensor:
         """Output of a stage."""
-        output: Tensor = self.stages[index](x)
-        return output
+        return self.stages[index](x)
 
     def final_norm(self, x: Tensor) -> Tensor:
         """Final features from the output of the last stage."""
-        features: Tensor = self.norm(x)
-        return features
+        return self.norm(x)
 
     def stage_map(self, index: int, x: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Map of shape ``(B, h, w, C)`` from the output of a stage, for images of a height and width.

@@ -1,6 +1,7 @@
 """Named models: sizes, timm configurations, and names of the published weights."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ from torch import Tensor, nn
 
 from crossformer_vision.models.crossformer import CrossFormer
 from crossformer_vision.models.timm_interface import FeatureMaps
+from crossformer_vision.types import Kwargs
 
 # ------------------------------------------------------------------------------------------------------------
 # Published names
 # ------------------------------------------------------------------------------------------------------------
 
-PUBLISHED_NAMES: list[tuple[str, Any]] = [  # patterns and replacements, in order
+Renamings = list[tuple[str, str | Callable[[re.Match[str]], str]]]  # patterns and replacements, in order
+
+PUBLISHED_NAMES: Renamings = [
     (r"^patch_embed\.projs\.", "stages.0.embed.convs."),
     (r"^patch_embed\.norm\.", "stages.0.embed.norm."),
     (r"^layers\.(\d+)\.downsample\.reductions\.", lambda m: f"stages.{int(m[1]) + 1}.embed.convs."),
@@ -55,7 +59,7 @@ PUBLISHED_PAGE = "https://github.com/cheerss/CrossFormer"
 BUNDLED = Path(__file__).parents[1] / "weights" / "bundled"
 
 
-def model_cfg(**kwargs: Any) -> dict[str, Any]:
+def model_cfg(**kwargs: Any) -> Kwargs:
     """Create timm's configuration of a model, with arguments that override the defaults."""
     return {
         "num_classes": 1000,
@@ -133,7 +137,7 @@ DENSE_G7 = dict(group_size=(7, 7, 7, 7), interval=(8, 4, 2, 1), lda_span="map")
 DENSE_G14 = dict(group_size=(14, 14, 7, 7), interval=(16, 8, 2, 1), lda_span="map")
 
 
-def published_groups(model: str, head: str | None) -> dict[str, Any]:
+def published_groups(model: str, head: str | None) -> Kwargs:
     """Groups of the backbone in a published detector or segmenter, which its file does not contain.
 
     The 3x models of Mask R-CNN, for which no files exist, have ``DENSE_G14``.

@@ -8,9 +8,8 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock
 from rich.progress import (
@@ -124,7 +123,7 @@ def _fetch(url: str, part: Path, path: Path) -> int | None:
         raise UserError(f"{url}: {error}. Try again to resume the download") from None
 
 
-def _copy(response: Any, part: Path, name: str, offset: int, total: int | None) -> None:
+def _copy(response: HTTPResponse, part: Path, name: str, offset: int, total: int | None) -> None:
     """Append a response to a file with a progress bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with part.open("ab" if offset else "wb") as file, Progress(*columns, TimeRemainingColumn()) as progress:
@@ -160,7 +159,7 @@ class _ConfirmationForm(html.parser.HTMLParser):
             self.fields[values["name"]] = values.get("value", "")
 
 
-def _open(url: str, offset: int) -> Any:
+def _open(url: str, offset: int) -> HTTPResponse:
     """Response with the file from an offset, after Google Drive's confirmation page if there is one."""
     headers = {"Range": f"bytes={offset}-"} if offset else {}
     response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
@@ -178,5 +177,5 @@ def _open(url: str, offset: int) -> Any:
     )
 
 
-def _is_page(response: Any) -> bool:
+def _is_page(response: HTTPResponse) -> bool:
     return "text/html" in response.headers.get("Content-Type", "")

@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from timm.layers import resize_rel_pos_bias_table_simple
 from timm.models import adapt_input_conv
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from crossformer_vision.errors import UserError, counted
 from crossformer_vision.models import variants
 from crossformer_vision.models.dense.base import DenseModel, remap_keys
+from crossformer_vision.types import Checkpoint
 from crossformer_vision.weights.reading import read_checkpoint, select_weights
 
 log = logging.getLogger("crossformer_vision")
@@ -87,7 +87,7 @@ class _Target:
 
 
 def load_checkpoint(
-    model: nn.Module, checkpoint: str | os.PathLike[str] | dict[str, Any], adapt_classifier: bool = True
+    model: nn.Module, checkpoint: str | os.PathLike[str] | Checkpoint, adapt_classifier: bool = True
 ) -> LoadReport:
     """Load published or own weights into a network.
 
@@ -115,7 +115,7 @@ def load_checkpoint(
 
 
 def load_weights(
-    model: nn.Module, content: dict[str, Any], source: str, adapt_classifier: bool = True
+    model: nn.Module, content: Checkpoint, source: str, adapt_classifier: bool = True
 ) -> LoadReport:
     """``load_checkpoint`` for the content of a file.
 
@@ -270,7 +270,7 @@ def _best_names(
         stripped = {name: s.removeprefix(prefix) for name, s in stripped.items() if s.startswith(prefix)}
 
 
-def _as_tuple(value: Any) -> tuple[str, ...]:
+def _as_tuple(value: str | Iterable[str] | None) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value or ())
 
 

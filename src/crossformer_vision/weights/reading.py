@@ -5,8 +5,9 @@ import os
 import pickle
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import safetensors.torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from crossformer_vision.compat import codecs_encode, numpy_scalar
 from crossformer_vision.errors import UserError
+from crossformer_vision.types import Checkpoint
 
 # Signatures of files that are mistaken for checkpoints.
 OTHER_FORMATS = {
@@ -25,7 +27,7 @@ OTHER_FORMATS = {
 }
 # Types that files may contain besides tensors and plain values. Published classifier files contain their
 # training configuration, a yacs node, which is read as a dictionary, and best scores as NumPy scalars.
-SAFE_TYPES: list[Any] = [
+SAFE_TYPES: list[Callable[..., object] | tuple[Callable[..., object], str]] = [
     (OrderedDict, "yacs.config.CfgNode"),
     (numpy_scalar(), "numpy.core.multiarray.scalar"),
     (numpy_scalar(), "numpy._core.multiarray.scalar"),
@@ -35,7 +37,7 @@ SAFE_TYPES: list[Any] = [
 ]
 
 
-def read_checkpoint(source: str | os.PathLike[str] | BinaryIO) -> dict[str, Any]:
+def read_checkpoint(source: str | os.PathLike[str] | BinaryIO) -> Checkpoint:
     """Content of a safetensors or ``torch.save`` file.
 
     Args:
@@ -53,7 +55,7 @@ def read_checkpoint(source: str | os.PathLike[str] | BinaryIO) -> dict[str, Any]
         return _read(file, path)
 
 
-def _read(file: BinaryIO, path: Path) -> dict[str, Any]:
+def _read(file: BinaryIO, path: Path) -> Checkpoint:
     """Content of an open file with a path for messages."""
     start = file.read(64)
     file.seek(0)
@@ -65,10 +67,9 @@ def _read(file: BinaryIO, path: Path) -> dict[str, Any]:
             return _read_shards(path)
         if path.suffix == ".safetensors" or (start[8:9] == b"{" and start[4:8] == bytes(4)):
             # Under any name: eight bytes of length, then JSON.
-            content: dict[str, Any] = (
+            return (
                 safetensors.torch.load_file(path) if path.is_file() else safetensors.torch.load(file.read())
             )
-            return content
         with torch.serialization.safe_globals(SAFE_TYPES):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except UserError:
@@ -86,12 +87,12 @@ def _read(file: BinaryIO, path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_shards(index: Path) -> dict[str, Any]:
+def _read_shards(index: Path) -> Checkpoint:
     """All shards that an index (``model.safetensors.index.json``) lists, from its own folder."""
     names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     if not names:
         raise UserError(f"{index}: lists no shards")
-    content: dict[str, Any] = {}
+    content: Checkpoint = {}
     for name in names:
         if Path(name).name != name:
             raise UserError(f"{index}: names the shard {name}, which lies outside its folder")
@@ -99,7 +100,7 @@ def _read_shards(index: Path) -> dict[str, Any]:
     return content
 
 
-def select_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+def select_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """State dict in a checkpoint: averaged weights first, as in timm; or the checkpoint itself."""
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(checkpoint.get(key), dict):

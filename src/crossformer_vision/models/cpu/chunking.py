@@ -1,7 +1,6 @@
 """Compute large tensors in chunks that stay in the CPU cache. Measurements: docs/results/speed.md."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ def chunk_slices(x: Tensor, positions: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, max(len(x), 1), size)]
 
 
-def chunked_apply(positions: int, function: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
+def chunked_apply(positions: int, function: Callable[..., Tensor], x: Tensor, *args: object) -> Tensor:
     """``function(x, *args)``, computed chunk by chunk in CPU inference.
 
     Args:
@@ -37,10 +36,10 @@ def chunked_apply(positions: int, function: Callable[..., Tensor], x: Tensor, *a
     first, *others = chunk_slices(x, positions)
     if not others:
         return function(x, *args)
-    is_sliced = [isinstance(arg, Tensor) and len(arg) == len(x) for arg in args]
+    tensors = [arg if isinstance(arg, Tensor) and len(arg) == len(x) else None for arg in args]
 
     def apply(chunk: slice) -> Tensor:
-        sliced = (arg[chunk] if s else arg for arg, s in zip(args, is_sliced, strict=True))
+        sliced = (arg if t is None else t[chunk] for arg, t in zip(args, tensors, strict=True))
         return function(x[chunk], *sliced)
 
     y = apply(first)

@@ -1,6 +1,6 @@
 """Anchors, and their assignment to objects in memory that does not grow with the number of objects."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ class AnchorGenerator(anchor_utils.AnchorGenerator):
     @override
     def generate_anchors(
         self,
-        scales: Any,
-        aspect_ratios: Any,
+        scales: Sequence[float],
+        aspect_ratios: Sequence[float],
         dtype: torch.dtype = torch.float32,
         device: torch.device = torch.device("cpu"),  # noqa: B008
     ) -> Tensor:
@@ -54,8 +54,7 @@ class AnchorGenerator(anchor_utils.AnchorGenerator):
         device = feature_maps[0].device
         self.set_cell_anchors(torch.float32, device)  # half precision cannot represent large coordinates
         strides = [[torch.tensor(s, device=device)] * 2 for s in self.strides]
-        anchors: list[Tensor] = self.grid_anchors([list(x.shape[-2:]) for x in feature_maps], strides)
-        return anchors
+        return self.grid_anchors([list(x.shape[-2:]) for x in feature_maps], strides)
 
 
 def match_anchors(

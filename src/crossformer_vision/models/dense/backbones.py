@@ -15,13 +15,14 @@ from typing_extensions import override
 from crossformer_vision.errors import UserError
 from crossformer_vision.models import create_on_meta, find_model
 from crossformer_vision.models.grouping import ceil_div
+from crossformer_vision.types import Backbone, Kwargs
 
 STRIDES = (4, 8, 16, 32)
 # Keywords with which models of a fixed image size accept other sizes. Most models have no such keyword.
-ANY_SIZE_KWARGS: tuple[dict[str, Any], ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
+ANY_SIZE_KWARGS: tuple[Kwargs, ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
 
 
-def create_backbone(name: str, pretrained: bool = False, **backbone_args: Any) -> nn.Module:
+def create_backbone(name: str, pretrained: bool = False, **backbone_args: Any) -> Backbone:
     """Create a timm model that returns feature maps of images of any size.
 
     Models without all of the strides 4, 8, 16 and 32 are wrapped in a `SimpleFeaturePyramid`.
@@ -43,7 +44,7 @@ def create_backbone(name: str, pretrained: bool = False, **backbone_args: Any) -
     # timm's FeatureListNet drops the model's own no_weight_decay().
     if not hasattr(getattr(model, "model", model), "no_weight_decay"):
         original = create_on_meta(name, **size_kwargs, **backbone_args)
-        names = original.no_weight_decay() if hasattr(original, "no_weight_decay") else set()
+        names: set[str] = getattr(original, "no_weight_decay", set)()
         model.no_decay_names = {n for name in names for n in (name, name.replace(".", "_", 1))}
     if set(STRIDES) <= set(strides):
         _check_sizes(model, name, STRIDES, backbone_args)
@@ -55,9 +56,7 @@ def create_backbone(name: str, pretrained: bool = False, **backbone_args: Any) -
     return SimpleFeaturePyramid(model)
 
 
-def _create_features_only(
-    name: str, pretrained: bool, backbone_args: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
+def _create_features_only(name: str, pretrained: bool, backbone_args: Kwargs) -> tuple[Any, Kwargs]:
     """A ``features_only`` model and the arguments that let it take any image size."""
     for size_kwargs in ANY_SIZE_KWARGS:
         try:
@@ -75,7 +74,7 @@ def _create_features_only(
     raise UserError(f"model '{name}' has no argument img_size. Leave it out")
 
 
-def _check_sizes(model: Any, name: str, strides: Sequence[int], backbone_args: dict[str, Any]) -> None:
+def _check_sizes(model: Backbone, name: str, strides: Sequence[int], backbone_args: Kwargs) -> None:
     """Check that feature maps of images of several sizes have the expected sizes.
 
     A model with an explicit ``img_size`` is checked at this size only, because segmenters use windows of it.
@@ -123,7 +122,7 @@ class SimpleFeaturePyramid(nn.Module):
         body: A ``features_only`` model.
     """
 
-    def __init__(self, body: Any) -> None:
+    def __init__(self, body: Backbone) -> None:
         super().__init__()
         self.body = body
         channels = dict(zip(body.feature_info.reduction(), body.feature_info.channels(), strict=True))
@@ -163,13 +162,13 @@ def _rescaling_layers(stride: int, wanted: int, width: int) -> tuple[list[nn.Mod
     return layers, width
 
 
-def feature_channels(model: Any) -> list[int]:
+def feature_channels(model: Backbone) -> list[int]:
     """Channels of the feature maps at strides 4, 8, 16 and 32."""
     channels = dict(zip(model.feature_info.reduction(), model.feature_info.channels(), strict=True))
     return [channels[stride] for stride in STRIDES]
 
 
-def extract_feature_maps(model: Any, images: Tensor) -> list[Tensor]:
+def extract_feature_maps(model: Backbone, images: Tensor) -> list[Tensor]:
     """Compute the feature maps at strides 4, 8, 16 and 32.
 
     Images are zero-padded to at least 32 pixels and to multiples of 4, which many backbones require.

@@ -33,10 +33,8 @@ class DenseModel(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of the timm model's parameters without weight decay, such as position tables."""
         body = getattr(self.body, "model", self.body)
-        if hasattr(body, "no_weight_decay"):
-            names = body.no_weight_decay()
-        else:
-            names = getattr(body, "no_decay_names", ())
+        others = getattr(body, "no_decay_names", ())
+        names = body.no_weight_decay() if hasattr(body, "no_weight_decay") else others
         return {self.body_prefix + name for name in names}
 
     def rename_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -59,7 +57,7 @@ class DenseModel(nn.Module):
         return {**renamed, **{self.body_prefix + name: value for name, value in body.items()}}
 
 
-def remap_keys(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def remap_keys(model: object, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Map the keys of a classifier to those of a ``features_only`` model.
 
     Published keys become this library's keys. timm's ``FeatureListNet`` calls ``layers.0`` ``layers_0``.
@@ -76,7 +74,7 @@ def remap_keys(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return variants.checkpoint_filter_fn(state)
 
 
-def find_body_prefix(prefix: str, body: nn.Module) -> str:
+def find_body_prefix(prefix: str, body: object) -> str:
     """Prefix of a timm model's keys in a dense model that holds it under ``prefix``."""
     if isinstance(body, SimpleFeaturePyramid):
         return find_body_prefix(f"{prefix}body.", body.body)

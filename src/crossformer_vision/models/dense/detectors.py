@@ -21,6 +21,7 @@ import torch
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torchvision.models import detection
+from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -39,8 +40,11 @@ from crossformer_vision.models.dense.published_keys import MASK_RCNN_KEYS, RETIN
 from crossformer_vision.models.dense.roi_heads import RoIAlign, RoIHeads
 from crossformer_vision.models.dense.rpn import RPN
 from crossformer_vision.models.dense.transform import DetectorTransform
+from crossformer_vision.types import Backbone, Kwargs
 
 __all__ = ["MaskRCNN", "RetinaNet", "create_detector"]
+
+Objects = list[dict[str, Tensor]]  # of each image
 
 
 class RetinaNet(DenseModel, detection.RetinaNet):
@@ -60,13 +64,15 @@ class RetinaNet(DenseModel, detection.RetinaNet):
         **kwargs: Further arguments of torchvision's ``RetinaNet``, such as ``score_thresh``.
     """
 
+    head: RetinaNetHead
+    proposal_matcher: Matcher
     heads = ("backbone.fpn.", "backbone.body.scales.", "head.")
     class_layers = ("head.classification_head.cls_logits.",)
     published_names = RETINANET_KEYS
 
     def __init__(
         self,
-        body: nn.Module,
+        body: Backbone,
         num_classes: int,
         width: int,
         anchor_scale: float | None,
@@ -95,17 +101,16 @@ class RetinaNet(DenseModel, detection.RetinaNet):
         self.num_classes = num_classes
 
     @override
-    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+    def forward(self, images: list[Tensor], targets: Objects | None = None) -> dict[str, Tensor] | Objects:
         check_labels(targets, self.num_classes)
         return super().forward(images, targets)
 
     @override
     def compute_loss(
-        self, targets: list[dict[str, Tensor]], head_outputs: dict[str, Tensor], anchors: list[Tensor]
+        self, targets: Objects, head_outputs: dict[str, Tensor], anchors: list[Tensor]
     ) -> dict[str, Tensor]:
         # The batch is treated as one image, so that losses are divided by the positives of the batch.
-        matcher: Any = self.proposal_matcher
-        low, high = matcher.low_threshold, matcher.high_threshold
+        low, high = self.proposal_matcher.low_threshold, self.proposal_matcher.high_threshold
         matches, offset = [], 0
         for target, image_anchors in zip(targets, anchors, strict=True):
             match = match_anchors(target["boxes"], image_anchors, low, high)
@@ -116,8 +121,7 @@ class RetinaNet(DenseModel, detection.RetinaNet):
             "labels": torch.cat([target["labels"] for target in targets]) - 1,  # no background class
         }
         outputs = {name: x.flatten(0, 1)[None] for name, x in head_outputs.items()}
-        head: Any = self.head
-        return head.compute_loss([joined], outputs, [torch.cat(anchors)], [torch.cat(matches)])
+        return self.head.compute_loss([joined], outputs, [torch.cat(anchors)], [torch.cat(matches)])
 
     @override
     def postprocess_detections(
@@ -125,7 +129,7 @@ class RetinaNet(DenseModel, detection.RetinaNet):
         head_outputs: dict[str, list[Tensor]],
         anchors: list[list[Tensor]],
         image_shapes: list[tuple[int, int]],
-    ) -> list[dict[str, Tensor]]:
+    ) -> Objects:
         detections = super().postprocess_detections(head_outputs, anchors, image_shapes)
         return [{**result, "labels": result["labels"] + 1} for result in detections]
 
@@ -171,7 +175,7 @@ class MaskRCNN(DenseModel, GeneralizedRCNN):
 
     def __init__(
         self,
-        body: nn.Module,
+        body: Backbone,
         num_classes: int,
         width: int,
         anchor_scale: float | None,
@@ -239,7 +243,7 @@ class MaskRCNN(DenseModel, GeneralizedRCNN):
         self.num_classes = num_classes
 
     @override
-    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+    def forward(self, images: list[Tensor], targets: Objects | None = None) -> dict[str, Tensor] | Objects:
         check_labels(targets, self.num_classes)
         return super().forward(images, targets)
 
@@ -271,16 +275,17 @@ def _create_box_head(width: int, num_classes: int) -> tuple[nn.Module, nn.Module
     return head, predictor
 
 
-def _to_float32(module: nn.Module, args: Any, output: Any) -> Any:
+def _to_float32(module: nn.Module, args: object, output: object) -> object:
     """Forward hook of heads: boxes and losses are computed in float32 under autocast, too."""
     if isinstance(output, Tensor):
         return output.float()
     if isinstance(output, dict):
         return {name: x.float() for name, x in output.items()}
+    assert isinstance(output, (list, tuple))
     return type(output)(_to_float32(module, args, x) for x in output)
 
 
-def check_labels(targets: list[dict[str, Tensor]] | None, num_classes: int) -> None:
+def check_labels(targets: Objects | None, num_classes: int) -> None:
     """Check that labels of targets run from 1 to ``num_classes``; 0 is the background.
 
     Args:
@@ -323,7 +328,7 @@ def create_detector(
     max_detections: int = 100,
     min_size: int | list[int] = 800,
     max_size: int = 1333,
-    backbone_args: dict[str, Any] | None = None,
+    backbone_args: Kwargs | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Create RetinaNet or Mask R-CNN on a timm backbone, with the interface of torchvision's detectors.

@@ -1,7 +1,6 @@
 """Feature pyramid networks (FPN, arXiv 1612.03144) on timm backbones."""
 
 from collections import OrderedDict
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from typing_extensions import override
 
 from crossformer_vision.models.dense.backbones import extract_feature_maps, feature_channels
+from crossformer_vision.types import Backbone
 
 
 class BackboneWithFPN(nn.Module):
@@ -27,7 +27,7 @@ class BackboneWithFPN(nn.Module):
     """
 
     def __init__(
-        self, body: nn.Module, width: int, first: int = 0, extra: ExtraFPNBlock | None = None
+        self, body: Backbone, width: int, first: int = 0, extra: ExtraFPNBlock | None = None
     ) -> None:
         super().__init__()
         self.body = body
@@ -82,7 +82,8 @@ def _stable_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 def init_xavier(module: nn.Module) -> None:
     """Initialize convolutions and linear layers with Xavier's uniform distribution and zero biases."""
-    layers: Any = [layer for layer in module.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-    for layer in layers:
-        nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            assert layer.bias is not None
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)

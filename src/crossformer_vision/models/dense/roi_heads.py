@@ -1,7 +1,5 @@
 """Box and mask heads of Mask R-CNN with the pooling and losses of OpenMMLab."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +10,9 @@ from typing_extensions import override
 
 from crossformer_vision.models.dense.backbones import STRIDES
 from crossformer_vision.models.dense.masks import crop_mask_targets
+
+Maps = dict[str, Tensor]
+Sizes = list[tuple[int, int]]
 
 
 class RoIAlign(MultiScaleRoIAlign):
@@ -28,9 +29,7 @@ class RoIAlign(MultiScaleRoIAlign):
         super().__init__(["0", "1", "2", "3"], size, sampling_ratio=0)
 
     @override
-    def forward(
-        self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
-    ) -> Tensor:
+    def forward(self, x: Maps, boxes: list[Tensor], image_shapes: Sizes) -> Tensor:
         image = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
         return self.pool(
             [x[name] for name in self.featmap_names], torch.cat([image, torch.cat(boxes)], dim=1)
@@ -64,9 +63,9 @@ class RoIHeads(roi_heads.RoIHeads):
     @override
     def forward(
         self,
-        features: dict[str, Tensor],
+        features: Maps,
         proposals: list[Tensor],
-        image_shapes: list[tuple[int, int]],
+        image_shapes: Sizes,
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         if targets is not None and self.training:
@@ -84,7 +83,7 @@ class RoIHeads(roi_heads.RoIHeads):
         return results, {}
 
     def _compute_losses(
-        self, features: Any, proposals: list[Tensor], image_shapes: Any, targets: list[dict[str, Tensor]]
+        self, features: Maps, proposals: list[Tensor], image_shapes: Sizes, targets: list[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         proposals, matched, labels, regression = self.select_training_samples(proposals, targets)
         logits, deltas = self._predict_boxes(features, proposals, image_shapes)
@@ -96,15 +95,17 @@ class RoIHeads(roi_heads.RoIHeads):
         losses["loss_mask"] = compute_mask_loss(mask_logits, rois, objects, targets)
         return losses
 
-    def _predict_boxes(self, features: Any, rois: list[Tensor], image_shapes: Any) -> tuple[Tensor, Tensor]:
+    def _predict_boxes(
+        self, features: Maps, rois: list[Tensor], image_shapes: Sizes
+    ) -> tuple[Tensor, Tensor]:
         pooled = self._pool(self.box_roi_pool, features, rois, image_shapes)
         return self.box_predictor(self.box_head(pooled))
 
-    def _predict_masks(self, features: Any, rois: list[Tensor], image_shapes: Any) -> Tensor:
+    def _predict_masks(self, features: Maps, rois: list[Tensor], image_shapes: Sizes) -> Tensor:
         pooled = self._pool(self.mask_roi_pool, features, rois, image_shapes)
         return self.mask_predictor(self.mask_head(pooled))
 
-    def _pool(self, pool: nn.Module, features: Any, rois: list[Tensor], image_shapes: Any) -> Tensor:
+    def _pool(self, pool: nn.Module, features: Maps, rois: list[Tensor], image_shapes: Sizes) -> Tensor:
         """Pool in float32 and convert to the dtype of the weights."""
         return pool(features, rois, image_shapes).to(next(self.parameters()).dtype)
 

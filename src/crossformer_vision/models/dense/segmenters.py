@@ -5,7 +5,7 @@ images of any size to logits of the same size. ``windows.py`` adds sliding windo
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from crossformer_vision.models.dense.backbones import (
 from crossformer_vision.models.dense.base import DenseModel, find_body_prefix
 from crossformer_vision.models.dense.feature_pyramid import BackboneWithFPN
 from crossformer_vision.models.dense.published_keys import NECK_KEYS, SEGMENTER_HEAD_KEYS
+from crossformer_vision.types import Backbone, Kwargs
 
 __all__ = ["SemanticFPN", "UPerNet", "create_segmenter"]
 
@@ -168,10 +169,11 @@ class SemanticFPN(DenseModel):
     """
 
     heads = ("backbone.fpn.", "backbone.body.scales.", "head.")
+    has_fixed_size: bool
     class_layers = ("head.conv_seg.",)
     published_names = [*NECK_KEYS, *SEGMENTER_HEAD_KEYS]
 
-    def __init__(self, body: nn.Module, num_classes: int, width: int = 256, dropout: float = 0.1) -> None:
+    def __init__(self, body: Backbone, num_classes: int, width: int = 256, dropout: float = 0.1) -> None:
         super().__init__()
         self.backbone = BackboneWithFPN(body, width)
         self.head = SemanticFPNHead(width, width // 2, num_classes, dropout)
@@ -196,10 +198,11 @@ class UPerNet(DenseModel):
     """
 
     heads = ("backbone.scales.", "head.", "auxiliary_head.")
+    has_fixed_size: bool
     class_layers = ("head.conv_seg.", "auxiliary_head.conv_seg.")
     published_names = SEGMENTER_HEAD_KEYS
 
-    def __init__(self, body: nn.Module, num_classes: int, width: int = 512, dropout: float = 0.1) -> None:
+    def __init__(self, body: Backbone, num_classes: int, width: int = 512, dropout: float = 0.1) -> None:
         super().__init__()
         channels = feature_channels(body)
         self.backbone = body
@@ -223,7 +226,7 @@ class UPerNet(DenseModel):
         return resize(logits, whole)[..., :H, :W], resize(auxiliary, whole)[..., :H, :W]
 
 
-SEGMENTERS: dict[str, Any] = {"semantic_fpn": SemanticFPN, "upernet": UPerNet}
+SEGMENTERS: dict[str, type[SemanticFPN] | type[UPerNet]] = {"semantic_fpn": SemanticFPN, "upernet": UPerNet}
 
 
 def create_segmenter(
@@ -233,7 +236,7 @@ def create_segmenter(
     pretrained: bool = False,
     width: int | None = None,
     dropout: float = 0.1,
-    backbone_args: dict[str, Any] | None = None,
+    backbone_args: Kwargs | None = None,
 ) -> nn.Module:
     """Create Semantic FPN or UPerNet on a timm backbone.
 
@@ -260,6 +263,6 @@ def create_segmenter(
     if name not in SEGMENTERS:
         raise ValueError(f"unknown segmenter '{name}'. Choose from {', '.join(SEGMENTERS)}")
     body = create_backbone(backbone, pretrained, **(backbone_args or {}))
-    net: Any = SEGMENTERS[name](body, num_classes, dropout=dropout, **({"width": width} if width else {}))
+    net = SEGMENTERS[name](body, num_classes, dropout=dropout, **({"width": width} if width else {}))
     net.has_fixed_size = bool(find_model(backbone).fixed_input_size)
     return net

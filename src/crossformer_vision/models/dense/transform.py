@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -93,7 +92,7 @@ def return_mask_crops(net: nn.Module) -> Iterator[None]:
     Args:
         net: Detector. Modules without a `DetectorTransform`, such as exported ones, are not changed.
     """
-    transform: Any = getattr(net, "transform", None)
+    transform = getattr(net, "transform", None)
     if isinstance(transform, DetectorTransform):
         transform.paste = False
     try:

@@ -1,7 +1,6 @@
 """Apply segmenters with sliding windows, scales and flips."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +36,7 @@ def sliding_window(net: Net, images: Tensor, window: int, stride: int) -> Tensor
     H, W = images.shape[2:]
     if max(H, W) <= window:
         return net(images)[..., : size[0], : size[1]]
-    total: Any = None
+    total: Tensor | None = None
     count = images.new_zeros(1, 1, H, W)
     for y in window_starts(H, window, stride):
         for x in window_starts(W, window, stride):
@@ -47,6 +46,7 @@ def sliding_window(net: Net, images: Tensor, window: int, stride: int) -> Tensor
                 total = logits.new_zeros(*logits.shape[:2], H, W)
             total[area] += logits
             count[area] += 1
+    assert total is not None
     return total.div_(count)[..., : size[0], : size[1]]
 
 
@@ -137,7 +137,7 @@ def segment(
         Probabilities, shape ``(B, num_classes, *size)``. May overwrite the logits of the network.
     """
     size = size or (views[0].shape[2], views[0].shape[3])
-    total: Any = None
+    total: Tensor | None = None
     for images in views:
         for is_mirrored in [False, True] if flip else [False]:
             view = images.flip(3) if is_mirrored else images
@@ -147,6 +147,7 @@ def segment(
                 total = probabilities
             else:  # in place, unless autograd needs the sum
                 total = total + probabilities if probabilities.requires_grad else total.add_(probabilities)
+    assert total is not None
     count = len(views) * (1 + flip)
     return total if count == 1 else total.div_(count)
 
