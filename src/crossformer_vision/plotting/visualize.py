@@ -152,8 +152,7 @@ def plot_confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], pat
 def _plot_confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], path: Path) -> None:
     n = len(classes)
     side = max(4.5, min(12.0, 1.5 + 0.5 * n))
-    figure, axes = subplots(side, side)
-    axis = axes[0][0]
+    figure, [[axis]] = subplots(side, side)
     shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
     figure.colorbar(
         axis.imshow(shares, vmin=0, vmax=1, cmap="Blues"), shrink=0.7, label="share of the true class"
@@ -358,8 +357,7 @@ def _plot_class_bars(classes: Sequence[str], values: NDArray[np.float64], name: 
     order = [
         int(k) for k in np.argsort(-np.nan_to_num(values, nan=-1), kind="stable") if not np.isnan(values[k])
     ]
-    figure, axes = subplots(7, 1.2 + 0.22 * len(order))
-    axis = axes[0][0]
+    figure, [[axis]] = subplots(7, 1.2 + 0.22 * len(order))
     axis.barh(range(len(order)), values[order], color=class_colors(len(classes))[order] / 255)
     axis.set_yticks(range(len(order)), [classes[k] for k in order])
     for place, k in enumerate(order):

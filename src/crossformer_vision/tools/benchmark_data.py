@@ -236,8 +236,7 @@ def plot(loading: dict[int, float], training: float, path: Path) -> None:
         training: Images per second of the network.
         path: PNG file to write.
     """
-    figure, axes = visualize.subplots(5.5, 3.6)
-    axis = axes[0][0]
+    figure, [[axis]] = visualize.subplots(5.5, 3.6)
     axis.bar([str(workers) for workers in loading], list(loading.values()), color="#56b4e9", label="loading")
     axis.axhline(training, color="#d55e00", lw=2, label=f"network: {training:.0f}")
     axis.set(xlabel="workers", ylabel="images per second", ylim=(0, 1.2 * max(training, *loading.values())))

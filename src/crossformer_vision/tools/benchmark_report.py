@@ -67,8 +67,7 @@ def plot_throughput(results: list[JsonObject], path: Path) -> None:
     """
     from matplotlib.ticker import StrMethodFormatter
 
-    figure, axes = visualize.subplots(8, 5)
-    axis = axes[0][0]
+    figure, [[axis]] = visualize.subplots(8, 5)
     timed = [entry for entry in results if entry.get("macs") and "error" not in entry]
     keys = ("step", "engine", "dtype", "batch", "size")
     varied = [key for key in keys if len({str(entry[key]) for entry in timed}) > 1]

@@ -176,8 +176,7 @@ def plot(rows: list[JsonObject], metric: str, path: Path) -> None:
     """
     plotted = [row for row in rows if row["mean"] is not None and row["macs"]]
     with use_fonts_for([row["row"] for row in plotted]):
-        figure, axes = visualize.subplots(7.5, 4.8)
-        axis = axes[0][0]
+        figure, [[axis]] = visualize.subplots(7.5, 4.8)
         for row in plotted:
             axis.errorbar(row["macs"] / 1e9, row["mean"], yerr=row["std"], fmt="o", capsize=3)
         axis.set(xlabel="GMACs per image", ylabel=visualize.metric_label(metric))

@@ -172,10 +172,10 @@ def attention_page(
     return Image.open(stream)
 
 
-def block_pair(blocks: Sized, block: int) -> list[int]:
+def block_pair(blocks: Sized, block: int) -> range:
     """The SDA and LDA block of the pair that a block belongs to. The last one may have no partner."""
     first = block - block % 2
-    return [b for b in (first, first + 1) if b < len(blocks)]
+    return range(first, min(first + 2, len(blocks)))
 
 
 def position_at(point: tuple[float, float], H: int, W: int) -> tuple[int, int]:
@@ -306,13 +306,7 @@ def _draw_groups(
 
 
 def _draw_attention(
-    page: _Page,
-    axes: list[Axes],
-    recorded: Record,
-    layers: Layers,
-    stage: int,
-    pair: list[int],
-    head: int | None,
+    page: _Page, axes: list[Axes], recorded: Record, layers: Layers, stage: int, pair: range, head: int | None
 ) -> None:
     """Draw the attention of the examined position in two blocks."""
     heads = "mean of heads" if head is None else f"head {head + 1}"
