@@ -1,7 +1,8 @@
 """Private and undocumented APIs of other libraries, each with the version it was tested with."""
 
 import platform
-from collections.abc import Iterator
+from argparse import Action
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.data import DataLoader
+
+from crossformer_vision.types import JsonObject
 
 if TYPE_CHECKING:
     import lightning as L
+    from jsonargparse import ArgumentParser, Namespace
+    from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from timm.models._features import FeatureGetterNet as FeatureGetterNet
 from timm.models._features import feature_take_indices as feature_take_indices
@@ -54,7 +60,7 @@ def in_forward_ad() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
-def muon_coefficients(value: Any) -> list[tuple[float, float, float]]:
+def muon_coefficients(value: str | Sequence[Sequence[float]]) -> list[tuple[float, float, float]]:
     """Coefficients of the Newton-Schulz iterations of timm's Muon. Tested with timm 1.0.31.
 
     Args:
@@ -91,10 +97,9 @@ def is_accumulating_gradients(trainer: "L.Trainer") -> bool:
     return trainer.fit_loop._should_accumulate()
 
 
-def batch_progress(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def batch_progress(checkpoint: dict[str, Any]) -> JsonObject:
     """Lightning's counters of batches in a checkpoint of a fit. Tested with lightning 2.6."""
-    progress: dict[str, Any] = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    return progress
+    return checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
 
 
 def epochs_started(checkpoint: dict[str, Any]) -> int:
@@ -102,26 +107,24 @@ def epochs_started(checkpoint: dict[str, Any]) -> int:
     return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"])
 
 
-def parser_actions(parser: Any) -> list[Any]:
+def parser_actions(parser: "ArgumentParser") -> list[Action]:
     """All actions of an argparse or jsonargparse parser. Tested with Python 3.13 and jsonargparse 4.49."""
     return list(parser._actions)
 
 
-def argument_types(parser: Any) -> dict[str, Any]:
+def argument_types(parser: "ArgumentParser") -> dict[str, object]:
     """Type of each argument of a jsonargparse parser by its name. Tested with jsonargparse 4.49."""
     return {action.dest: getattr(action, "_typehint", None) or action.type for action in parser._actions}
 
 
-def oblivious_sizes() -> AbstractContextManager[Any]:
+def oblivious_sizes() -> AbstractContextManager[object]:
     """Context in which tracing does not treat sizes of 0 and 1 as special. Tested with torch 2.15."""
     import torch.fx.experimental._config as config
 
-    patch: Any = config.patch  # type: ignore[attr-defined]
-    context: AbstractContextManager[Any] = patch(backed_size_oblivious=True)
-    return context
+    return config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
 
 
-def assume(condition: Any) -> None:
+def assume(condition: bool | torch.SymBool) -> None:
     """Tell the tracer that a condition on sizes holds. Tested with torch 2.15."""
     torch._check(condition)
 
@@ -171,13 +174,13 @@ def has_hooks(module: nn.Module) -> bool:
     return any((*hooks, module._backward_hooks))
 
 
-def instantiate(parser: Any, config: Any) -> Any:
+def instantiate(parser: "ArgumentParser", config: "Namespace") -> "Namespace":
     """Build the objects that a configuration describes. Renamed in jsonargparse 4.49; tested with 4.49."""
     build = getattr(parser, "instantiate", None) or parser.instantiate_classes
     return build(config)
 
 
-def dump_config(parser: Any, config: Any) -> str:
+def dump_config(parser: "ArgumentParser", config: "Namespace") -> str:
     """A configuration as YAML, with null values, without values that follow from others.
 
     An argument was renamed in jsonargparse 4.49; tested with 4.49.
@@ -186,34 +189,33 @@ def dump_config(parser: Any, config: Any) -> str:
     return str(parser.dump(config, skip_link_targets=True, **options))
 
 
-def numpy_scalar() -> Any:
+def numpy_scalar() -> Callable[..., object]:
     """NumPy's function that restores a pickled scalar from a dtype and bytes. Tested with NumPy 2.4."""
-    return np.float64(0).__reduce__()[0]
+    return np.float64(0).__reduce__()[0]  # type: ignore[return-value]
 
 
-def codecs_encode() -> Any:
+def codecs_encode() -> Callable[..., object]:
     """The function that pickled NumPy scalars use to encode bytes. Tested with Python 3.13."""
     import _codecs
 
     return _codecs.encode
 
 
-def shut_down_workers(loader: Any) -> None:
+def shut_down_workers(loader: DataLoader[object]) -> None:
     """End the workers of a DataLoader, as Lightning does. Tested with torch 2.15."""
-    workers: Any = loader._iterator
+    workers = loader._iterator
     loader._iterator = None
-    if hasattr(workers, "_shutdown_workers"):
+    if workers is not None and hasattr(workers, "_shutdown_workers"):
         workers._shutdown_workers()
 
 
-def rpn_proposal_counts(rpn: nn.Module) -> tuple[int, int]:
+def rpn_proposal_counts(rpn: "RegionProposalNetwork") -> tuple[int, int]:
     """Proposals before (per level) and after (per image) non-maximum suppression, in evaluation.
 
     Args:
         rpn: A torchvision ``RegionProposalNetwork``. Tested with torchvision 0.29.
     """
-    module: Any = rpn
-    return module._pre_nms_top_n["testing"], module._post_nms_top_n["testing"]
+    return rpn._pre_nms_top_n["testing"], rpn._post_nms_top_n["testing"]
 
 
 @contextmanager

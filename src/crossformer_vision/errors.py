@@ -6,7 +6,6 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 
 class UserError(ValueError):
@@ -67,7 +66,7 @@ def missing_extra(error: ImportError, extra: str) -> UserError:
     return UserError(f"{error.name} is not installed: pip install 'crossformer-vision[{extra}]'")
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Check that an argument is one of several values.
 
     Args:
@@ -100,7 +99,7 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
         raise UserError(f"{name}={value!r}: must be a number {bounds}")
 
 
-def check_names(source: Any, names: Sequence[str]) -> None:
+def check_names(source: object, names: Sequence[str]) -> None:
     """Check that class names are not empty and unique.
 
     Args:

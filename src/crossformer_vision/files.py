@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ class AtomicCheckpoints(TorchCheckpointIO):
     """Atomic checkpoints: a full disk or a killed process leaves the previous file untouched."""
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None
+    ) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
@@ -80,7 +83,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
     @override
     def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+        self, path: str | Path, map_location: object = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         from crossformer_vision.weights.reading import read_checkpoint
 
@@ -94,9 +97,9 @@ def _find_reason(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def read_csv(path: str | Path) -> list[dict[str, Any]]:
+def read_csv(path: str | Path) -> list[dict[str, float]]:
     """Read the ``metrics.csv`` of a run or of Lightning's ``CSVLogger``: one dictionary per epoch."""
-    rows: dict[int, dict[str, Any]] = {}
+    rows: dict[int, dict[str, float]] = {}
     with Path(path).open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
             values = {k: int(v) if v.isdigit() else float(v) for k, v in row.items() if v}
@@ -128,7 +131,7 @@ def write_text(path: Path, text: str, errors: str = "backslashreplace") -> None:
         ) from None
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write rows to a CSV file atomically. The columns are the union of their keys."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
@@ -137,6 +140,6 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     write_text(path, text.getvalue())
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,8 +1,7 @@
 """Drawing into images: boxes, masks, class maps, captions and legends."""
 
 import colorsys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +20,14 @@ COLORS = (
     (204, 121, 167),
 )
 
+Objects = Mapping[str, NDArray[np.number]]
+"""Objects of an image, see `draw_objects`."""
+
 MAX_LABELED_OBJECTS = 30  # maximum number of objects in an image with labels
 OVERLAY_OPACITY = 0.6
 
 
-def draw_objects(image: Image.Image, objects: dict[str, NDArray[Any]], classes: Sequence[str]) -> Image.Image:
+def draw_objects(image: Image.Image, objects: Objects, classes: Sequence[str]) -> Image.Image:
     """Draw masks, boxes, classes and scores into an image.
 
     Classes and scores are not written for more than ``MAX_LABELED_OBJECTS`` objects.
@@ -101,9 +103,7 @@ def add_caption(image: Image.Image, lines: Sequence[str]) -> Image.Image:
     return page
 
 
-def enlarge(
-    image: Image.Image, objects: dict[str, NDArray[Any]], factor: int
-) -> tuple[Image.Image, dict[str, NDArray[Any]]]:
+def enlarge(image: Image.Image, objects: Objects, factor: int) -> tuple[Image.Image, Objects]:
     """Enlarge an image and its objects.
 
     Args:
@@ -111,10 +111,10 @@ def enlarge(
         objects: See `draw_objects`.
         factor: Integer factor.
     """
-    objects = {**objects, "boxes": objects["boxes"] * factor}
+    larger = {**objects, "boxes": objects["boxes"] * factor}
     if "masks" in objects:
-        objects["masks"] = objects["masks"].repeat(factor, 1).repeat(factor, 2)
-    return image.resize((image.width * factor, image.height * factor)), objects
+        larger["masks"] = objects["masks"].repeat(factor, 1).repeat(factor, 2)
+    return image.resize((image.width * factor, image.height * factor)), larger
 
 
 def class_colors(classes: int) -> NDArray[np.uint8]:
@@ -127,7 +127,7 @@ def class_colors(classes: int) -> NDArray[np.uint8]:
     return np.array(colors, np.uint8)
 
 
-def overlay_class_map(image: Image.Image, class_map: NDArray[np.integer[Any]]) -> Image.Image:
+def overlay_class_map(image: Image.Image, class_map: NDArray[np.integer]) -> Image.Image:
     """Overlay the grayscale image with the colors of its classes. Pixels with value 255 are not changed.
 
     Args:
@@ -151,9 +151,7 @@ def legend_colors(classes: int) -> NDArray[np.uint8]:
     )
 
 
-def add_legend(
-    picture: Image.Image, class_map: NDArray[np.integer[Any]], classes: Sequence[str]
-) -> Image.Image:
+def add_legend(picture: Image.Image, class_map: NDArray[np.integer], classes: Sequence[str]) -> Image.Image:
     """Add a legend below an image: colors and names of the classes in its class map, the largest first.
 
     Args:

@@ -4,10 +4,11 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
 from warnings import catch_warnings, filterwarnings
 
 from PIL import ImageFont
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 log = logging.getLogger("crossformer_vision")
 
@@ -57,7 +58,7 @@ def _beyond_ascii(texts: Iterable[str]) -> frozenset[str]:
     return frozenset(c for text in texts for c in text if not c.isascii() and not c.isspace())
 
 
-def load_font(texts: Iterable[str], size: int) -> Any:
+def load_font(texts: Iterable[str], size: int) -> Font:
     """Load a Pillow font that has the glyphs of texts.
 
     Args:
@@ -94,7 +95,7 @@ def shorten(text: str, length: int) -> str:
     return f"{text[:head]}…{text[len(text) - max(0, length - 1 - head) :]}"
 
 
-def fit_text(text: str, font: Any, width: float) -> str:
+def fit_text(text: str, font: Font, width: float) -> str:
     """Shorten a text until it is at most ``width`` pixels wide.
 
     Args:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crossformer_vision.plotting.drawing import (
+    Objects,
     class_colors,
     draw_objects,
     enlarge,
@@ -16,8 +17,11 @@ from crossformer_vision.plotting.drawing import (
     overlay_class_map,
 )
 from crossformer_vision.plotting.fonts import shorten, use_fonts_for
+from crossformer_vision.types import Kwargs
 
 if TYPE_CHECKING:  # matplotlib is imported only when a plot is drawn
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MAX_NAME_LENGTH = 24  # characters of a class name in a plot
@@ -30,7 +34,7 @@ def metric_label(metric: str) -> str:
     return METRIC_LABELS.get(name, name.replace("_ap", " AP").replace("_", " "))
 
 
-def subplots(width: float, height: float, rows: int = 1, cols: int = 1) -> tuple[Any, Any]:
+def subplots(width: float, height: float, rows: int = 1, cols: int = 1) -> "tuple[Figure, list[list[Axes]]]":
     """Create a figure and a 2D array of its axes, without pyplot's global state.
 
     Args:
@@ -42,17 +46,17 @@ def subplots(width: float, height: float, rows: int = 1, cols: int = 1) -> tuple
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, cols, squeeze=False)
+    return figure, figure.subplots(rows, cols, squeeze=False).tolist()
 
 
-def save_figure(figure: Any, path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
     """Save a figure as PNG, with fewer dots per inch if a side would exceed 20,000 pixels."""
     figure.savefig(path, dpi=min(110, 20000 / max(figure.get_size_inches())))
 
 
-def _legend(owner: Any, handles: Sequence[Any], names: Sequence[str], **options: Any) -> None:
+def _legend(owner: "Axes | Figure", handles: "Sequence[Artist]", names: Sequence[str], **how: Any) -> None:
     """Add a legend with all names. matplotlib skips labels that begin with an underscore."""
-    legend = owner.legend(handles, ["-"] * len(names), **options)
+    legend = owner.legend(handles, ["-"] * len(names), **how)
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_text(shorten(name, MAX_NAME_LENGTH))
 
@@ -121,7 +125,7 @@ def plot_curves(rows: Sequence[dict[str, float]], path: Path | None, monitor: st
             place = (best["epoch"] + 1, best[monitor])
             axis.plot(*place, "k*", ms=11, label=f"best {metric_label(monitor)}: {best[monitor]:.4f}")
         axis.set(title=title, xlabel="epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
         axis.set_xlim(0.5, max(row["epoch"] for row in rows) + 1.5)
         axis.grid(alpha=0.3)
         if group and group != ["lr"]:
@@ -148,8 +152,7 @@ def plot_confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], pat
 def _plot_confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], path: Path) -> None:
     n = len(classes)
     side = max(4.5, min(12.0, 1.5 + 0.5 * n))
-    figure, axes = subplots(side, side)
-    axis = axes[0][0]
+    figure, [[axis]] = subplots(side, side)
     shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
     figure.colorbar(
         axis.imshow(shares, vmin=0, vmax=1, cmap="Blues"), shrink=0.7, label="share of the true class"
@@ -182,10 +185,10 @@ def plot_predictions(shown: Sequence[tuple[NDArray[np.float32], str, str, float]
 def _plot_predictions(shown: Sequence[tuple[NDArray[np.float32], str, str, float]], path: Path) -> None:
     cols = min(8, len(shown))
     rows = -(-len(shown) // cols)
-    figure, axes = subplots(1.6 * cols, 1.9 * rows, rows, cols)
-    for axis in axes.flat:
+    figure, _ = subplots(1.6 * cols, 1.9 * rows, rows, cols)
+    for axis in figure.axes:
         axis.axis("off")
-    for axis, (image, true, predicted, probability) in zip(axes.flat, shown):
+    for axis, (image, true, predicted, probability) in zip(figure.axes, shown):
         axis.imshow(image)
         right = true == predicted
         title = f"{shorten(predicted, 18)} {probability:.0%}"
@@ -235,7 +238,7 @@ def _plot_precision_recall(kinds: dict[str, dict[str, NDArray[np.float64]]], pat
 
 
 def plot_detections(
-    rows: Sequence[tuple[NDArray[np.float32], dict[str, NDArray[Any]], dict[str, NDArray[Any]]]],
+    rows: Sequence[tuple[NDArray[np.float32], Objects, Objects]],
     classes: Sequence[str],
     path: Path,
 ) -> None:
@@ -250,7 +253,7 @@ def plot_detections(
     lines = -(-len(rows) // 2)
     tallest = min(3.0, max(pixels.shape[0] / pixels.shape[1] for pixels, _, _ in rows))
     figure, axes = subplots(13, (3.2 * tallest + 0.3) * lines, lines, 4)
-    for axis in axes.flat:
+    for axis in figure.axes:
         axis.axis("off")
     for k, (pixels, truth, found) in enumerate(rows):
         image = Image.fromarray((pixels * 255).round().astype(np.uint8))
@@ -308,7 +311,7 @@ def _plot_segmentations(
     save_figure(figure, path)
 
 
-def label_points(figure: Any, axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
+def label_points(figure: "Figure", axis: "Axes", points: Sequence[tuple[float, float, str]]) -> None:
     """Label points of a plot. Labels that would overlap are moved down and connected by a line.
 
     Args:
@@ -322,11 +325,11 @@ def label_points(figure: Any, axis: Any, points: Sequence[tuple[float, float, st
     figure.set_layout_engine("none")  # it would move the points to make room for the labels
     unit = figure.dpi / 72
     line = dict(arrowstyle="-", lw=0.5, color="0.5", shrinkA=0, shrinkB=3)
-    centres = axis.transData.transform([point[:2] for point in points]) if points else []
+    centres = axis.transData.transform([point[:2] for point in points]) if points else np.empty((0, 2))
     taken = [Bbox.from_bounds(x - 3 * unit, y - 3 * unit, 6 * unit, 6 * unit) for x, y in centres]
     for (at_x, at_y), (x, y, name) in sorted(zip(centres, points, strict=True), key=lambda pair: -pair[0][1]):
-        how = dict(xytext=(0, 0), textcoords="offset points", va="center", fontsize=8, arrowprops=line)
-        label = axis.annotate(name, (x, y), **how)
+        how: Kwargs = dict(textcoords="offset points", va="center", fontsize=8, arrowprops=line)
+        label = axis.annotate(name, (x, y), (0, 0), **how)
         size = label.get_window_extent()
         left = max(axis.bbox.x0, min(at_x + 12 * unit, axis.bbox.x1 - size.width))
         box = Bbox.from_bounds(left, at_y - size.height / 2, size.width, size.height)
@@ -354,8 +357,7 @@ def _plot_class_bars(classes: Sequence[str], values: NDArray[np.float64], name: 
     order = [
         int(k) for k in np.argsort(-np.nan_to_num(values, nan=-1), kind="stable") if not np.isnan(values[k])
     ]
-    figure, axes = subplots(7, 1.2 + 0.22 * len(order))
-    axis = axes[0][0]
+    figure, [[axis]] = subplots(7, 1.2 + 0.22 * len(order))
     axis.barh(range(len(order)), values[order], color=class_colors(len(classes))[order] / 255)
     axis.set_yticks(range(len(order)), [classes[k] for k in order])
     for place, k in enumerate(order):

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +18,10 @@ from crossformer_vision.tools.benchmark_step import DTYPES, FROZEN, Row, Step, c
 from crossformer_vision.tools.info import count_macs
 from crossformer_vision.tools.timing import peak_memory, time_interleaved
 from crossformer_vision.training.run import environment_info
+from crossformer_vision.types import JsonObject
 
 
-def _comparable_outputs(out: Any) -> list[Tensor]:
+def _comparable_outputs(out: object) -> list[Tensor]:
     """Logits or feature maps in float32; empty for other outputs."""
     if isinstance(out, Tensor):
         return [out.detach().float()]
@@ -30,7 +30,7 @@ def _comparable_outputs(out: Any) -> list[Tensor]:
     return []
 
 
-def relative_difference(out: Any, reference: Any) -> float | None:
+def relative_difference(out: object, reference: object) -> float | None:
     """Maximum difference of two outputs, in relation to the maximum of the second.
 
     Args:
@@ -52,7 +52,7 @@ def run_benchmark(
     rounds: int = 7,
     seconds: float = 2.0,
     log: Callable[[str], None] = print,
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """Time all rows in one interleaved run.
 
     Args:
@@ -73,12 +73,12 @@ def run_benchmark(
     """
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # synchronization and memory statistics refer to the current device
-    results: list[dict[str, Any]] = []
+    results: list[JsonObject] = []
     calls: dict[str, Callable[[], object]] = {}
-    references: dict[tuple[Any, ...], Any] = {}
+    references: dict[tuple[object, ...], object] = {}
     for row in rows:
         log(f"  {row}")
-        entry: dict[str, Any] = {**row.__dict__, "size": list(row.size)}
+        entry: JsonObject = {**row.__dict__, "size": list(row.size)}
         results.append(entry)
         try:
             calls[str(row)] = _prepare(row, device, entry, references)
@@ -88,7 +88,7 @@ def run_benchmark(
             entry["error"] = (str(error) or type(error).__name__).splitlines()[0]
     times = time_interleaved(calls | matrix_products(rows, device), seconds, rounds)
     medians = {name: statistics.median(row_times) for name, row_times in times.items()}
-    first_rates: dict[tuple[Any, ...], float] = {}
+    first_rates: dict[tuple[object, ...], float] = {}
     for row, entry in zip(rows, results):
         if "error" in entry:
             continue
@@ -108,7 +108,7 @@ def run_benchmark(
 
 
 def _prepare(
-    row: Row, device: torch.device, entry: dict[str, Any], references: dict[tuple[Any, ...], Any]
+    row: Row, device: torch.device, entry: JsonObject, references: dict[tuple[object, ...], object]
 ) -> Step:
     """Compile a row and measure everything but its time.
 
@@ -179,7 +179,7 @@ def row_macs(row: Row) -> float | None:
         return None
 
 
-def run(rows: list[Row], device: torch.device, rounds: int, output: Path) -> list[dict[str, Any]]:
+def run(rows: list[Row], device: torch.device, rounds: int, output: Path) -> list[JsonObject]:
     """Run a benchmark, print its table and write its files.
 
     Args:

@@ -4,7 +4,6 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from crossformer_vision.data.images import error_summary, to_rgb
+from crossformer_vision.data.loader import SeededLoader
 from crossformer_vision.data.module import BaseDataModule
 from crossformer_vision.data.randomness import preserve_rng_state
 from crossformer_vision.devices import count_cores
@@ -21,6 +21,7 @@ from crossformer_vision.files import write_json, write_text
 from crossformer_vision.plotting import visualize
 from crossformer_vision.training.build import RunObjects
 from crossformer_vision.training.run import environment_info
+from crossformer_vision.types import JsonObject
 
 SAMPLES = 64  # images whose steps are timed one by one
 
@@ -40,7 +41,7 @@ def measure_loading(data: BaseDataModule, workers: int, seconds: float) -> float
         seconds: Duration of the measurement.
     """
     data.num_workers = workers
-    loader: Any = data.train_dataloader()
+    loader: SeededLoader = data.train_dataloader()
     count, start, epoch = 0, 0.0, 0
     try:
         while True:
@@ -64,7 +65,7 @@ def measure_sample_steps(data: BaseDataModule) -> dict[str, float]:
     Raises:
         UserError: If an image cannot be read and ``skip_corrupt`` is off.
     """
-    images: Any = data.open("train")
+    images = data.open("train")
     totals = {"read and decode": 0.0, "augment": 0.0}
     count = 0
     with preserve_rng_state():
@@ -96,13 +97,13 @@ class RepeatedBatch:
         batch: The batch.
     """
 
-    def __init__(self, batch: Any) -> None:
+    def __init__(self, batch: object) -> None:
         self.batch = batch
 
     def __len__(self) -> int:
         return 1_000_000  # schedules need a length
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         return itertools.repeat(self.batch, len(self))
 
 
@@ -118,7 +119,7 @@ class StepTimer(Callback):
         self.steps = -2
         self.start = self.elapsed = 0.0
 
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *args: object) -> None:
         """Count a step."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -183,7 +184,7 @@ def verdict(loading: dict[int, float], training: float, steps: dict[str, float])
 
 def run(
     objects: RunObjects, output_dir: Path, seconds: float = 5.0, counts: Sequence[int] | None = None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Measure, print, and write ``data.json``, ``data.md`` and ``data.png``.
 
     Args:
@@ -235,8 +236,7 @@ def plot(loading: dict[int, float], training: float, path: Path) -> None:
         training: Images per second of the network.
         path: PNG file to write.
     """
-    figure, axes = visualize.subplots(5.5, 3.6)
-    axis = axes[0, 0]
+    figure, [[axis]] = visualize.subplots(5.5, 3.6)
     axis.bar([str(workers) for workers in loading], list(loading.values()), color="#56b4e9", label="loading")
     axis.axhline(training, color="#d55e00", lw=2, label=f"network: {training:.0f}")
     axis.set(xlabel="workers", ylabel="images per second", ylim=(0, 1.2 * max(training, *loading.values())))

@@ -2,7 +2,6 @@
 
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -10,11 +9,12 @@ from rich.table import Table
 
 from crossformer_vision.files import write_csv, write_json, write_text
 from crossformer_vision.plotting import visualize
+from crossformer_vision.types import JsonObject
 
 CONSOLE_COLUMNS = (2, 4, 6)  # columns that fit into a terminal of 80 characters
 
 
-def to_markdown(results: list[dict[str, Any]]) -> list[str]:
+def to_markdown(results: list[JsonObject]) -> list[str]:
     """Lines of a Markdown table.
 
     Args:
@@ -58,7 +58,7 @@ def to_markdown(results: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def plot_throughput(results: list[dict[str, Any]], path: Path) -> None:
+def plot_throughput(results: list[JsonObject], path: Path) -> None:
     """Plot throughput over multiply-accumulates, with a marker for each mode.
 
     Args:
@@ -67,8 +67,7 @@ def plot_throughput(results: list[dict[str, Any]], path: Path) -> None:
     """
     from matplotlib.ticker import StrMethodFormatter
 
-    figure, axes = visualize.subplots(8, 5)
-    axis = axes[0][0]
+    figure, [[axis]] = visualize.subplots(8, 5)
     timed = [entry for entry in results if entry.get("macs") and "error" not in entry]
     keys = ("step", "engine", "dtype", "batch", "size")
     varied = [key for key in keys if len({str(entry[key]) for entry in timed}) > 1]
@@ -90,7 +89,7 @@ def plot_throughput(results: list[dict[str, Any]], path: Path) -> None:
     visualize.save_figure(figure, path)
 
 
-def write_report(results: list[dict[str, Any]], metadata: dict[str, Any], output: Path) -> None:
+def write_report(results: list[JsonObject], metadata: JsonObject, output: Path) -> None:
     """Write ``benchmark.json``, ``.md``, ``.csv`` and ``.png``, and print a table.
 
     Args:

@@ -19,9 +19,10 @@ from crossformer_vision.models.dense.backbones import create_backbone, extract_f
 from crossformer_vision.models.freezing import freeze_position_bias
 from crossformer_vision.tools import info
 from crossformer_vision.tools.info import DETECTORS
+from crossformer_vision.types import Kwargs
 
 SEGMENTERS = ("semantic_fpn", "upernet")
-ENGINES: dict[str, dict[str, Any] | None] = {  # arguments of torch.compile
+ENGINES: dict[str, Kwargs | None] = {  # arguments of torch.compile
     "eager": None,
     "compiled": {},
     # Dynamo distinguishes cached graphs by these options, so freezing must be one of them.
@@ -63,7 +64,7 @@ class Row:
     batch: int = 8
 
     @property
-    def mode(self) -> tuple[Any, ...]:
+    def mode(self) -> tuple[object, ...]:
         """All fields except the model."""
         return self.size, self.step, self.engine, self.dtype, self.batch
 
@@ -84,7 +85,7 @@ class Row:
         )
 
 
-def parse_spec(spec: str) -> tuple[str, str, dict[str, Any]]:
+def parse_spec(spec: str) -> tuple[str, str, Kwargs]:
     """Split ``Row.model`` into head, timm model and arguments.
 
     >>> parse_spec("features:crossformer_small,lda_span=region,group_size=(14,14,7,7)")
@@ -104,7 +105,7 @@ def parse_spec(spec: str) -> tuple[str, str, dict[str, Any]]:
             f"'{spec}': unknown head '{head}'. Choose from {', '.join(known)}, as in features:{model}"
         )
     find_model(model)
-    values: dict[str, Any] = {}
+    values: Kwargs = {}
     for keyword in keywords:
         key, _, value = keyword.partition("=")
         try:
@@ -137,7 +138,7 @@ class Features(nn.Module):
         keywords: Arguments of the model.
     """
 
-    def __init__(self, model: str, keywords: dict[str, Any]) -> None:
+    def __init__(self, model: str, keywords: Kwargs) -> None:
         super().__init__()
         self.body = create_backbone(model, **keywords)
 
@@ -209,7 +210,7 @@ class Step:
         keywords = ENGINES[row.engine]
         self.run: Callable[..., Any] = self.net if keywords is None else torch.compile(self.net, **keywords)
 
-    def __call__(self) -> Any:
+    def __call__(self) -> object:
         """Run the step; returns the output of inference."""
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             if not self.row.is_training:

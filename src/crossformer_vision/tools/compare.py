@@ -12,20 +12,19 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import optuna
 import sqlalchemy
 import torch
 from lightning.pytorch.callbacks import Callback
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import CategoricalChoiceType, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from crossformer_vision.errors import UserError, check_range, error_line
 from crossformer_vision.files import write_json
 from crossformer_vision.inference.load import load_predictor
-from crossformer_vision.tools.compare_table import write_report
+from crossformer_vision.tools.compare_table import Results, write_report
 from crossformer_vision.tools.grid import Grid, folder_name, read_grid
 from crossformer_vision.tools.info import count_macs
 from crossformer_vision.training.build import build
@@ -33,6 +32,7 @@ from crossformer_vision.training.interruption import Stopped
 from crossformer_vision.training.options import parse_options
 from crossformer_vision.training.resume import find_run, resume_options
 from crossformer_vision.training.run import train
+from crossformer_vision.types import JsonObject
 
 
 class CellFailed(Exception):
@@ -41,7 +41,7 @@ class CellFailed(Exception):
 
 def train_cell(
     arguments: list[str], run_dir: Path, callbacks: Sequence[L.Callback] = (), digest: str = ""
-) -> dict[str, Any]:
+) -> JsonObject:
     """Train a cell, or resume it.
 
     Args:
@@ -64,7 +64,7 @@ def train_cell(
         objects = build(options, is_resumed=resume is not None)
         objects.trainer.callbacks += callbacks  # type: ignore[attr-defined]
         train(objects.trainer, objects.task, objects.data, str(resume) if resume else None)
-    results: dict[str, Any] = json.loads((run_dir / "results.json").read_bytes())
+    results: JsonObject = json.loads((run_dir / "results.json").read_bytes())
     if results["metric"] not in results:
         raise UserError(f"{run_dir}: not validated, and so without a score")
     if results.get("cell", digest) != digest:
@@ -192,7 +192,7 @@ def run_trials(
             return
 
 
-def run_grid(path: str, output_dir: Path, url: str | None = None, heartbeat: int = 20) -> dict[str, Any]:
+def run_grid(path: str, output_dir: Path, url: str | None = None, heartbeat: int = 20) -> JsonObject:
     """Run the missing cells of a grid, together with other workers, and write the table.
 
     Args:
@@ -246,9 +246,7 @@ def run_grid(path: str, output_dir: Path, url: str | None = None, heartbeat: int
     return write_report(grid, results, errors, output_dir)
 
 
-def collect_results(
-    study: optuna.Study, cells: dict[str, tuple[str, int]]
-) -> tuple[dict[str, dict[int, dict[str, Any]]], dict[str, str]]:
+def collect_results(study: optuna.Study, cells: dict[str, tuple[str, int]]) -> tuple[Results, dict[str, str]]:
     """Results and errors of cells.
 
     Args:
@@ -258,7 +256,7 @@ def collect_results(
     Returns:
         ``results.json`` by row and seed, and the error of each cell without results.
     """
-    results: dict[str, dict[int, dict[str, Any]]] = {row: {} for row, _ in cells.values()}
+    results: Results = {row: {} for row, _ in cells.values()}
     errors: dict[str, str] = {}
     for trial in find_trials(study, TrialState.COMPLETE, TrialState.FAIL):
         cell = trial.user_attrs["cell"]
@@ -302,7 +300,7 @@ class ReportToTrial(Callback):
 
 def run_search(
     path: str, output_dir: Path, count: int, url: str | None = None, heartbeat: int = 20
-) -> dict[str, Any]:
+) -> JsonObject:
     """Search over the ranges under ``search`` of a grid, with its first row and seed.
 
     Args:
@@ -381,7 +379,7 @@ def check_earlier_trials(study: optuna.Study, grid: Grid, digest: str, output_di
                 raise UserError(f"{output_dir}: search: {name}: choices were {before}, now {now}. {advice}")
 
 
-def suggest_value(trial: optuna.Trial, name: str, values: dict[str, Any]) -> Any:
+def suggest_value(trial: optuna.Trial, name: str, values: JsonObject) -> CategoricalChoiceType:
     """Let a trial choose the value of an option.
 
     Args:

@@ -4,7 +4,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,12 +18,13 @@ from crossformer_vision.plotting.fonts import use_fonts_for
 from crossformer_vision.tools.grid import Grid, folder_name
 from crossformer_vision.tools.timing import images_per_second, time_interleaved
 from crossformer_vision.training.run import environment_info
+from crossformer_vision.types import JsonObject
 
-Results = dict[str, dict[int, dict[str, Any]]]
+Results = dict[str, dict[int, JsonObject]]
 """Content of ``results.json`` by row and seed."""
 
 
-def write_report(grid: Grid, results: Results, errors: dict[str, str], output_dir: Path) -> dict[str, Any]:
+def write_report(grid: Grid, results: Results, errors: dict[str, str], output_dir: Path) -> JsonObject:
     """Write ``compare.md``, ``.csv``, ``.json`` and ``.png``, and print the table.
 
     Args:
@@ -66,7 +66,7 @@ def write_report(grid: Grid, results: Results, errors: dict[str, str], output_di
     return content
 
 
-def summarize(row: str, results: Results, metric: str, speeds: dict[str, float]) -> dict[str, Any]:
+def summarize(row: str, results: Results, metric: str, speeds: dict[str, float]) -> JsonObject:
     """A row of the table; unknown values are ``None``.
 
     Args:
@@ -138,7 +138,7 @@ def header(metric: str) -> list[str]:
     return ["", name, "seeds", "difference", "p", "parameters", "MACs", "images/s", "speed"]
 
 
-def format_row(row: dict[str, Any]) -> list[str]:
+def format_row(row: JsonObject) -> list[str]:
     """Cells of a row as text."""
     mean, std, p = row["mean"], row["std"], row["p"]
     return [
@@ -166,7 +166,7 @@ def print_table(titles: list[str], rows: list[list[str]]) -> None:
     Console().print(table)
 
 
-def plot(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
+def plot(rows: list[JsonObject], metric: str, path: Path) -> None:
     """Plot the score of each row, with its spread over seeds, by the MACs of the model.
 
     Args:
@@ -176,8 +176,7 @@ def plot(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
     """
     plotted = [row for row in rows if row["mean"] is not None and row["macs"]]
     with use_fonts_for([row["row"] for row in plotted]):
-        figure, axes = visualize.subplots(7.5, 4.8)
-        axis = axes[0][0]
+        figure, [[axis]] = visualize.subplots(7.5, 4.8)
         for row in plotted:
             axis.errorbar(row["macs"] / 1e9, row["mean"], yerr=row["std"], fmt="o", capsize=3)
         axis.set(xlabel="GMACs per image", ylabel=visualize.metric_label(metric))

@@ -5,7 +5,11 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from crossformer_vision.data.images import load_image
 from crossformer_vision.data.readers.digits import MultiScaleDigits
@@ -13,12 +17,16 @@ from crossformer_vision.errors import UserError, missing_extra
 from crossformer_vision.inference.load import load_predictor
 from crossformer_vision.inference.predictor import DetectionPredictor, Predictor
 from crossformer_vision.tools.inspection_page import attention_page
+from crossformer_vision.types import JsonObject, Kwargs
+
+if TYPE_CHECKING:
+    import gradio as gr
 
 MAX_SIDE = 1600  # longer side of pictures on the page, in pixels
 
 
 def serve(
-    sources: Sequence[str], host: str = "127.0.0.1", port: int | None = None, device: Any = None
+    sources: Sequence[str], host: str = "127.0.0.1", port: int | None = None, device: str | None = None
 ) -> None:
     """Serve the page until it is interrupted.
 
@@ -80,14 +88,12 @@ def examples(folder: Path) -> list[str]:
     return paths
 
 
-def _save(image: Any, path: Path) -> str:
-    from PIL import Image
-
+def _save(image: Image.Image | NDArray[np.uint8], path: Path) -> str:
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path)
     return str(path)
 
 
-def build_page(predictors: dict[str, Predictor], folder: Path) -> Any:
+def build_page(predictors: dict[str, Predictor], folder: Path) -> "gr.Blocks":
     """Build the page.
 
     Args:
@@ -101,7 +107,7 @@ def build_page(predictors: dict[str, Predictor], folder: Path) -> Any:
 
     names = list(predictors)
 
-    def read_photo(sent: dict[str, Any]) -> Any:
+    def read_photo(sent: JsonObject) -> Image.Image:
         """Read an upload with the library's own reader, for orientation, bit depth and error messages."""
         path = Path(sent["path"]).resolve()
         if not path.is_relative_to(folder.resolve()):  # clients may send any path
@@ -111,7 +117,7 @@ def build_page(predictors: dict[str, Predictor], folder: Path) -> Any:
     def show_error(error: UserError) -> None:
         gr.Warning(str(error), title="Cannot do this")
 
-    def predict(sent: dict[str, Any] | None, name: str, score: float) -> tuple[Any, str]:
+    def predict(sent: JsonObject | None, name: str, score: float) -> tuple[Image.Image | None, str]:
         if sent is None:
             return None, ""
         predictor = predictors[name]
@@ -129,7 +135,9 @@ def build_page(predictors: dict[str, Predictor], folder: Path) -> Any:
     def clicked_pixel(event: gr.SelectData) -> list[int]:
         return list(event.index)
 
-    def draw_attention(sent: dict[str, Any] | None, name: str, stage: int, pixel: list[int] | None) -> Any:
+    def draw_attention(
+        sent: JsonObject | None, name: str, stage: int, pixel: list[int] | None
+    ) -> Image.Image | None:
         if sent is None or pixel is None:
             return None
         try:
@@ -141,7 +149,7 @@ def build_page(predictors: dict[str, Predictor], folder: Path) -> Any:
             return None
 
     # Labels would cover text in the pictures.
-    picture: Any = dict(interactive=False, format="png", show_label=False, buttons=["download", "fullscreen"])
+    view: Kwargs = dict(interactive=False, format="png", show_label=False, buttons=["download", "fullscreen"])
     with gr.Blocks(title="CrossFormer", analytics_enabled=False, delete_cache=(600, 3600)) as app:
         gr.Markdown("# CrossFormer\nChoose a photo to see what the model predicts.")
         with gr.Row():
@@ -152,14 +160,14 @@ def build_page(predictors: dict[str, Predictor], folder: Path) -> Any:
                 score = gr.Slider(0.05, 0.95, 0.5, step=0.05, label="score threshold", visible=has_detector)
                 gr.Examples(examples(folder), photo, label="examples")
             with gr.Column():
-                result = gr.Image(**picture, elem_id="result")
+                result = gr.Image(**view, elem_id="result")
                 text = gr.Textbox(label="prediction", interactive=False, elem_id="words")
         gr.Markdown(
             "## Attention of a point\nClick on the photo above to see its short- and long-distance attention."
         )
         stage = gr.Slider(1, 4, 3, step=1, label="stage", elem_id="stage")
-        attention = gr.Image(**picture, elem_id="attention")
-        one_at_a_time: Any = dict(concurrency_id="network", concurrency_limit=1, preprocess=False)
+        attention = gr.Image(**view, elem_id="attention")
+        one_at_a_time: Kwargs = dict(concurrency_id="network", concurrency_limit=1, preprocess=False)
         inputs = [photo, name, score]
         for event in (photo.change, name.change, score.release):
             event(predict, inputs, [result, text], **one_at_a_time)

@@ -6,12 +6,12 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from crossformer_vision.errors import UserError
 from crossformer_vision.training.recipes import find_config, read_config
+from crossformer_vision.types import JsonObject
 
 KEYS = ("recipe", "rows", "vary", "options", "seeds", "search")
 
@@ -29,10 +29,10 @@ class Grid:
     """
 
     recipe: list[str]
-    rows: dict[str, dict[str, Any]]
+    rows: dict[str, JsonObject]
     seeds: list[int]
-    options: dict[str, Any] = field(default_factory=dict)
-    search: dict[str, dict[str, Any]] = field(default_factory=dict)
+    options: JsonObject = field(default_factory=dict)
+    search: dict[str, JsonObject] = field(default_factory=dict)
 
     def check_data(self) -> None:
         """Check that the folders of images exist, once for all cells.
@@ -50,7 +50,7 @@ class Grid:
                     "there, or change data.root in the grid"
                 )
 
-    def arguments(self, options: dict[str, Any], seed: int) -> list[str]:
+    def arguments(self, options: JsonObject, seed: int) -> list[str]:
         """Command-line arguments of a run.
 
         Args:
@@ -112,7 +112,7 @@ def read_grid(path: str) -> Grid:
     return Grid([find_config(str(name)) for name in recipe], rows, seeds, options, search)
 
 
-def _read_content(path: str) -> dict[str, Any]:
+def _read_content(path: str) -> JsonObject:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -122,7 +122,7 @@ def _read_content(path: str) -> dict[str, Any]:
     return content
 
 
-def _vary_rows(rows: dict[str, dict[str, Any]], vary: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
+def _vary_rows(rows: dict[str, JsonObject], vary: dict[str, list[object]]) -> dict[str, JsonObject]:
     """One row for each row and combination of varied values."""
     product = {}
     for (name, row), values in itertools.product(rows.items(), itertools.product(*vary.values())):
@@ -131,7 +131,7 @@ def _vary_rows(rows: dict[str, dict[str, Any]], vary: dict[str, list[Any]]) -> d
     return product
 
 
-def _check_folder_names(path: str, rows: dict[str, dict[str, Any]]) -> None:
+def _check_folder_names(path: str, rows: dict[str, JsonObject]) -> None:
     folders: dict[str, str] = {}
     for name in rows:
         if (other := folders.setdefault(folder_name(name), name)) != name:

@@ -4,9 +4,11 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.retinanet import RetinaNet
 
 from crossformer_vision.errors import check_range
 from crossformer_vision.models import find_model, img_size_kwargs
@@ -15,6 +17,7 @@ from crossformer_vision.models.dense.detectors import create_detector
 from crossformer_vision.models.dense.segmenters import create_segmenter
 from crossformer_vision.models.grouping import padded_size
 from crossformer_vision.models.variants import published_groups
+from crossformer_vision.types import JsonObject, Kwargs
 
 # Parameters in millions and operations in billions, counted as in the papers (see `paper_operations`): tables
 # 1 and 3 to 5 of CrossFormer, and those of CrossFormer++. Classifiers at 224x224, detectors at 1280x800,
@@ -54,9 +57,7 @@ DETECTORS = ("retinanet", "mask_rcnn")
 # ------------------------------------------------------------------------------------------------------------
 
 
-def create_network(
-    model: str, head: str | None, backbone_args: dict[str, Any], **detector_args: Any
-) -> nn.Module:
+def create_network(model: str, head: str | None, backbone_args: Kwargs, **detector_args: Any) -> nn.Module:
     """Create a classifier, or a detector or segmenter with the published number of classes.
 
     Args:
@@ -73,7 +74,7 @@ def create_network(
     return timm.create_model(model, **backbone_args)
 
 
-def create_meta_network(model: str, head: str | None, backbone_args: dict[str, Any]) -> nn.Module:
+def create_meta_network(model: str, head: str | None, backbone_args: Kwargs) -> nn.Module:
     """Create a network in evaluation mode on the meta device. See `create_network`.
 
     Args:
@@ -86,7 +87,7 @@ def create_meta_network(model: str, head: str | None, backbone_args: dict[str, A
 
 
 @torch.no_grad()
-def forward_image(net: Any, height: int, width: int) -> None:
+def forward_image(net: nn.Module, height: int, width: int) -> None:
     """Run the forward pass of one image on the meta device.
 
     As published, the box head of Mask R-CNN gets 1000 proposals and its mask head 100.
@@ -97,11 +98,11 @@ def forward_image(net: Any, height: int, width: int) -> None:
         width: Width of the image.
     """
     image = torch.zeros(1, 3, height, width, device="meta")
-    if not hasattr(net, "transform"):  # not a detector
+    if not isinstance(net, (RetinaNet, GeneralizedRCNN)):
         net(image)
         return
     maps = net.backbone(image)
-    if hasattr(net, "head"):
+    if isinstance(net, RetinaNet):
         net.head(list(maps.values()))
         return
     heads, channels = net.roi_heads, net.backbone.out_channels
@@ -138,12 +139,12 @@ def paper_operations(net: nn.Module, height: int, width: int) -> float:
     """
     total = 0.0
     background: dict[nn.Module, float] = {}  # share of a layer's outputs that belong to the background
-    if hasattr(net, "roi_heads"):
-        heads: Any = net.roi_heads
+    if isinstance(net, GeneralizedRCNN):
+        heads = net.roi_heads
         for layer in (heads.box_predictor.bbox_pred, heads.mask_predictor.mask_fcn_logits):
             background[layer] = 1 / heads.box_predictor.cls_score.out_features
 
-    def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal total
         x, share = inputs[0], 1 - background.get(module, 0.0)
         if isinstance(module, nn.ConvTranspose2d):
@@ -175,7 +176,7 @@ def paper_operations(net: nn.Module, height: int, width: int) -> float:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def model_stats(model: str, head: str | None = None, size: tuple[int, int] | None = None) -> dict[str, Any]:
+def model_stats(model: str, head: str | None = None, size: tuple[int, int] | None = None) -> JsonObject:
     """Parameters and multiply-accumulates of a model, and the published values if there are any.
 
     Args:
@@ -196,8 +197,8 @@ def model_stats(model: str, head: str | None = None, size: tuple[int, int] | Non
     height, width = size or published_size
     check_range("size", min(height, width), 1)
     sized = img_size_kwargs(model, height) if not head and height == width else {}
-    net: Any = create_meta_network(model, head, sized)
-    stats: dict[str, Any] = {
+    net = create_meta_network(model, head, sized)
+    stats: JsonObject = {
         "model": model,
         "head": head,
         "classes": 80 if head in DETECTORS else 150 if head else net.num_classes,

@@ -5,17 +5,18 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from crossformer_vision.errors import UserError, missing_extra
 from crossformer_vision.models.attention import use_blocked_attention
-from crossformer_vision.models.crossformer import CrossFormer, LongShortAttention
+from crossformer_vision.models.crossformer import CrossFormer, CrossScaleEmbedding, LongShortAttention
 from crossformer_vision.models.grouping import Layout, group
+from crossformer_vision.types import JsonObject, Kwargs
 
 Map = NDArray[np.float32]
 MAX_POSITIONS = 4096  # largest map whose attention matrix (HW, HW) is computed
@@ -31,10 +32,14 @@ def find_crossformer(net: nn.Module) -> CrossFormer:
     if model is None:
         raise UserError("this network has no CrossFormer whose groups could be shown")
     for stage in model.stages:
-        for block in stage.blocks:  # type: ignore[union-attr]
-            if type(block.attn) is not LongShortAttention:
-                raise UserError("its attention is that of an ablation; only SDA and LDA can be shown")
+        if any(type(layer) is not LongShortAttention for layer in attention_layers(stage)):
+            raise UserError("its attention is that of an ablation; only SDA and LDA can be shown")
     return model
+
+
+def attention_layers(stage: nn.Module) -> list[LongShortAttention]:
+    """The attention layer of each block of a stage."""
+    return [block.attn for block in stage.blocks]  # type: ignore[union-attr]
 
 
 def group_members(H: int, W: int, layout: Layout) -> NDArray[np.int64]:
@@ -150,11 +155,12 @@ class Record:
         Raises:
             UserError: If the map has more than ``MAX_POSITIONS`` positions.
         """
-        result: Any = None
+        result: Map | None = None
         for _, block in sorted((k, v) for k, v in self.blocks.items() if k[0] == stage):
             matrix = block.matrix()
-            step = 0.5 * (matrix + np.eye(len(matrix), dtype=np.float32))
+            step: Map = 0.5 * (matrix + np.eye(len(matrix), dtype=np.float32))
             result = step if result is None else step @ result
+        assert result is not None
         return result
 
 
@@ -174,8 +180,7 @@ def record(net: nn.Module, images: Tensor) -> Record:
     attentions: list[tuple[LongShortAttention, bool]] = []
     with ExitStack() as stack:
         for s, stage in enumerate(model.stages):
-            blocks: Any = stage.blocks
-            for b, block in enumerate(blocks):
+            for b, block in enumerate(stage.blocks):  # type: ignore[arg-type]
                 attentions.append((block.attn, block.attn.fused_attn))
                 hooks = _attention_hooks(result, (s, b), block.attn)
                 hooks.append(_amplitude_hook(result, (s, b), block.acl))
@@ -191,9 +196,11 @@ def record(net: nn.Module, images: Tensor) -> Record:
     return result
 
 
-def _attention_hooks(result: Record, place: tuple[int, int], attention: LongShortAttention) -> list[Any]:
+def _attention_hooks(
+    result: Record, place: tuple[int, int], attention: LongShortAttention
+) -> list[RemovableHandle]:
     """Hooks that store the attention of a block."""
-    context: dict[str, Any] = {}
+    context: Kwargs = {}
 
     def before(_: nn.Module, args: tuple[Tensor]) -> None:
         H, W = args[0].shape[1:3]
@@ -202,7 +209,7 @@ def _attention_hooks(result: Record, place: tuple[int, int], attention: LongShor
             raise UserError(f"groups of {layout.gh}x{layout.gw} members are too large. Use a smaller --size")
         context.update(size=(H, W), layout=layout)
 
-    def after_softmax(_: nn.Module, __: Any, output: Tensor) -> None:
+    def after_softmax(_: nn.Module, __: object, output: Tensor) -> None:
         result.blocks[place] = BlockAttention(weights=output.float().cpu().numpy(), **context)
 
     return [
@@ -211,7 +218,7 @@ def _attention_hooks(result: Record, place: tuple[int, int], attention: LongShor
     ]
 
 
-def _amplitude_hook(result: Record, place: tuple[int, int], cooling: nn.Module) -> Any:
+def _amplitude_hook(result: Record, place: tuple[int, int], cooling: nn.Module) -> RemovableHandle:
     """Hook that stores the amplitudes before and after amplitude cooling."""
 
     def after(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
@@ -238,8 +245,7 @@ def patches(net: nn.Module, stage: int, y: int, x: int) -> list[tuple[float, flo
         x1, y1, x2, y2 in pixels for each kernel.
     """
     model = find_crossformer(net)
-    embed: Any = model.stages[stage].embed
-    embed = getattr(embed, "embed", embed)  # in AbsolutePosition
+    embed = next(m for m in model.stages[stage].modules() if isinstance(m, CrossScaleEmbedding))
     unit = 1 if stage == 0 else model.feature_info[stage - 1]["reduction"]
     boxes = []
     for conv in embed.convs:
@@ -284,8 +290,7 @@ def class_activation(net: nn.Module, images: Tensor, label: int | None = None) -
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     except ModuleNotFoundError as error:
         raise missing_extra(error, "inspect") from None
-    infos: Any = getattr(net, "feature_info", None)
-    stages: list[Any] = list(infos or ())
+    stages: list[JsonObject] = list(getattr(net, "feature_info", None) or ())
     if not stages:
         raise UserError(f"{type(net).__name__} has no maps on which a class could be shown")
     layer = net.get_submodule(stages[-1]["module"])

@@ -1,11 +1,13 @@
 """Draw groups, attention, position biases and amplitudes of a CrossFormer for one image."""
 
 import io
+from collections.abc import Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from crossformer_vision.errors import UserError
 from crossformer_vision.inference.predictor import Predictor
-from crossformer_vision.models.crossformer import CrossFormer
+from crossformer_vision.models.crossformer import CrossFormer, LongShortAttention
 from crossformer_vision.models.grouping import ceil_div, lda_map_layout, lda_region_layout
 from crossformer_vision.plotting import drawing, visualize
 from crossformer_vision.plotting.fonts import shorten, use_fonts_for
@@ -21,6 +23,7 @@ from crossformer_vision.tools.inspection import (
     MAX_POSITIONS,
     Map,
     Record,
+    attention_layers,
     class_activation,
     find_crossformer,
     group_of,
@@ -28,7 +31,10 @@ from crossformer_vision.tools.inspection import (
     position_bias,
     record,
 )
+from crossformer_vision.types import Kwargs
 
+T = TypeVar("T")
+Layers = Sequence[LongShortAttention]
 MAX_ASPECT = 8  # longer side of a photo, in multiples of the target size of its shorter side
 MIN_SIDE = 32
 DEFAULT_SIDE = 448  # shorter side for detectors and segmenters, in pixels
@@ -96,31 +102,31 @@ def draw_page(
         UserError: If there is no CrossFormer, or no such stage, block, head or point.
     """
     model = find_crossformer(predictor.net)
-    blocks: Any = select("stage", stage, model.stages).blocks
-    last = len(blocks) - 1 if block is None else block
-    select("block", last, blocks)
+    layers = attention_layers(select("stage", stage, list(model.stages)))
+    last = len(layers) - 1 if block is None else block
+    select("block", last, layers)
     if head is not None:
-        select("head", head, range(blocks[0].attn.num_heads))
+        select("head", head, range(layers[0].num_heads))
     if not all(0 <= p <= 1 for p in point):
         raise UserError(f"--point {point[0]:g},{point[1]:g}: normalized coordinates must be from 0 to 1")
     images, pixels = preprocess(predictor, picture, size)
     recorded = record(model, images)
-    pair = block_pair(blocks, last)
+    pair = block_pair(layers, last)
     H, W = recorded.blocks[stage, pair[0]].size
     position = position_at(point, H, W)
     photo_height = 3.1 * pixels.shape[0] / pixels.shape[1]  # on the page, in inches
     figure, axes = visualize.subplots(16, 3 * min(5.0, max(3.3, photo_height + 0.6)), 3, 5)
-    for axis in axes.flat:
+    for axis in figure.axes:
         axis.axis("off")
     page = _Page(pixels, (H, W), position)
     where = f"stage {stage + 1}, map {H}x{W}"
     page.patches(axes[0][0], patches(model, stage, *position), f"patches of one embedding\n{where}")
-    _draw_groups(page, axes[0][1:4], blocks, (H, W), position)
-    _draw_attention(page, axes[1][:2], recorded, blocks, stage, pair, head)
+    _draw_groups(page, axes[0][1:4], layers, (H, W), position)
+    _draw_attention(page, axes[1][:2], recorded, layers, stage, pair, head)
     _draw_rollouts(page, axes[1][2:4], recorded, model, point)
     class_note = _draw_class_activation(predictor, images, page, (axes[0][4], axes[1][4]))
     for k, b in enumerate(pair):
-        _draw_position_bias(axes[2][2 * k : 2 * k + 2], recorded, blocks, stage, b, head)
+        _draw_position_bias(axes[2][2 * k : 2 * k + 2], recorded, layers, stage, b, head)
     other = None
     if compare_with is not None:
         name, other_predictor = compare_with
@@ -150,26 +156,26 @@ def attention_page(
         size: Shorter side of the image.
     """
     model = find_crossformer(predictor.net)
-    blocks: Any = select("stage", stage, model.stages).blocks
+    layers = attention_layers(select("stage", stage, list(model.stages)))
     images, pixels = preprocess(predictor, picture, size)
     recorded = record(model, images)
-    pair = block_pair(blocks, len(blocks) - 1)
+    pair = block_pair(layers, len(layers) - 1)
     H, W = recorded.blocks[stage, pair[0]].size
     page = _Page(pixels, (H, W), position_at(point, H, W))
     width, height = 5 * len(pair), 5 * pixels.shape[0] / pixels.shape[1] + 0.6
     figure, axes = visualize.subplots(width, max(1.5, min(20, height)), 1, len(pair))
-    for axis in axes.flat:
+    for axis in figure.axes:
         axis.axis("off")
-    _draw_attention(page, axes[0], recorded, blocks, stage, pair, None)
+    _draw_attention(page, axes[0], recorded, layers, stage, pair, None)
     stream = io.BytesIO()
     figure.savefig(stream, dpi=110)
     return Image.open(stream)
 
 
-def block_pair(blocks: Any, block: int) -> list[int]:
+def block_pair(blocks: Sized, block: int) -> range:
     """The SDA and LDA block of the pair that a block belongs to. The last one may have no partner."""
     first = block - block % 2
-    return [b for b in (first, first + 1) if b < len(blocks)]
+    return range(first, min(first + 2, len(blocks)))
 
 
 def position_at(point: tuple[float, float], H: int, W: int) -> tuple[int, int]:
@@ -183,7 +189,7 @@ def position_at(point: tuple[float, float], H: int, W: int) -> tuple[int, int]:
     return min(H - 1, int(point[1] * H)), min(W - 1, int(point[0] * W))
 
 
-def select(option: str, index: int, items: Any) -> Any:
+def select(option: str, index: int, items: Sequence[T]) -> T:
     """An item by index.
 
     Args:
@@ -213,7 +219,7 @@ class _Page:
         self.unit = (pixels.shape[0] / size[0], pixels.shape[1] / size[1])
         self.cross = ((position[1] + 0.5) * self.unit[1], (position[0] + 0.5) * self.unit[0])
 
-    def photo(self, axis: Any, title: str, is_dimmed: bool = False) -> None:
+    def photo(self, axis: Axes, title: str, is_dimmed: bool = False) -> None:
         """Draw the photo.
 
         Args:
@@ -225,13 +231,13 @@ class _Page:
         axis.imshow(image)
         axis.set_title(title, fontsize=10)
 
-    def mark(self, axis: Any) -> None:
+    def mark(self, axis: Axes) -> None:
         """Mark the examined position with a cross."""
         axis.plot(*self.cross, "+", ms=13, mew=4, color="white")
         axis.plot(*self.cross, "+", ms=12, mew=2, color="black")
         axis.set(xlim=(0, self.pixels.shape[1]), ylim=(self.pixels.shape[0], 0))
 
-    def patches(self, axis: Any, boxes: list[tuple[float, float, float, float]], title: str) -> None:
+    def patches(self, axis: Axes, boxes: list[tuple[float, float, float, float]], title: str) -> None:
         """Draw boxes around patches, zoomed in.
 
         Args:
@@ -248,7 +254,7 @@ class _Page:
         margin = (x2 - x1) / 2
         axis.set(xlim=(x1 - margin, x2 + margin), ylim=(y2 + margin, y1 - margin))
 
-    def group(self, axis: Any, is_member: NDArray[np.bool_], title: str) -> None:
+    def group(self, axis: Axes, is_member: NDArray[np.bool_], title: str) -> None:
         """Draw the members of a group as squares on the dimmed photo.
 
         Args:
@@ -265,7 +271,7 @@ class _Page:
             axis.add_patch(Rectangle(corner, w, h, fc=BLUE, ec="white", lw=0.6, alpha=0.75))
         self.mark(axis)
 
-    def heat(self, axis: Any, values: Map, title: str) -> None:
+    def heat(self, axis: Axes, values: Map, title: str) -> None:
         """Draw a map of any size over the gray photo.
 
         Args:
@@ -275,7 +281,7 @@ class _Page:
         """
         axis.imshow(self.pixels.mean(2), cmap="gray", vmin=0, vmax=255)
         height, width = self.pixels.shape[:2]
-        nearest = {"extent": (0, width, height, 0), "interpolation": "nearest"}
+        nearest: Kwargs = {"extent": (0, width, height, 0), "interpolation": "nearest"}
         top = float(values.max()) or 1.0
         strength = np.sqrt(values / top).clip(0, 1)  # shows small values too
         axis.imshow(values, cmap="inferno", alpha=0.25 + 0.6 * strength, vmin=0, vmax=top, **nearest)
@@ -284,13 +290,13 @@ class _Page:
 
 
 def _draw_groups(
-    page: _Page, axes: Any, blocks: Any, size: tuple[int, int], position: tuple[int, int]
+    page: _Page, axes: list[Axes], layers: Layers, size: tuple[int, int], position: tuple[int, int]
 ) -> None:
     """Draw the group of a position in SDA and in both definitions of LDA."""
     H, W = size
-    lda = blocks[min(1, len(blocks) - 1)].attn
+    lda = layers[min(1, len(layers) - 1)]
     G, interval = lda.group_size, lda.interval or ceil_div(max(H, W), lda.group_size)
-    sda = blocks[0].attn.layout(H, W)
+    sda = layers[0].layout(H, W)
     for axis, title, layout in (
         (axes[0], f"SDA: group of {sda.gh}x{sda.gw} neighbors", sda),
         (axes[1], f"LDA over the map, I = {interval}", lda_map_layout(H, W, interval)),
@@ -300,18 +306,18 @@ def _draw_groups(
 
 
 def _draw_attention(
-    page: _Page, axes: Any, recorded: Record, blocks: Any, stage: int, pair: list[int], head: int | None
+    page: _Page, axes: list[Axes], recorded: Record, layers: Layers, stage: int, pair: range, head: int | None
 ) -> None:
     """Draw the attention of the examined position in two blocks."""
     heads = "mean of heads" if head is None else f"head {head + 1}"
     for axis, b in zip(axes, pair, strict=False):
-        kind = "LDA" if b % 2 and blocks[b].attn.interval != 0 else "SDA"
+        kind = "LDA" if b % 2 and layers[b].interval != 0 else "SDA"
         weights = recorded.blocks[stage, b].from_position(*page.position, head)
         page.heat(axis, weights, f"{kind}, block {b + 1}: attention\nfrom the cross, {heads}")
 
 
 def _draw_rollouts(
-    page: _Page, axes: Any, recorded: Record, model: CrossFormer, point: tuple[float, float]
+    page: _Page, axes: list[Axes], recorded: Record, model: CrossFormer, point: tuple[float, float]
 ) -> None:
     """Draw attention rollout from a point through the two coarsest stages."""
     stages = [s for s in (len(model.stages) - 2, len(model.stages) - 1) if s >= 0]
@@ -323,24 +329,24 @@ def _draw_rollouts(
 
 
 def _draw_position_bias(
-    axes: Any, recorded: Record, blocks: Any, stage: int, block: int, head: int | None
+    axes: list[Axes], recorded: Record, layers: Layers, stage: int, block: int, head: int | None
 ) -> None:
     """Draw DPB of a block, of two heads or the selected one."""
     layout = recorded.blocks[stage, block].layout
     gh, gw = layout.gh, layout.gw
-    biases = position_bias(blocks[block].attn, gh, gw)
+    biases = position_bias(layers[block], gh, gw)
     heads = range(min(2, len(biases))) if head is None else [head]
     for axis, number in zip(axes, heads):
         axis.axis("on")
         values = biases[number]
         middle, reach = (values.max() + values.min()) / 2, max(0.005, float(np.ptp(values)) / 2)
-        extent: Any = (0.5 - gw, gw - 0.5, gh - 0.5, 0.5 - gh)
+        extent = (0.5 - gw, gw - 0.5, gh - 0.5, 0.5 - gh)
         axis.imshow(values, "viridis", extent=extent, vmin=middle - reach, vmax=middle + reach)
         title = f"DPB of block {block + 1}, head {number + 1}, by offset\n"
         axis.set_title(f"{title}dark {values.min():.2f}, bright {values.max():.2f}", fontsize=10)
 
 
-def _draw_class_activation(predictor: Predictor, images: Tensor, page: _Page, axes: tuple[Any, Any]) -> str:
+def _draw_class_activation(predictor: Predictor, images: Tensor, page: _Page, axes: tuple[Axes, Axes]) -> str:
     """Draw the photo with the most likely class and its class activation; only the photo for other tasks.
 
     Returns:
@@ -364,7 +370,7 @@ def _draw_class_activation(predictor: Predictor, images: Tensor, page: _Page, ax
     return f", class {name}"
 
 
-def _draw_amplitudes(axis: Any, recorded: Record, other: tuple[str, Record] | None) -> None:
+def _draw_amplitudes(axis: Axes, recorded: Record, other: tuple[str, Record] | None) -> None:
     """Draw the amplitude of each block's output, of one or two networks."""
     axis.axis("on")
     lines: list[tuple[str, Record, str]] = [("", recorded, BLUE)]

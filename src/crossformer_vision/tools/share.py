@@ -4,7 +4,6 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import timm
 from timm.models import save_for_hf
@@ -13,6 +12,7 @@ from crossformer_vision import __version__
 from crossformer_vision.errors import UserError, error_line
 from crossformer_vision.inference.load import load_predictor
 from crossformer_vision.inference.predictor import Predictor
+from crossformer_vision.types import JsonObject
 
 PLOTS = ("curves.png", "confusion_matrix.png")  # not predictions.png, whose images may not be shareable
 CROSSFORMER = """\
@@ -75,7 +75,7 @@ def share(source: str, to: str) -> str:
     return f"hf-hub:{repository}"
 
 
-def _results(file: Path | None) -> dict[str, Any]:
+def _results(file: Path | None) -> JsonObject:
     """Results of a run, if they belong to this checkpoint file."""
     if file is None or not (file.parent / "results.json").is_file():
         return {}
@@ -123,9 +123,7 @@ def _upload(folder: Path, repository: str) -> None:
         ) from None
 
 
-def model_card(
-    predictor: Predictor, title: str, opened: str, results: dict[str, Any], plots: list[str]
-) -> str:
+def model_card(predictor: Predictor, title: str, opened: str, results: JsonObject, plots: list[str]) -> str:
     """README of a shared model: Markdown with the metadata of Hugging Face.
 
     Args:

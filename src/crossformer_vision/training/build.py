@@ -3,7 +3,6 @@
 import logging
 import sys
 from dataclasses import dataclass
-from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
@@ -13,6 +12,7 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from crossformer_vision.compat import instantiate
+from crossformer_vision.data.module import BaseDataModule
 from crossformer_vision.errors import UserError
 from crossformer_vision.files import AtomicCheckpoints
 from crossformer_vision.tasks.base import Task
@@ -32,7 +32,7 @@ class RunObjects:
     """
 
     task: Task
-    data: Any
+    data: BaseDataModule
     trainer: L.Trainer
 
 
@@ -96,7 +96,7 @@ def build_trainer(options: Namespace, callbacks: list[Callback]) -> L.Trainer:
     return L.Trainer(**arguments)
 
 
-def _as_list(value: Any) -> list[Any]:
+def _as_list(value: object) -> list[object]:
     """An option that Lightning takes as one object or several, as a new list."""
     if value is None or isinstance(value, bool):
         return []

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
+from torch import Tensor
 
 from crossformer_vision.tasks.base import Task
 
@@ -35,7 +36,7 @@ class PatienceInEpochs(EarlyStopping):
         per_epoch /= trainer.check_val_every_n_epoch or 1
         self.patience = max(1, round(self.epochs * per_epoch))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """State of Lightning's callback and the patience in epochs."""
         return {**super().state_dict(), "epochs": self.epochs}
 
@@ -57,7 +58,7 @@ class AverageWeights(WeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        def average(averaged: torch.Tensor, current: torch.Tensor, updates: torch.Tensor | int) -> Any:
+        def average(averaged: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
             if not averaged.is_floating_point():  # counters of batch normalization
                 return current
             weight = 1 - torch.clamp((1 + torch.as_tensor(updates)) / (10 + updates), max=decay)
@@ -86,7 +87,7 @@ class BestCheckpoint(ModelCheckpoint):
         )
         self.best_loss: float | None = None
 
-    def check_monitor_top_k(self, trainer: L.Trainer, current: torch.Tensor | None = None) -> bool:
+    def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
         """Whether the last validation is the best so far."""
         better = super().check_monitor_top_k(trainer, current)
         loss = trainer.callback_metrics.get("val_loss")
@@ -98,7 +99,7 @@ class BestCheckpoint(ModelCheckpoint):
             self.best_loss = None if loss is None else float(loss)
         return better
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """State of Lightning's callback and the loss of the best validation."""
         return {**super().state_dict(), "best_loss": self.best_loss}
 

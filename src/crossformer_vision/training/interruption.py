@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from typing import Any
+from types import FrameType
 
 import lightning as L
 import torch
@@ -36,7 +36,7 @@ class StopOnNonFiniteLoss(Callback):
 
     @override
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Check the loss: of each batch on a CPU, of every 50th elsewhere.
 
@@ -69,7 +69,7 @@ class StopOnSignal(Callback):
         self.run_directory = run_directory
         self.signal = 0
         self.is_validating = False
-        self.previous_handlers: dict[int, Any] = {}
+        self.previous_handlers: dict[int, signal._HANDLER] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Install the signal handlers."""
@@ -87,7 +87,7 @@ class StopOnSignal(Callback):
             signal.signal(number, handler)
         self.previous_handlers = {}
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
@@ -104,7 +104,7 @@ class StopOnSignal(Callback):
 
     @override
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Save and stop after an optimizer step if a signal has arrived."""
         if self._should_stop(trainer):

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Literal, Union, get_args, get_origin
+
+from jsonargparse import ArgumentParser
 
 from crossformer_vision.compat import argument_types, parser_actions
 from crossformer_vision.errors import error_line
@@ -51,7 +53,7 @@ ALIASES = {
     "score": ("score_threshold",),
     "tile": ("tile_size",),
 }
-TYPE_NAMES: dict[Any, str] = {
+TYPE_NAMES: dict[object, str] = {
     int: "an integer",
     float: "a number",
     bool: "true or false",
@@ -61,7 +63,7 @@ TYPE_NAMES: dict[Any, str] = {
 }
 
 
-def explain(message: str, parser: Any, arguments: Sequence[str], configs: Sequence[str]) -> str:
+def explain(message: str, parser: ArgumentParser, arguments: Sequence[str], configs: Sequence[str]) -> str:
     """Reword an error of the parser.
 
     Args:
@@ -106,7 +108,7 @@ def _explain_unknown(name: str, options: Sequence[str], configs: Sequence[str]) 
 
 
 def _explain_value(
-    name: str, value: str, parser: Any, arguments: Sequence[str], configs: Sequence[str]
+    name: str, value: str, parser: ArgumentParser, arguments: Sequence[str], configs: Sequence[str]
 ) -> str:
     """Message for a value of the wrong type."""
     if name == "data.augmentation" and (reason := _import_problem(value)):
@@ -143,7 +145,7 @@ def suggest_option(name: str, options: Sequence[str], prefix: str) -> str:
 def _config_with(name: str, configs: Sequence[str]) -> str:
     """Configuration file that sets an option; the last one if none does."""
     for config in configs:
-        content: Any = read_config(config)
+        content: object = read_config(config)
         for part in name.split("."):
             content = content.get(part, SUPPRESS) if isinstance(content, dict) else SUPPRESS
         if content is not SUPPRESS:
@@ -151,7 +153,7 @@ def _config_with(name: str, configs: Sequence[str]) -> str:
     return configs[-1] if configs else "the options"
 
 
-def describe_type(kind: Any) -> str:
+def describe_type(kind: object) -> str:
     """Describe a type in words, such as ``an integer or null`` for ``int | None``; empty if unknown."""
     if kind in TYPE_NAMES:
         return TYPE_NAMES[kind]

@@ -8,7 +8,7 @@ import glob
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 import yaml
@@ -28,6 +28,7 @@ from crossformer_vision.training.trainer_options import (
     check_trainer_options,
     reset_unsupported,
 )
+from crossformer_vision.types import JsonObject
 
 Verb = Literal["train", "validate", "benchmark-data"]
 
@@ -70,7 +71,7 @@ class Options:
     task: str
     parser: LightningArgumentParser
     config: Namespace
-    overrides: dict[str, Any] = field(default_factory=dict)
+    overrides: JsonObject = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     is_auto_precision: bool = False
 
@@ -80,7 +81,7 @@ class Options:
         config.run.dir = None
         return dump_config(self.parser, config)
 
-    def flat(self) -> dict[str, Any]:
+    def flat(self) -> JsonObject:
         """Saved values by dotted option name."""
         return flatten(yaml.safe_load(self.to_yaml()))
 
@@ -93,7 +94,7 @@ class Options:
         return config
 
 
-def parse_options(verb: Verb, arguments: Sequence[str], overrides: dict[str, Any] | None = None) -> Options:
+def parse_options(verb: Verb, arguments: Sequence[str], overrides: JsonObject | None = None) -> Options:
     """Parse command-line arguments.
 
     Args:
@@ -202,9 +203,9 @@ def _check(config: Namespace) -> None:
     check_trainer_options(config.trainer)
 
 
-def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(content: JsonObject, prefix: str = "") -> JsonObject:
     """Dotted names for one level of nesting: ``{"model": {"lr": 1}}`` becomes ``{"model.lr": 1}``."""
-    flat: dict[str, Any] = {}
+    flat: JsonObject = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and not prefix:

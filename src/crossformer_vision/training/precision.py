@@ -1,7 +1,7 @@
 """Numeric precision of a run: resolution of ``auto``, warnings and errors."""
 
 import logging
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -19,7 +19,7 @@ Precision = Literal[
 AUTO = {torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed", torch.float32: "32-true"}
 
 
-def training_device(accelerator: Any) -> torch.device | None:
+def training_device(accelerator: object) -> torch.device | None:
     """The device that Lightning's Trainer selects for an ``accelerator`` option.
 
     Args:
@@ -32,10 +32,10 @@ def training_device(accelerator: Any) -> torch.device | None:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    return torch.device(accelerator) if accelerator in ("cpu", "cuda", "mps") else None
+    return torch.device(str(accelerator)) if accelerator in ("cpu", "cuda", "mps") else None
 
 
-def resolve_precision(precision: Any, accelerator: Any, prefer_fast: bool = False) -> str:
+def resolve_precision(precision: object, accelerator: object, prefer_fast: bool = False) -> str:
     """Choose the precision of a run.
 
     A precision that the device emulates is accepted with a warning; weights in 16 bits are refused there.

@@ -41,7 +41,7 @@ class Throughput(Callback):
 
     @override
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Any, batch_idx: int
     ) -> None:
         """Count a batch, and print the speed once if no progress bar shows it."""
         self.batches += 1
@@ -74,11 +74,11 @@ class Throughput(Callback):
         """Training time, including that before the run was resumed."""
         return (self.earlier_seconds + (time.time() - self.start if self.start else 0)) / 60
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, float]:
         """The training time so far."""
         return {"minutes": self.minutes()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """Continue the training time of a resumed run."""
         self.earlier_seconds = 60 * state_dict["minutes"]
 
@@ -93,7 +93,7 @@ class MetricsWriter(Callback):
 
     def __init__(self, run_directory: RunDirectory, throughput: Throughput) -> None:
         self.run_directory, self.throughput = run_directory, throughput
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[dict[str, float]] = []
         self.plot_time = -math.inf
         self.unplotted: Task | None = None  # task whose last epoch is not in the plot
         self.has_validated = False

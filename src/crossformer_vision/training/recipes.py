@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
 from jsonargparse import get_loader
@@ -13,7 +13,12 @@ from jsonargparse import get_loader
 from crossformer_vision.data.layout import infer_task
 from crossformer_vision.errors import UserError, did_you_mean
 from crossformer_vision.training.arguments import has_option, option_value
+from crossformer_vision.types import JsonObject
 from crossformer_vision.weights import published
+
+if TYPE_CHECKING:
+    from crossformer_vision.data.module import BaseDataModule
+    from crossformer_vision.tasks.base import Task
 
 PACKAGE = Path(__file__).parents[1]
 CONFIG_DIRS = (PACKAGE / "configs", PACKAGE.parents[1] / "configs")  # in a wheel; in a source checkout
@@ -39,11 +44,11 @@ class TaskInfo:
     shared_options: tuple[str, ...]
     own_option: str | None = None
 
-    def load_task_class(self) -> Any:
+    def load_task_class(self) -> "type[Task]":
         """Import the LightningModule."""
         return getattr(import_module(f"crossformer_vision.tasks.{self.module}"), self.task_class)
 
-    def load_data_class(self) -> Any:
+    def load_data_class(self) -> "type[BaseDataModule]":
         """Import the LightningDataModule."""
         return getattr(import_module(f"crossformer_vision.data.{self.module}"), self.data_class)
 
@@ -98,7 +103,7 @@ def find_config(name: str) -> str:
     raise UserError(f"{name}: no such configuration file{did_you_mean(name, known)}")
 
 
-def read_config(config: str) -> dict[str, Any]:
+def read_config(config: str) -> JsonObject:
     """Content of a configuration, given as a path or as YAML text.
 
     Returns:
@@ -131,7 +136,7 @@ def as_ascii(config: str) -> str:
     return as_text(content) if content else config
 
 
-def as_text(content: dict[str, Any]) -> str:
+def as_text(content: JsonObject) -> str:
     """A configuration as YAML text in one line."""
     return yaml.safe_dump(content, default_flow_style=True, width=math.inf)
 
@@ -170,7 +175,7 @@ def choose_task(arguments: Sequence[str], configs: Sequence[str]) -> tuple[str, 
     return name, None
 
 
-def _task_with_own_option(arguments: Sequence[str], contents: Sequence[dict[str, Any]]) -> str | None:
+def _task_with_own_option(arguments: Sequence[str], contents: Sequence[JsonObject]) -> str | None:
     """Task whose own option, such as ``detector``, is given."""
     models = [content.get("model") for content in contents]
     for name, info in TASKS.items():

@@ -5,7 +5,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from crossformer_vision.errors import UserError
 from crossformer_vision.training.arguments import has_option
@@ -14,6 +13,7 @@ from crossformer_vision.training.command import command_name
 from crossformer_vision.training.options import Options, flatten, parse_options
 from crossformer_vision.training.recipes import as_ascii, as_text, read_config
 from crossformer_vision.training.run_directory import VAL_LIST
+from crossformer_vision.types import JsonObject
 from crossformer_vision.weights.reading import read_checkpoint
 
 # Options that a resumed run cannot change, because weights or optimizer state would not fit.
@@ -33,7 +33,9 @@ FIXED = (
 )
 
 
-def resume_options(run_dir: str, arguments: Sequence[str]) -> tuple[Options, dict[str, tuple[Any, Any]]]:
+def resume_options(
+    run_dir: str, arguments: Sequence[str]
+) -> tuple[Options, dict[str, tuple[object, object]]]:
     """Options to continue a run.
 
     Args:
@@ -47,7 +49,7 @@ def resume_options(run_dir: str, arguments: Sequence[str]) -> tuple[Options, dic
         UserError: If it is not a run directory, or an option in ``FIXED`` is changed.
     """
     config = _config_path(run_dir)
-    overrides: dict[str, Any] = {"run.dir": run_dir, **_validation_list(run_dir)}
+    overrides: JsonObject = {"run.dir": run_dir, **_validation_list(run_dir)}
     last = Path(run_dir) / "last.ckpt"
     if last.is_file():  # otherwise training restarts from the first epoch
         overrides |= _checkpoint_overrides(last)
@@ -93,18 +95,18 @@ def _config_path(run_dir: str) -> str:
     return str(config)
 
 
-def _validation_list(run_dir: str) -> dict[str, Any]:
+def _validation_list(run_dir: str) -> JsonObject:
     """The list of held-out validation images, if the run has one."""
     path = Path(run_dir) / VAL_LIST
     return {"data.val_list": str(path)} if path.is_file() else {}
 
 
-def _checkpoint_overrides(checkpoint: Path) -> dict[str, Any]:
+def _checkpoint_overrides(checkpoint: Path) -> JsonObject:
     """Overrides that take weights and class names from the checkpoint."""
     return {"model.pretrained": False, "model.checkpoint": None, **class_names(checkpoint)}
 
 
-def class_names(checkpoint: Path) -> dict[str, Any]:
+def class_names(checkpoint: Path) -> dict[str, list[str]]:
     """Class names in a checkpoint of a run, as an option of the data module."""
     classes = read_checkpoint(checkpoint).get("classes")
     return {"data.classes": list(classes)} if classes else {}
@@ -119,7 +121,7 @@ def _without_augmentation(config: str) -> str:
     return as_text({**content, "data": {**data, "augmentation": None}})
 
 
-def _changed_options(options: Options, run_dir: str) -> dict[str, tuple[Any, Any]]:
+def _changed_options(options: Options, run_dir: str) -> dict[str, tuple[object, object]]:
     """Options that differ from those of the run, as ``{name: (before, now)}``."""
     before = flatten(read_config(f"{run_dir}/config.yaml"))
     return {

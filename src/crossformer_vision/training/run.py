@@ -29,6 +29,8 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from torch import distributed
 
 from crossformer_vision.compat import epochs_started
+from crossformer_vision.data.loader import SeededLoader
+from crossformer_vision.data.module import BaseDataModule
 from crossformer_vision.errors import UserError, check_range, counted
 from crossformer_vision.files import create_run_dir, write_json
 from crossformer_vision.tasks.base import Task
@@ -42,6 +44,7 @@ from crossformer_vision.training.cluster import init_restarted_process_group
 from crossformer_vision.training.interruption import StopOnNonFiniteLoss, StopOnSignal, Stopped
 from crossformer_vision.training.progress import MetricsWriter, Throughput
 from crossformer_vision.training.run_directory import RunDirectory
+from crossformer_vision.types import JsonObject
 from crossformer_vision.weights.loading import load_checkpoint
 from crossformer_vision.weights.reading import read_checkpoint
 
@@ -102,7 +105,7 @@ def run_callbacks(
     return callbacks
 
 
-def train(trainer: L.Trainer, task: Task, data: Any, resume: str | None = None) -> dict[str, Any]:
+def train(trainer: L.Trainer, task: Task, data: BaseDataModule, resume: str | None = None) -> JsonObject:
     """Train, validate the best checkpoint and write ``results.json``.
 
     Args:
@@ -150,7 +153,9 @@ def train(trainer: L.Trainer, task: Task, data: Any, resume: str | None = None) 
     return results
 
 
-def _print_start(trainer: L.Trainer, task: Task, data: Any, parameters: int, resume: str | None) -> None:
+def _print_start(
+    trainer: L.Trainer, task: Task, data: BaseDataModule, parameters: int, resume: str | None
+) -> None:
     """Print model, data, precision and initial weights."""
     train, val = (len(data.open(stage)) for stage in ("train", "val"))
     if not trainer.is_global_zero:
@@ -171,7 +176,7 @@ def _print_start(trainer: L.Trainer, task: Task, data: Any, parameters: int, res
         print(line, flush=True)
 
 
-def _fit(trainer: L.Trainer, task: Task, data: Any, resume: str | None) -> None:
+def _fit(trainer: L.Trainer, task: Task, data: BaseDataModule, resume: str | None) -> None:
     """Train, and clean up the run directory however training ends."""
     run_directory = find_callback(trainer, RunDirectory)
     last = Path(resume) / "last.ckpt" if resume else None
@@ -195,8 +200,8 @@ def _fit(trainer: L.Trainer, task: Task, data: Any, resume: str | None) -> None:
 
 
 def validate(
-    trainer: L.Trainer, task: Task, data: Any, checkpoint: Path | None, plot_dir: Path | None
-) -> dict[str, Any]:
+    trainer: L.Trainer, task: Task, data: BaseDataModule, checkpoint: Path | None, plot_dir: Path | None
+) -> JsonObject:
     """Validate a checkpoint and plot its results.
 
     Args:
@@ -224,8 +229,8 @@ def validate(
 
 
 def evaluate(
-    trainer: L.Trainer, task: Task, data: Any, checkpoint: Path | None, output_dir: Path
-) -> tuple[dict[str, Any], Path]:
+    trainer: L.Trainer, task: Task, data: BaseDataModule, checkpoint: Path | None, output_dir: Path
+) -> tuple[JsonObject, Path]:
     """Validate and write plots and ``results.json`` to a new directory.
 
     Args:
@@ -263,10 +268,11 @@ def evaluate(
     return results, output_dir
 
 
-def _count_validated(trainer: L.Trainer, data: Any) -> int:
+def _count_validated(trainer: L.Trainer, data: BaseDataModule) -> int:
     """Number of images that the last validation of a Trainer has used."""
     batches = int(sum(trainer.num_val_batches))
-    loader: Any = trainer.val_dataloaders
+    loader = trainer.val_dataloaders
+    assert isinstance(loader, SeededLoader)
     return min(len(data.open("val")), batches * loader.batches.batch_size * trainer.world_size)
 
 
@@ -302,7 +308,7 @@ def _set_callbacks(trainer: L.Trainer, callbacks: list[Callback]) -> None:
     trainer.callbacks = callbacks  # type: ignore[attr-defined]
 
 
-def environment_info() -> dict[str, Any]:
+def environment_info() -> dict[str, str]:
     """Command, hardware, torch version and date, for result files."""
     return {
         "command": shlex.join(["crossformer", *sys.argv[1:]]),

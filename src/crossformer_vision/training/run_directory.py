@@ -6,7 +6,8 @@ import shlex
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TextIO
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -21,7 +22,7 @@ from crossformer_vision.training.command import command_name
 
 log = logging.getLogger("crossformer_vision")
 
-fcntl: Any = None
+fcntl: ModuleType | None = None
 with suppress(ImportError):  # not on Windows
     import fcntl
 
@@ -56,7 +57,7 @@ class RunDirectory(Callback):
         self.has_trained = False
         self.is_created = False
         self.earlier_files: set[str] = set()  # in the directory before this run
-        self.lock: Any = None
+        self.lock: TextIO | None = None
         self.validated_step = -1
 
     @override
@@ -69,7 +70,7 @@ class RunDirectory(Callback):
         if stage != "fit":
             return
         assert isinstance(pl_module, Task)
-        taken: Any = None
+        taken: str | UserError = ""
         if trainer.is_global_zero:
             try:
                 taken = str(self._take(pl_module))
@@ -159,7 +160,7 @@ class RunDirectory(Callback):
         print(f"run directory: {self.path}", flush=True)
         if trainer.world_size > 1:
             report_dead_processes(self.resume_hint())
-        data: Any = getattr(trainer, "datamodule", None)
+        data = getattr(trainer, "datamodule", None)
         if held_out := getattr(data, "held_out", None):
             names = "".join(f"{name}\n" for name in held_out)
             write_text(self.path / VAL_LIST, names, errors="surrogateescape")
@@ -172,7 +173,7 @@ class RunDirectory(Callback):
 
     @override
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Record that a batch was trained on."""
         self.has_trained = True

@@ -1,10 +1,10 @@
 """Options of Lightning's Trainer: defaults, unsupported options, and early checks."""
 
 from inspect import signature
-from typing import Any
 
 import lightning as L
 import torch
+from jsonargparse import Namespace
 
 from crossformer_vision.devices import count_cores
 from crossformer_vision.errors import UserError
@@ -33,7 +33,7 @@ TRAINER_DEFAULTS = {
 }
 
 
-def reset_unsupported(options: Any) -> None:
+def reset_unsupported(options: Namespace) -> None:
     """Set unsupported options to the values that runs use.
 
     Args:
@@ -50,7 +50,7 @@ def reset_unsupported(options: Any) -> None:
         options[name] = value
 
 
-def check_trainer_options(options: Any) -> None:
+def check_trainer_options(options: Namespace) -> None:
     """Reject options that would make Lightning fail with a traceback or hang at the start.
 
     Args:
@@ -81,7 +81,7 @@ def check_trainer_options(options: Any) -> None:
             raise UserError(f"--trainer.{name} {value}: must be above 0")
 
 
-def _check_process_count(options: Any) -> None:
+def _check_process_count(options: Namespace) -> None:
     """Refuse more processes than CPU cores."""
     device = training_device(options.accelerator)
     cores = count_cores()
