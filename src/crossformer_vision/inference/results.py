@@ -107,7 +107,7 @@ class DetectionResult(ResultMixin):
 
     def plot(self) -> Image.Image:
         """The image with boxes, masks, labels and scores."""
-        objects: dict[str, NDArray[np.generic]]
+        objects: dict[str, NDArray[np.number]]
         objects = {"boxes": self.boxes, "labels": self.labels, "scores": self.scores}
         if self.masks is not None:
             objects["masks"] = self.masks

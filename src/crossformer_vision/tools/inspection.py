@@ -246,8 +246,8 @@ def patches(net: nn.Module, stage: int, y: int, x: int) -> list[tuple[float, flo
     """
     model = find_crossformer(net)
     embed = next(m for m in model.stages[stage].modules() if isinstance(m, CrossScaleEmbedding))
-    unit = 1 if stage == 0 else model.feature_info[stage - 1]["reduction"]
-    boxes = []
+    unit = 1 if stage == 0 else int(model.feature_info[stage - 1]["reduction"])
+    boxes: list[tuple[float, float, float, float]] = []
     for conv in embed.convs:
         k, pad = conv.kernel_size[0], conv.padding[0]
         left, top = x * embed.stride - pad, y * embed.stride - pad
