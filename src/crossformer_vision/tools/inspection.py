@@ -249,7 +249,7 @@ def patches(net: nn.Module, stage: int, y: int, x: int) -> list[tuple[float, flo
     unit = 1 if stage == 0 else int(model.feature_info[stage - 1]["reduction"])
     boxes: list[tuple[float, float, float, float]] = []
     for conv in embed.convs:
-        k, pad = conv.kernel_size[0], conv.padding[0]
+        k, pad = conv.kernel_size[0], int(conv.padding[0])
         left, top = x * embed.stride - pad, y * embed.stride - pad
         boxes.append((left * unit, top * unit, (left + k) * unit, (top + k) * unit))
     return boxes
