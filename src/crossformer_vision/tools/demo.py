@@ -93,6 +93,78 @@ def _save(image: Image.Image | NDArray[np.uint8], path: Path) -> str:
     return str(path)
 
 
+class PageHandlers:
+    """Event handlers of the page. Errors of the user are shown as warnings.
+
+    Args:
+        predictors: Predictors by name.
+        folder: Folder of uploads and examples.
+    """
+
+    def __init__(self, predictors: dict[str, Predictor], folder: Path) -> None:
+        self.predictors, self.folder = predictors, folder.resolve()
+
+    def read_photo(self, sent: JsonObject) -> Image.Image:
+        """Read an upload with the library's own reader, for orientation, bit depth and error messages.
+
+        Raises:
+            UserError: If it is not an image of this page.
+        """
+        path = Path(sent["path"]).resolve()
+        if not path.is_relative_to(self.folder):  # clients may send any path
+            raise UserError(f"{path.name}: is not a photo of this page")
+        return load_image(path, path.name)
+
+    def predict(self, sent: JsonObject | None, name: str, score: float) -> tuple[Image.Image | None, str]:
+        """Plot and text of a prediction.
+
+        Args:
+            sent: Uploaded photo.
+            name: Name of the predictor.
+            score: Score threshold of a detector.
+        """
+        if sent is None:
+            return None, ""
+        predictor = self.predictors[name]
+        if isinstance(predictor, DetectionPredictor):
+            predictor.score_threshold = score
+        try:
+            result = predictor(self.read_photo(sent))
+        except UserError as error:
+            _show_warning(error)
+            return None, ""
+        plot = result.plot()
+        plot.thumbnail((MAX_SIDE, MAX_SIDE))
+        return plot, str(result).removeprefix(f"{result.name}: ")
+
+    def draw_attention(
+        self, sent: JsonObject | None, name: str, stage: int, pixel: list[int] | None
+    ) -> Image.Image | None:
+        """Attention of a pixel.
+
+        Args:
+            sent: Uploaded photo.
+            name: Name of the predictor.
+            stage: Stage, from 1.
+            pixel: x and y of the last click.
+        """
+        if sent is None or pixel is None:
+            return None
+        try:
+            photo = self.read_photo(sent)
+            point = ((pixel[0] + 0.5) / photo.width, (pixel[1] + 0.5) / photo.height)
+            return attention_page(self.predictors[name], photo, point, int(stage) - 1, 224)
+        except UserError as error:
+            _show_warning(error)
+            return None
+
+
+def _show_warning(error: UserError) -> None:
+    import gradio
+
+    gradio.Warning(str(error), title="Cannot do this")
+
+
 def build_page(predictors: dict[str, Predictor], folder: Path) -> "gr.Blocks":
     """Build the page.
 
@@ -105,49 +177,10 @@ def build_page(predictors: dict[str, Predictor], folder: Path) -> "gr.Blocks":
     """
     import gradio as gr
 
-    names = list(predictors)
-
-    def read_photo(sent: JsonObject) -> Image.Image:
-        """Read an upload with the library's own reader, for orientation, bit depth and error messages."""
-        path = Path(sent["path"]).resolve()
-        if not path.is_relative_to(folder.resolve()):  # clients may send any path
-            raise UserError(f"{path.name}: is not a photo of this page")
-        return load_image(path, path.name)
-
-    def show_error(error: UserError) -> None:
-        gr.Warning(str(error), title="Cannot do this")
-
-    def predict(sent: JsonObject | None, name: str, score: float) -> tuple[Image.Image | None, str]:
-        if sent is None:
-            return None, ""
-        predictor = predictors[name]
-        if isinstance(predictor, DetectionPredictor):
-            predictor.score_threshold = score
-        try:
-            result = predictor(read_photo(sent))
-        except UserError as error:
-            show_error(error)
-            return None, ""
-        plot = result.plot()
-        plot.thumbnail((MAX_SIDE, MAX_SIDE))
-        return plot, str(result).removeprefix(f"{result.name}: ")
-
     def clicked_pixel(event: gr.SelectData) -> list[int]:
         return list(event.index)
 
-    def draw_attention(
-        sent: JsonObject | None, name: str, stage: int, pixel: list[int] | None
-    ) -> Image.Image | None:
-        if sent is None or pixel is None:
-            return None
-        try:
-            photo = read_photo(sent)
-            point = ((pixel[0] + 0.5) / photo.width, (pixel[1] + 0.5) / photo.height)
-            return attention_page(predictors[name], photo, point, int(stage) - 1, 224)
-        except UserError as error:
-            show_error(error)
-            return None
-
+    names, handlers = list(predictors), PageHandlers(predictors, folder)
     # Labels would cover text in the pictures.
     view: Kwargs = dict(interactive=False, format="png", show_label=False, buttons=["download", "fullscreen"])
     with gr.Blocks(title="CrossFormer", analytics_enabled=False, delete_cache=(600, 3600)) as app:
@@ -170,14 +203,14 @@ def build_page(predictors: dict[str, Predictor], folder: Path) -> "gr.Blocks":
         one_at_a_time: Kwargs = dict(concurrency_id="network", concurrency_limit=1, preprocess=False)
         inputs = [photo, name, score]
         for event in (photo.change, name.change, score.release):
-            event(predict, inputs, [result, text], **one_at_a_time)
+            event(handlers.predict, inputs, [result, text], **one_at_a_time)
         pixel = gr.JSON(visible="hidden")  # last click; gr.State needs preprocess
         photo.change(lambda: (None, None), None, [attention, pixel])
         selected = photo.select(clicked_pixel, None, pixel, preprocess=False)
         for event in (selected.then, name.change):
-            event(draw_attention, [photo, name, stage, pixel], attention, **one_at_a_time)
+            event(handlers.draw_attention, [photo, name, stage, pixel], attention, **one_at_a_time)
         stage.change(
-            draw_attention,
+            handlers.draw_attention,
             [photo, name, stage, pixel],
             attention,
             trigger_mode="always_last",

@@ -209,34 +209,15 @@ class MaskRCNN(DenseModel, GeneralizedRCNN):
         for head in (rpn_head, box_predictor, mask_predictor):
             head.register_forward_hook(_to_float32)
         backbone = BackboneWithFPN(body, width, first=0, extra=LastLevelMaxPool())
-        rpn = RPN(
-            AnchorGenerator((4, 8, 16, 32, 64), anchor_scale or 8, scales_per_octave=1),
-            rpn_head,
-            rpn_fg_iou_thresh,
-            rpn_bg_iou_thresh,
-            rpn_batch_size_per_image,
-            rpn_positive_fraction,
-            {"training": rpn_pre_nms_top_n_train, "testing": rpn_pre_nms_top_n_test},
-            {"training": rpn_post_nms_top_n_train, "testing": rpn_post_nms_top_n_test},
-            rpn_nms_thresh,
-            rpn_score_thresh,
-        )
-        roi_heads = RoIHeads(
-            RoIAlign(7),
-            box_head,
-            box_predictor,
-            box_fg_iou_thresh,
-            box_bg_iou_thresh,
-            box_batch_size_per_image,
-            box_positive_fraction,
-            bbox_reg_weights,
-            box_score_thresh,
-            box_nms_thresh,
-            max_detections,
-            RoIAlign(14),
-            MaskRCNNHeads(width, [width] * 4, dilation=1),
-            mask_predictor,
-        )
+        anchors = AnchorGenerator((4, 8, 16, 32, 64), anchor_scale or 8, scales_per_octave=1)
+        sampling = rpn_fg_iou_thresh, rpn_bg_iou_thresh, rpn_batch_size_per_image, rpn_positive_fraction
+        before_nms = {"training": rpn_pre_nms_top_n_train, "testing": rpn_pre_nms_top_n_test}
+        after_nms = {"training": rpn_post_nms_top_n_train, "testing": rpn_post_nms_top_n_test}
+        rpn = RPN(anchors, rpn_head, *sampling, before_nms, after_nms, rpn_nms_thresh, rpn_score_thresh)
+        sampling = box_fg_iou_thresh, box_bg_iou_thresh, box_batch_size_per_image, box_positive_fraction
+        boxes = bbox_reg_weights, box_score_thresh, box_nms_thresh, max_detections
+        masks = RoIAlign(14), MaskRCNNHeads(width, [width] * 4, dilation=1), mask_predictor
+        roi_heads = RoIHeads(RoIAlign(7), box_head, box_predictor, *sampling, *boxes, *masks)
         transform = DetectorTransform(min_size, max_size, image_mean, image_std, skip_resize)
         super().__init__(backbone, rpn, roi_heads, transform)
         self.body_prefix = find_body_prefix("backbone.body.", body)
