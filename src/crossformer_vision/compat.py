@@ -17,10 +17,19 @@ from crossformer_vision.types import JsonObject
 if TYPE_CHECKING:
     import lightning as L
     from jsonargparse import ArgumentParser, Namespace
+    from torchvision.models.detection._utils import BoxCoder as BoxCoder
+    from torchvision.models.detection._utils import Matcher as Matcher
     from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from timm.models._features import FeatureGetterNet as FeatureGetterNet
 from timm.models._features import feature_take_indices as feature_take_indices
+from timm.models._manipulate import group_parameters as group_parameters
+
+foreach_mul_ = torch._foreach_mul_
+foreach_lerp = torch._foreach_lerp
+foreach_lerp_ = torch._foreach_lerp_
+foreach_add_ = torch._foreach_add_
+"""Operations on lists of tensors in one kernel, as torch's optimizers use them. Tested with torch 2.15."""
 
 BATCH_NORM_BASE: type[nn.Module] = nn.modules.batchnorm._NormBase
 """Base class of all batch and instance norms. Tested with torch 2.15."""

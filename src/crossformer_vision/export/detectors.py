@@ -5,11 +5,12 @@ takes a batch of resized images and returns the best ``max_detections`` objects 
 Within the graph, missing candidates of a level or image have score ``NO_OBJECT``.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
-from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.rpn import permute_and_flatten
 from torchvision.ops import nms
@@ -17,6 +18,9 @@ from typing_extensions import override
 
 from crossformer_vision.compat import rpn_proposal_counts
 from crossformer_vision.models.grouping import pad_to_multiple
+
+if TYPE_CHECKING:
+    from crossformer_vision.compat import BoxCoder
 
 NO_OBJECT = -1.0
 
@@ -161,7 +165,7 @@ def select_top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return top, torch.where(top > 0, index, 0)
 
 
-def decode_boxes(coder: BoxCoder, deltas: Tensor, anchors: Tensor, index: Tensor) -> Tensor:
+def decode_boxes(coder: "BoxCoder", deltas: Tensor, anchors: Tensor, index: Tensor) -> Tensor:
     """Decode the boxes of selected anchors.
 
     Args:

@@ -4,9 +4,9 @@ import re
 from typing import Any, Literal
 
 from timm.models import FeatureListNet
-from timm.models._manipulate import group_parameters
 from torch import nn
 
+from crossformer_vision.compat import group_parameters
 from crossformer_vision.errors import UserError
 from crossformer_vision.models import create_on_meta
 from crossformer_vision.models.dense.base import DenseModel

@@ -9,7 +9,14 @@ from timm.optim import Muon
 from timm.optim.muon import get_lr_scale, zeropower_via_newtonschulz
 from torch import Tensor
 
-from crossformer_vision.compat import is_muon_matrix, muon_coefficients
+from crossformer_vision.compat import (
+    foreach_add_,
+    foreach_lerp,
+    foreach_lerp_,
+    foreach_mul_,
+    is_muon_matrix,
+    muon_coefficients,
+)
 from crossformer_vision.devices import computes_fast
 
 GRAM_ASPECT_RATIO = 1.5  # at which iterating on the Gram matrix starts to need fewer operations
@@ -77,9 +84,9 @@ class BatchedMuon(Muon):
         lr, momentum = group["lr"], group["momentum"]
         gradients: list[Any] = [p.grad for p in params]
         buffers = [self.state[p]["momentum_buffer"] for p in params]
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        updates = list(torch._foreach_lerp(gradients, buffers, momentum)) if group["nesterov"] else buffers
+        foreach_mul_(params, 1 - lr * group["weight_decay"])
+        foreach_lerp_(buffers, gradients, 1 - momentum)
+        updates = list(foreach_lerp(gradients, buffers, momentum)) if group["nesterov"] else buffers
         by_shape: dict[Any, list[int]] = defaultdict(list)
         for i, p in enumerate(params):
             by_shape[p.shape, p.device].append(i)
@@ -91,7 +98,7 @@ class BatchedMuon(Muon):
             adjust = group["adjust_lr_fn"]
             scale = get_lr_scale(directions.shape, adjust) if adjust else 1.0
             steps = directions.to(stacked.dtype).unflatten(2, shape[1:]).unbind(0)
-            torch._foreach_add_([params[i] for i in numbers], steps, alpha=-lr * scale)
+            foreach_add_([params[i] for i in numbers], steps, alpha=-lr * scale)
 
 
 def orthogonalize(

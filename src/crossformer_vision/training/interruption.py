@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 import lightning as L
@@ -69,7 +70,7 @@ class StopOnSignal(Callback):
         self.run_directory = run_directory
         self.signal = 0
         self.is_validating = False
-        self.previous_handlers: dict[int, signal._HANDLER] = {}
+        self.previous_handlers: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Install the signal handlers."""

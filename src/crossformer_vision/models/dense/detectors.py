@@ -15,13 +15,12 @@ They differ from torchvision's detectors in these points:
 Labels run from 1 to ``num_classes``; 0 is the background, as in torchvision.
 """
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torchvision.models import detection
-from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -41,6 +40,9 @@ from crossformer_vision.models.dense.roi_heads import RoIAlign, RoIHeads
 from crossformer_vision.models.dense.rpn import RPN
 from crossformer_vision.models.dense.transform import DetectorTransform
 from crossformer_vision.types import Backbone, Kwargs
+
+if TYPE_CHECKING:
+    from crossformer_vision.compat import Matcher
 
 __all__ = ["MaskRCNN", "RetinaNet", "create_detector"]
 
@@ -65,7 +67,7 @@ class RetinaNet(DenseModel, detection.RetinaNet):
     """
 
     head: RetinaNetHead
-    proposal_matcher: Matcher
+    proposal_matcher: "Matcher"
     heads = ("backbone.fpn.", "backbone.body.scales.", "head.")
     class_layers = ("head.classification_head.cls_logits.",)
     published_names = RETINANET_KEYS
