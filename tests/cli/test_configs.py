@@ -11,11 +11,13 @@ from crossformer_vision.cli import main
 from crossformer_vision.models.variants import DENSE_G14, published_groups
 from crossformer_vision.tools.compare import read_grid
 from crossformer_vision.tools.info import PUBLISHED
+from crossformer_vision.training.recipes import read_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+BASES = [name for name in FILES if name.startswith("bases/")]
 GRIDS = [name for name in FILES if name.startswith(("ablations/", "competitors/"))]
-RECIPES = [name for name in FILES if name not in GRIDS]
+RECIPES = [name for name in FILES if name not in (*GRIDS, *BASES)]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -27,7 +29,7 @@ def test_recipe(name, classifier_configs, capsys):
     assert name in " ".join(head) or name == "quickstart/classification.yaml"
     assert main(["train", "--config", name, "--print_config"]) == 0
     resolved = yaml.safe_load(capsys.readouterr().out)
-    for section, values in yaml.safe_load(text).items():  # every value is preserved
+    for section, values in read_config(str(CONFIGS / name)).items():  # every value is preserved
         if isinstance(values, dict):
             assert {k: resolved[section][k] for k in values} == values
     model = resolved["model"]["backbone"]
@@ -43,6 +45,28 @@ def test_recipe(name, classifier_configs, capsys):
         assert resolved["model"]["decay_on"] == ("all_but_norms" if head == "upernet" else "all")
     if model in classifier_configs and not name.startswith("default/"):
         assert resolved["model"]["drop_path_rate"] == classifier_configs[model]["drop_path_rate"]
+
+
+def test_recipes_override_their_base(tmp_path, capsys):
+    """Sections are merged option by option; other values, such as ``model_args``, are replaced."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("base: bases/coco.yaml\nmodel: {lr: 0.5, milestones: [3]}\n", encoding="utf-8")
+    assert main(["train", "--config", str(recipe), "--print_config"]) == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert resolved["task"] == "detection" and resolved["trainer"]["max_epochs"] == 12
+    assert resolved["model"]["lr"] == 0.5 and resolved["model"]["milestones"] == [3.0]
+    assert main(["train", "--config", str(recipe), "--help"]) == 0
+    assert "(type: float, default: 0.5)" in capsys.readouterr().out
+    assert main(["train", "--config", str(recipe), "--model.lrr", "1"]) == 2
+    capsys.readouterr()
+    (tmp_path / "base.yaml").write_text("base: bases/coco.yaml\n")
+    for base, message in (
+        ("bases/cocoo.yaml", "bases/cocoo.yaml: no such configuration file. Did you mean 'bases/coco.yaml'?"),
+        ("base.yaml", "base.yaml: not a base of configurations"),
+    ):
+        recipe.write_text(f"base: {base}\n")
+        assert main(["train", "--config", str(recipe)]) == 1
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", GRIDS)

@@ -3,14 +3,13 @@
 from typing import Any
 
 import timm
-import yaml
 from timm.data import resolve_model_data_config
 
 from crossformer_vision.data import class_names
 from crossformer_vision.errors import UserError
 from crossformer_vision.models import find_model
 from crossformer_vision.models.build import build_model
-from crossformer_vision.training.recipes import find_config
+from crossformer_vision.training.recipes import find_config, read_config
 from crossformer_vision.types import Checkpoint
 from crossformer_vision.weights import published
 from crossformer_vision.weights.loading import load_checkpoint
@@ -57,8 +56,7 @@ def _dense_checkpoint(name: str, file: str | None) -> Checkpoint:
     """A published detector or segmenter with the groups and image sizes of its recipe."""
     is_detector = name.partition("_crossformer_")[0] in ("retinanet", "mask_rcnn")
     task = "detection" if is_detector else "segmentation"
-    with open(find_config(f"{task}/{name}.yaml"), encoding="utf-8") as stream:
-        recipe = yaml.safe_load(stream)
+    recipe = read_config(find_config(f"{task}/{name}.yaml"))
     keys = ("backbone", "model_args", "detector", "min_size", "max_size", "segmenter", "test_scales")
     options = {key: recipe["model"][key] for key in keys if key in recipe["model"]}
     classes = class_names.coco() if is_detector else list(class_names.ADE20K)

@@ -64,7 +64,7 @@ class Grid:
 
     def digest(self, row: str, seed: int) -> str:
         """Digest of everything that determines a score: options and contents of the recipes."""
-        recipes = [Path(recipe).read_text(encoding="utf-8") for recipe in self.recipe]
+        recipes = [json.dumps(read_config(recipe), sort_keys=True) for recipe in self.recipe]
         options = self.arguments(self.rows[row], seed)[2 * len(recipes) :]
         return hashlib.sha256("\0".join([*options, *recipes]).encode()).hexdigest()[:16]
 

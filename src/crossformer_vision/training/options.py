@@ -20,7 +20,15 @@ from crossformer_vision.errors import UserError
 from crossformer_vision.training.arguments import has_option, normalize, option_values
 from crossformer_vision.training.option_errors import explain
 from crossformer_vision.training.precision import Precision, resolve_precision
-from crossformer_vision.training.recipes import TASKS, as_ascii, choose_recipe, choose_task, find_config
+from crossformer_vision.training.recipes import (
+    TASKS,
+    as_argument,
+    choose_recipe,
+    choose_task,
+    find_config,
+    has_base,
+    read_config,
+)
 from crossformer_vision.training.run import RunOptions
 from crossformer_vision.training.trainer_options import (
     TRAINER_DEFAULTS,
@@ -140,7 +148,7 @@ def _with_configs(arguments: Sequence[str], configs: Sequence[str]) -> list[str]
     result = list(arguments)
     positions = [i + 1 for i, argument in enumerate(arguments) if argument == "--config"]
     for position, config in zip(positions, configs, strict=True):
-        result[position] = config if config.startswith("{") else as_ascii(config)
+        result[position] = config if config.startswith("{") else as_argument(config)
     return result
 
 
@@ -157,7 +165,7 @@ def _build_parser(verb: Verb, task: str, defaults: Sequence[str]) -> LightningAr
         usage=USAGE[verb],
         description=DESCRIPTION[verb],
         exit_on_error=False,
-        default_config_files=[glob.escape(path) for path in defaults],
+        default_config_files=[glob.escape(path) for path in defaults if not has_base(path)],
     )
     info = TASKS[task]
     parser.add_argument("--config", action=ActionConfigFile, help="configuration file, or bundled recipe")
@@ -176,6 +184,8 @@ def _build_parser(verb: Verb, task: str, defaults: Sequence[str]) -> LightningAr
     if task == "classification":
         parser.link_arguments("data.image_size", "model.image_size")
     parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+    for path in filter(has_base, defaults):  # for --help with such a configuration
+        parser.set_defaults(flatten(read_config(path)))
     return parser
 
 

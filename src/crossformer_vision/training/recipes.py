@@ -104,11 +104,34 @@ def find_config(name: str) -> str:
 
 
 def read_config(config: str) -> JsonObject:
-    """Content of a configuration, given as a path or as YAML text.
+    """Content of a configuration, given as a path or as YAML text, with the options of its ``base``.
 
     Returns:
         The content, empty if it cannot be read. The parser reports the error later.
+
+    Raises:
+        UserError: If the base does not exist or cannot be read.
     """
+    content = _read_yaml(config)
+    if "base" not in content:
+        return content
+    name = str(content.pop("base"))
+    beside = Path(config).parent / name
+    base = str(beside) if beside.is_file() else find_config(name)
+    merged = _read_yaml(base)
+    if not merged or "base" in merged:
+        raise UserError(f"{base}: not a base of configurations: it is empty, invalid, or has a base itself")
+    for key, value in content.items():
+        section = merged.get(key)
+        if isinstance(section, dict) and isinstance(value, dict):
+            section.update(value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _read_yaml(config: str) -> JsonObject:
+    """Content of a YAML file or text, empty if it is no mapping."""
     try:
         text = config if config.startswith("{") else Path(config).read_text(encoding="utf-8-sig")
         content = yaml.safe_load(text)
@@ -117,8 +140,8 @@ def read_config(config: str) -> JsonObject:
     return content if isinstance(content, dict) else {}
 
 
-def as_ascii(config: str) -> str:
-    """Return a configuration that the parser reads correctly under any system encoding.
+def as_argument(config: str) -> str:
+    """Return a configuration as the parser takes it: without a base, and readable in any system encoding.
 
     jsonargparse takes a path or YAML text, but reads files in the system's encoding.
 
@@ -128,12 +151,19 @@ def as_ascii(config: str) -> str:
     Returns:
         The path if the file is pure ASCII or unreadable, else its content as escaped YAML text.
     """
+    if has_base(config):
+        return as_text(read_config(config))
     try:
         text = Path(config).read_text(encoding="utf-8-sig")
         content = {} if text.isascii() else get_loader("yaml")(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return config
     return as_text(content) if content else config
+
+
+def has_base(config: str) -> bool:
+    """Whether a configuration file has a ``base``."""
+    return "base" in _read_yaml(config)
 
 
 def as_text(content: JsonObject) -> str:

@@ -11,7 +11,7 @@ from crossformer_vision.training.arguments import has_option
 from crossformer_vision.training.cluster import LOCK, current_job, is_started_by_this_job
 from crossformer_vision.training.command import command_name
 from crossformer_vision.training.options import Options, flatten, parse_options
-from crossformer_vision.training.recipes import as_ascii, as_text, read_config
+from crossformer_vision.training.recipes import as_argument, as_text, read_config
 from crossformer_vision.training.run_directory import VAL_LIST
 from crossformer_vision.types import JsonObject
 from crossformer_vision.weights.reading import read_checkpoint
@@ -53,7 +53,7 @@ def resume_options(
     last = Path(run_dir) / "last.ckpt"
     if last.is_file():  # otherwise training restarts from the first epoch
         overrides |= _checkpoint_overrides(last)
-    options = parse_options("train", ["--config", as_ascii(config), *arguments], overrides)
+    options = parse_options("train", ["--config", as_argument(config), *arguments], overrides)
     changed = _changed_options(options, run_dir)
     for name, (before, now) in changed.items():
         if name in FIXED:
@@ -117,7 +117,7 @@ def _without_augmentation(config: str) -> str:
     content = read_config(config)
     data = content.get("data")
     if not (isinstance(data, dict) and data.get("augmentation")):
-        return as_ascii(config)
+        return as_argument(config)
     return as_text({**content, "data": {**data, "augmentation": None}})
 
 
