@@ -5,9 +5,8 @@ msgspec decodes annotations in COCO's own form. All others take a slower path, w
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -33,8 +32,6 @@ from crossformer_vision.errors import NoSuchSplit, UserError, check_names, count
 from crossformer_vision.types import CocoId, JsonObject
 
 log = logging.getLogger("crossformer_vision")
-
-T = TypeVar("T")
 
 
 def find_coco_split(root: Path, split_names: Sequence[str]) -> tuple[Path, Path]:
@@ -274,12 +271,13 @@ class CocoImages(ObjectImages):
     ) -> tuple[int, int]:
         """Image index and label of an annotation."""
         name = f"{self.annotations}: annotation {annotation.get('id', '?')}"
-        image = self._find(image_index, annotation, "image_id", name)
+        image = image_index.get(self._id_of(annotation, "image_id", name))
         if image is None:
             raise UserError(f"{name}: of image {annotation.get('image_id')}, which is not in the file")
-        label = self._find(label_of, annotation, "category_id", name)
+        category_id = self._id_of(annotation, "category_id", name)
+        label = label_of.get(category_id)
         if label is None:
-            category = self._find(self.categories, annotation, "category_id", name)
+            category = self.categories.get(category_id)
             what = f"{annotation.get('category_id')}{f' ({category})' if category else ''}"
             known = [f"{i} ({c})" for i, c in self.categories.items()] if has_own_classes else names
             raise UserError(f"{name}: of category {what}; known are {', '.join(known[:5])}")
@@ -290,9 +288,9 @@ class CocoImages(ObjectImages):
         annotation = self._decode(self._entries[int(self.order[k])])
         return f"annotation {annotation.get('id', '?')} with bbox {annotation.get('bbox')}"
 
-    def _find(self, known: Mapping[CocoId, T], annotation: JsonObject, key: str, name: str) -> T | None:
-        """Look up an id of an annotation."""
+    def _id_of(self, annotation: JsonObject, key: str, name: str) -> CocoId:
+        """Id in a field of an annotation."""
         try:
-            return known.get(coco_id(annotation.get(key)))
+            return coco_id(annotation.get(key))
         except (TypeError, ValueError, OverflowError):
             raise UserError(f"{name}: its {key} is {annotation.get(key)!r}") from None
