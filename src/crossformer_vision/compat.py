@@ -4,7 +4,7 @@ import platform
 from argparse import Action
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.data import DataLoader
 
-from crossformer_vision.types import JsonObject
+from crossformer_vision.types import Checkpoint, JsonObject
 
 if TYPE_CHECKING:
     import lightning as L
@@ -106,12 +106,12 @@ def is_accumulating_gradients(trainer: "L.Trainer") -> bool:
     return trainer.fit_loop._should_accumulate()
 
 
-def batch_progress(checkpoint: dict[str, Any]) -> JsonObject:
+def batch_progress(checkpoint: Checkpoint) -> JsonObject:
     """Lightning's counters of batches in a checkpoint of a fit. Tested with lightning 2.6."""
     return checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
 
 
-def epochs_started(checkpoint: dict[str, Any]) -> int:
+def epochs_started(checkpoint: Checkpoint) -> int:
     """Number of epochs that a fit had started when a checkpoint was saved. Tested with lightning 2.6."""
     return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"])
 

@@ -9,13 +9,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from typing_extensions import override
 
 from crossformer_vision.errors import UserError
+from crossformer_vision.types import Checkpoint
 
 
 def create_run_dir(base: Path) -> Path:
@@ -63,7 +63,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
     @override
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None
+        self, checkpoint: Checkpoint, path: str | Path, storage_options: object = None
     ) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
     @override
     def load_checkpoint(
         self, path: str | Path, map_location: object = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    ) -> Checkpoint:
         from crossformer_vision.weights.reading import read_checkpoint
 
         return read_checkpoint(path)

@@ -11,11 +11,13 @@ from torchvision.transforms.v2 import functional as VF
 from typing_extensions import override
 
 from crossformer_vision.errors import UserError
+from crossformer_vision.types import Kwargs
 
-Steps = Callable[..., Any] | list[Callable[..., Any]]
+Augmentation = Callable[..., Any]
+Steps = Augmentation | list[Augmentation]
 
 
-def compose_checked(steps: Steps) -> Callable[..., Any]:
+def compose_checked(steps: Steps) -> "CheckedAugmentation":
     """Compose a user-defined augmentation, a callable or a list of them, and check its images."""
     return CheckedAugmentation(steps if callable(steps) else v2.Compose(steps))
 
@@ -27,10 +29,10 @@ class CheckedAugmentation:
         augmentation: Callable from an image, or an image and its target, to the same.
     """
 
-    def __init__(self, augmentation: Callable[..., Any]) -> None:
+    def __init__(self, augmentation: Augmentation) -> None:
         self.augmentation = augmentation
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: object) -> Any:
         """Augment, and check the image.
 
         Raises:
@@ -75,7 +77,7 @@ class PhotometricDistortion(v2.Transform):
         self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
 
     @override
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+    def make_params(self, flat_inputs: list[object]) -> Kwargs:
         def draw(low: float, high: float) -> float | None:
             return float(torch.empty(1).uniform_(low, high)) if torch.rand(()) < 0.5 else None
 
@@ -88,7 +90,7 @@ class PhotometricDistortion(v2.Transform):
         }
 
     @override
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+    def transform(self, inpt: tv_tensors.Image, params: Kwargs) -> tv_tensors.Image:
         x = inpt.as_subclass(Tensor)
         if params["brightness"] is not None:
             x = _bytes(x.float() + params["brightness"])

@@ -3,12 +3,12 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from crossformer_vision.errors import UserError, check_names, counted
+from crossformer_vision.types import JsonObject
 
 IGNORED = 255  # ignore index of class maps: excluded from loss and metrics
 UNKNOWN = 254  # in lookup tables: marks values that are invalid in class maps
@@ -64,8 +64,8 @@ def read_classes(root: Path) -> ClassList:
     info, listed = root / "objectInfo150.txt", root / "classes.json"
     if info.is_file() and not listed.is_file():
         return _read_ade20k(info)
-    content = _read_json(listed)
-    content = content if isinstance(content, dict) and "classes" in content else {"classes": content}
+    found = _read_json(listed)
+    content: JsonObject = found if isinstance(found, dict) and "classes" in found else {"classes": found}
     if unknown := sorted(set(content) - set(KEYS)):
         raise UserError(f"{listed}: unknown key '{unknown[0]}'. There are {', '.join(KEYS)}")
     try:
@@ -77,7 +77,7 @@ def read_classes(root: Path) -> ClassList:
     return _class_list(listed, names, ignored, "ignore_index" in content, colors)
 
 
-def _read_colors(listed: Path, colors: Any, values: list[int]) -> dict[tuple[int, ...], int]:
+def _read_colors(listed: Path, colors: object, values: list[int]) -> dict[tuple[int, ...], int]:
     """Value by color."""
     if not isinstance(colors, list) or len(colors) != len(values):
         raise UserError(f"{listed}: colors must list one [r, g, b] for each of the {len(values)} classes")
@@ -108,7 +108,7 @@ def read_class_names(root: Path) -> list[str] | None:
     return names
 
 
-def _read_json(listed: Path) -> Any:
+def _read_json(listed: Path) -> object:
     """Content of ``classes.json``."""
     try:
         return json.loads(listed.read_bytes())
@@ -141,14 +141,14 @@ def _class_list(
     return ClassList(list(names.values()), values, says_what_is_ignored, colors)
 
 
-def _names_by_value(classes: Any, first: int) -> dict[int, str]:
+def _names_by_value(classes: object, first: int) -> dict[int, str]:
     """Names by value in the files, sorted by value."""
     if isinstance(classes, dict):
         if all(str(key).lstrip("-").isdecimal() for key in classes):
             pairs = [(int(key), name) for key, name in classes.items()]
         else:
             pairs = [(_whole(value), name) for name, value in classes.items()]
-    elif classes and all(isinstance(entry, dict) for entry in classes):
+    elif isinstance(classes, list) and classes and all(isinstance(entry, dict) for entry in classes):
         pairs = [(_whole(entry["id"]), entry["name"]) for entry in classes]
     elif isinstance(classes, list):
         pairs = list(enumerate(classes, start=first))
@@ -159,7 +159,7 @@ def _names_by_value(classes: Any, first: int) -> dict[int, str]:
     return {value: str(name) for value, name in sorted(pairs, key=lambda pair: pair[0])}
 
 
-def _whole(value: Any) -> int:
+def _whole(value: float | str) -> int:
     if isinstance(value, bool) or int(value) != float(value):
         raise ValueError(f"{value!r} is not a whole number")
     return int(value)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from PIL import Image
@@ -26,6 +26,7 @@ from crossformer_vision.data.readers.tar import TarImages
 from crossformer_vision.data.sampling import ReadImages, Source
 from crossformer_vision.errors import NoSuchSplit, UserError, check_choice, check_range
 from crossformer_vision.models import find_model
+from crossformer_vision.types import JsonObject, Kwargs
 
 log = logging.getLogger("crossformer_vision")
 
@@ -281,7 +282,7 @@ class ClassificationData(BaseDataModule):
     def _size(self) -> int:
         return self.image_size or self.model_cfg.input_size[-1]
 
-    def _image(self) -> dict[str, Any]:
+    def _image(self) -> Kwargs:
         """Size and normalization, as arguments of timm's ``create_transform``."""
         return dict(
             input_size=(3, self._size(), self._size()),
@@ -291,8 +292,8 @@ class ClassificationData(BaseDataModule):
         )
 
     @override
-    def describe(self) -> dict[str, Any]:
-        crop: dict[str, Any] = {"crop_pct": self.crop_pct or self.model_cfg.crop_pct}
+    def describe(self) -> JsonObject:
+        crop: dict[str, float | str] = {"crop_pct": self.crop_pct or self.model_cfg.crop_pct}
         if self.crop == "none":
             crop = {"crop_pct": 1.0, "crop_mode": "squash"}
         return {"classes": self.classes, "image": {**self._image(), **crop}}
@@ -305,11 +306,7 @@ class ClassificationData(BaseDataModule):
         if self.augmentation is not None:
             size = [*common["input_size"][1:]]
             interpolation = str_to_interp_mode(common["interpolation"])
-            to_pixels: list[Any] = [
-                v2.ToImage(),
-                v2.Resize(size, interpolation),
-                v2.ToDtype(torch.float32, scale=True),
-            ]
+            to_pixels = [v2.ToImage(), v2.Resize(size, interpolation), v2.ToDtype(torch.float32, scale=True)]
             finish = [*to_pixels, v2.Normalize(common["mean"], common["std"]), v2.ToPureTensor()]
             return v2.Compose([compose_checked(self.augmentation), *finish])
         crop_and_flip, recolor, finish = create_transform(

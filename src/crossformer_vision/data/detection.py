@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,10 +19,12 @@ from crossformer_vision.data.loader import SeededLoader
 from crossformer_vision.data.module import BaseDataModule
 from crossformer_vision.data.readers.coco import CocoImages, find_coco_split
 from crossformer_vision.data.readers.digits import DigitObjects
+from crossformer_vision.data.readers.objects import ObjectImages
 from crossformer_vision.data.readers.voc import VocImages, find_voc_split
 from crossformer_vision.data.readers.yolo import YoloImages, find_yolo_images, read_yolo_dataset
 from crossformer_vision.data.sampling import ReadImages
 from crossformer_vision.errors import UserError, check_choice
+from crossformer_vision.types import CocoId, JsonObject
 
 log = logging.getLogger("crossformer_vision")
 
@@ -114,16 +116,17 @@ class DetectionData(BaseDataModule):
         self.scale_jitter, self.photometric, self.skip_empty = scale_jitter, photometric, skip_empty
         self.image_size, self.augmentation = image_size, augmentation
         self.lengths = {"train": train_images, "val": val_images}
-        self.category_ids: list[Any] = []  # of the classes, in the training file
+        self.category_ids: list[CocoId] = []  # of the classes, in the training file
 
     @override
     def _read(self, stage: str) -> ReadImages:
         source = self._source(stage)
         self.classes = self.classes or list(source.categories.values())
         ids = {name: category for category, name in source.categories.items()}
-        if isinstance(source, DigitObjects) and set(ids) != set(self.classes):
-            raise UserError(f"the digits have other classes than the run: {', '.join(self.classes[:5])}")
-        if stage == "train" and (missing := [name for name in self.classes if name not in ids]):
+        if isinstance(source, DigitObjects):
+            if set(ids) != set(self.classes):
+                raise UserError(f"the digits have other classes than the run: {', '.join(self.classes[:5])}")
+        elif stage == "train" and (missing := [name for name in self.classes if name not in ids]):
             raise UserError(f"{source.annotations}: has no category '{missing[0]}', which the run has")
         if not self.category_ids and set(self.classes) <= set(ids):
             self.category_ids = [ids[name] for name in self.classes]
@@ -134,10 +137,10 @@ class DetectionData(BaseDataModule):
         return ReadImages(source, transform, self.skip_corrupt, stage == "train", min_side=32)
 
     @override
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         return {"classes": self.classes, "category_ids": self.category_ids}
 
-    def _source(self, stage: str) -> Any:
+    def _source(self, stage: str) -> ObjectImages | DigitObjects:
         """Reader of a split."""
         if self.root is None:
             return DigitObjects(stage, self.lengths[stage], self.image_size, self.masks, self.seed)
@@ -165,9 +168,9 @@ class DetectionData(BaseDataModule):
         self.note_split(stage, folder)
         return CocoImages(annotations, folder, classes, *options, self.skip_corrupt)
 
-    def _transform(self, stage: str) -> Callable[..., Any]:
+    def _transform(self, stage: str) -> v2.Compose:
         """Augmentation of an image and its target."""
-        steps: list[Any] = []
+        steps: list[Callable[..., object]] = []
         if stage == "train" and self.augmentation is not None:
             steps += [compose_checked(self.augmentation), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
         elif stage == "train":
@@ -195,7 +198,8 @@ class DetectionData(BaseDataModule):
 
     def train_dataloader(self) -> SeededLoader:
         """Loader of the training images, in batches that are all wide or all tall."""
-        source: Any = self.open("train").source
+        source = self.open("train").source
+        assert isinstance(source, (ObjectImages, DigitObjects))
         is_tall = [int(height > width) for width, height in np.asarray(source.sizes).tolist()]
         return self.create_loader("train", collate=collate_detection, kinds=is_tall)
 

@@ -1,7 +1,6 @@
 """Transforms of images with boxes and masks."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,10 @@ from torchvision.transforms import v2
 
 from crossformer_vision.data.outlines import clip_shape, create_outlines, rasterize
 from crossformer_vision.models.grouping import ceil_div
+from crossformer_vision.types import ObjectTarget, Polygons
+
+Tensors = dict[str, Tensor]
+Transform = Callable[[Tensor, Tensors], tuple[Tensor, Tensors]]
 
 
 class ToTensors:
@@ -29,12 +32,10 @@ class ToTensors:
             padded.
     """
 
-    def __init__(
-        self, transform: Callable[..., Any], train: bool, crops: bool = True, max_size: int = 1333
-    ) -> None:
+    def __init__(self, transform: Transform, train: bool, crops: bool = True, max_size: int = 1333) -> None:
         self.transform, self.train, self.crops, self.max_size = transform, train, train and crops, max_size
 
-    def __call__(self, image: Image.Image, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    def __call__(self, image: Image.Image, target: ObjectTarget) -> tuple[Tensor, Tensors]:
         """Convert a sample.
 
         Args:
@@ -64,8 +65,8 @@ class ToTensors:
         return pixels.as_subclass(Tensor), {**plain, "image_id": torch.tensor(target["image_id"])}
 
     def _to_tv_tensors(
-        self, image: Image.Image, target: dict[str, Any]
-    ) -> tuple[dict[str, Any], list[list[list[float]]] | None]:
+        self, image: Image.Image, target: ObjectTarget
+    ) -> tuple[Tensors, list[Polygons] | None]:
         """Target as ``tv_tensors``, and the polygons to rasterize after the transform, if there are any."""
         canvas = (image.height, image.width)
         is_kept = np.ones(len(target["labels"]), bool)
@@ -74,7 +75,7 @@ class ToTensors:
             if "masks" in target:
                 is_kept &= target["masks"].any((1, 2))
         skipped = ("iscrowd", "area") if self.train else ()
-        tensors: dict[str, Any] = {
+        tensors: Tensors = {
             name: torch.from_numpy(value[is_kept])
             for name, value in target.items()
             if isinstance(value, np.ndarray) and name not in skipped
@@ -89,12 +90,12 @@ class ToTensors:
             return tensors, None
         # Clipped, because a crop larger than the image would draw parts outside it over the padding.
         kept_shapes = [shape for shape, kept in zip(shapes, is_kept, strict=True) if kept]
-        clipped = [clip_shape(shape, image.width, image.height) for shape in kept_shapes]
+        clipped = [clip_shape(shape, *image.size) for shape in kept_shapes if isinstance(shape, list)]
         tensors["outlines"] = create_outlines(clipped, canvas)
         tensors["object"] = torch.arange(len(clipped))
         return tensors, clipped
 
-    def _pad_elongated(self, pixels: Tensor, tensors: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    def _pad_elongated(self, pixels: Tensor, tensors: Tensors) -> tuple[Tensor, Tensors]:
         """Pad an image whose shorter side would have less than one pixel after resizing."""
         height, width = pixels.shape[-2:]
         min_side = ceil_div(max(height, width), self.max_size)
@@ -108,6 +109,6 @@ class ToTensors:
         return v2.functional.pad(pixels, padding), padded
 
 
-def object_labels(inputs: tuple[Any, dict[str, Any]]) -> tuple[Tensor, ...]:
+def object_labels(inputs: tuple[object, Tensors]) -> tuple[Tensor, ...]:
     """Tensors with one entry per box, which lose the entry when the box is removed."""
     return tuple(inputs[1][name] for name in ("labels", "object") if name in inputs[1])

@@ -4,7 +4,7 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -73,7 +73,7 @@ class StringArray(Sequence[str]):
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
         index = range(len(self))[index]
         start = self.ends[index - 1] if index else 0
         return os.fsdecode(self.bytes[start : self.ends[index]].tobytes())
@@ -131,7 +131,7 @@ def error_summary(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def load_image(image: Any, name: str) -> Image.Image:
+def load_image(image: str | os.PathLike[str] | IO[bytes] | Image.Image, name: str) -> Image.Image:
     """Load an image upright and in RGB.
 
     Args:

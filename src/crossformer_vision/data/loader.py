@@ -9,7 +9,9 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from crossformer_vision.compat import shut_down_workers
-from crossformer_vision.data.sampling import EpochBatches, SeededDataset
+from crossformer_vision.data.sampling import EpochBatches, ReadImages, SeededDataset
+
+CollateFunction = Callable[[list[Any]], object]
 
 
 class Collate:
@@ -19,10 +21,10 @@ class Collate:
         collate: Function that makes a batch of samples.
     """
 
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+    def __init__(self, collate: CollateFunction) -> None:
         self.collate = collate
 
-    def __call__(self, samples: list[Any]) -> Any:
+    def __call__(self, samples: list[object]) -> object:
         """Collate a batch; ``None`` without samples, as in a process without a share of the last batch."""
         samples = [sample for sample in samples if sample is not None]
         return self.collate(samples) if samples else None
@@ -58,11 +60,11 @@ class SeededLoader:
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: ReadImages,
         batches: EpochBatches,
         seed: int,
         num_workers: int,
-        collate: Callable[[list[Any]], Any] = default_collate,
+        collate: CollateFunction = default_collate,
     ) -> None:
         self.loader = DataLoader(
             SeededDataset(dataset, seed),

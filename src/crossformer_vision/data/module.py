@@ -1,19 +1,18 @@
 """Base class of the data modules: splits, classes, loaders, and resume within an epoch."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from weakref import WeakSet
 
 import lightning as L
 from torch.utils.data import default_collate
 
-from crossformer_vision.data.loader import SeededLoader
+from crossformer_vision.data.loader import CollateFunction, SeededLoader
 from crossformer_vision.data.sampling import EpochBatches, ReadImages
 from crossformer_vision.devices import count_cores
 from crossformer_vision.errors import NoSuchSplit, UserError, check_names, check_range
 from crossformer_vision.models.grouping import ceil_div
+from crossformer_vision.types import JsonObject
 
 log = logging.getLogger("crossformer_vision")
 
@@ -135,7 +134,7 @@ class BaseDataModule(L.LightningDataModule):
         split, common = self.splits[stage], SYNONYMS[stage]
         return (split, *common) if split in common else (split,)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """Metadata for checkpoints: class names and preprocessing."""
         raise NotImplementedError
 
@@ -157,7 +156,7 @@ class BaseDataModule(L.LightningDataModule):
         self,
         stage: str,
         batch_size: int | None = None,
-        collate: Callable[[list[Any]], Any] = default_collate,
+        collate: CollateFunction = default_collate,
         kinds: list[int] | None = None,
     ) -> SeededLoader:
         """Create the loader of this process. With fewer training images than a batch, batches are smaller.
@@ -210,8 +209,7 @@ class BaseDataModule(L.LightningDataModule):
         if getattr(self.trainer, "predicting", False):
             return 1.0
         name = "limit_test_batches" if getattr(self.trainer, "testing", False) else "limit_val_batches"
-        limit: int | float = getattr(self.trainer, name, 1.0)
-        return limit
+        return getattr(self.trainer, name, 1.0)
 
     def teardown(self, stage: str) -> None:
         """End the workers of all loaders."""

@@ -3,8 +3,6 @@
 Rasterizing in the original size and resizing masks would cost several times as much and be coarser.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,6 +10,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
 from crossformer_vision.data.readers.coco_masks import decode_mask
+from crossformer_vision.types import Polygons
 
 
 class Outlines(tv_tensors.KeyPoints):
@@ -23,18 +22,18 @@ class Outlines(tv_tensors.KeyPoints):
 
 
 @functional.register_kernel(functional.horizontal_flip, Outlines)  # type: ignore[untyped-decorator]
-def _flip_horizontally(corners: Outlines) -> Any:
+def _flip_horizontally(corners: Outlines) -> Outlines:
     x, y = corners.as_subclass(Tensor).unbind(1)
     return tv_tensors.wrap(torch.stack([corners.canvas_size[1] - x, y], 1), like=corners)
 
 
 @functional.register_kernel(functional.vertical_flip, Outlines)  # type: ignore[untyped-decorator]
-def _flip_vertically(corners: Outlines) -> Any:
+def _flip_vertically(corners: Outlines) -> Outlines:
     x, y = corners.as_subclass(Tensor).unbind(1)
     return tv_tensors.wrap(torch.stack([x, corners.canvas_size[0] - y], 1), like=corners)
 
 
-def create_outlines(shapes: list[list[list[float]]], canvas: tuple[int, int]) -> Outlines:
+def create_outlines(shapes: list[Polygons], canvas: tuple[int, int]) -> Outlines:
     """Corners of the polygons of objects.
 
     Args:
@@ -85,9 +84,7 @@ def clip_shape(shape: list[list[float]], width: int, height: int) -> list[list[f
     return [polygon for polygon in clipped if len(polygon) >= 6] or shape
 
 
-def rasterize(
-    corners: Tensor, shapes: list[list[list[float]]], objects: list[int], size: tuple[int, int]
-) -> Tensor:
+def rasterize(corners: Tensor, shapes: list[Polygons], objects: list[int], size: tuple[int, int]) -> Tensor:
     """Rasterize the polygons of objects.
 
     Args:

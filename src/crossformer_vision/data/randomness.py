@@ -3,11 +3,15 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import get_worker_info
+
+NumpyState = dict[str, object] | tuple[str, NDArray[np.uint32], int, int, float]
+RandomStates = tuple[tuple[object, ...], NumpyState, Tensor, Tensor | None]
 
 
 def mix_seed(*parts: int) -> int:
@@ -22,13 +26,13 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def get_rng_state() -> Any:
+def get_rng_state() -> RandomStates:
     """State of all generators, for ``set_rng_state``."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     return *states, torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
 
 
-def set_rng_state(states: Any) -> None:
+def set_rng_state(states: RandomStates) -> None:
     """Restore the state of all generators."""
     random.setstate(states[0])
     np.random.set_state(states[1])

@@ -25,14 +25,14 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Number of images."""
 
-    def read(self, index: int) -> tuple[Image.Image, Any]:
+    def read(self, index: int) -> tuple[Image.Image, object]:
         """An upright image and its target."""
 
     def name(self, index: int) -> str:
         """Name of an image, for messages."""
 
 
-class ReadImages(Dataset[Any]):
+class ReadImages(Dataset[object]):
     """Samples of a source.
 
     Args:
@@ -47,7 +47,7 @@ class ReadImages(Dataset[Any]):
     def __init__(
         self,
         source: Source,
-        transform: Callable[[Image.Image, Any], Any],
+        transform: Callable[[Image.Image, Any], object],
         skip_corrupt: bool,
         train: bool = True,
         min_side: int = 0,
@@ -61,7 +61,7 @@ class ReadImages(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> object:
         for k in range(len(self)):
             at = (index + k) % len(self)
             try:
@@ -85,7 +85,7 @@ class ReadImages(Dataset[Any]):
         raise UserError(f"none of the {len(self)} images can be read")
 
 
-class SeededDataset(Dataset[Any]):
+class SeededDataset(Dataset[object]):
     """A map-style dataset indexed by (epoch, index), which seed the random numbers of its transforms.
 
     Args:
@@ -93,18 +93,18 @@ class SeededDataset(Dataset[Any]):
         seed: Seed of the run.
     """
 
-    def __init__(self, dataset: Any, seed: int) -> None:
+    def __init__(self, dataset: ReadImages, seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
+    def __getitem__(self, key: tuple[int, int]) -> object:
         (sample,) = self.__getitems__([key])
         return sample
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Any]:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[object]:
         """A batch, as DataLoader requests it. The global random state is restored once per batch."""
         samples = []
         with preserve_rng_state():

@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from torchvision.datasets import Cityscapes
@@ -22,6 +22,7 @@ from crossformer_vision.data.sampling import ReadImages
 from crossformer_vision.data.segmentation_transforms import ToInput, TrainingTransform, ValidationTransform
 from crossformer_vision.errors import NoSuchSplit, UserError, check_choice, error_line
 from crossformer_vision.models import find_model
+from crossformer_vision.types import JsonObject
 
 log = logging.getLogger("crossformer_vision")
 
@@ -125,11 +126,11 @@ class SegmentationData(BaseDataModule):
             self.values = source.reorder_classes(self.classes)
         is_train = stage == "train"
         validation_transform = ValidationTransform(self.to_input, self.test_scales)
-        transform: Any = self.training_transform if is_train else validation_transform
+        transform = self.training_transform if is_train else validation_transform
         return ReadImages(source, transform, self.skip_corrupt, is_train, min_side=32)
 
     @override
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         image = dict(vars(self.to_input))
         return {"classes": self.classes, "image": image, "values": self.values}
 

@@ -1,8 +1,7 @@
 """Transforms of images with class maps."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -113,7 +112,7 @@ class TrainingTransform:
         self.augmentation = None if augmentation is None else compose_checked(augmentation)
         self.to_input, self.crop_size, self.scales = to_input, crop_size, scales
         self.max_share = max_share
-        self.steps: list[Callable[..., Any]] = [v2.RandomHorizontalFlip(hflip)]
+        self.steps: list[v2.Transform] = [v2.RandomHorizontalFlip(hflip)]
         if photometric:
             self.steps.append(PhotometricDistortion())
 
@@ -133,7 +132,7 @@ class TrainingTransform:
         )
         top, left = self._choose_corner(labels[0])
         area = (slice(None), slice(top, top + self.crop_size), slice(left, left + self.crop_size))
-        pair: Any = tv_tensors.Image(pixels[area]), tv_tensors.Mask(labels[area])
+        pair = tv_tensors.Image(pixels[area]), tv_tensors.Mask(labels[area])
         for step in self.steps:
             pair = step(*pair)
         return self._pad_or_crop(*pair)

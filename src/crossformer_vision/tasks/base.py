@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import LRSchedulerTypeUnion
 from timm.scheduler.scheduler import Scheduler
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import Self, override
 
 from crossformer_vision.compat import batch_progress, epochs_started, get_trainer, setup_fit_data
-from crossformer_vision.data.randomness import get_rng_state, mix_seed, seed_all, set_rng_state
+from crossformer_vision.data.randomness import RandomStates, get_rng_state, mix_seed, seed_all, set_rng_state
 from crossformer_vision.errors import UserError, check_choice, check_names, check_range, counted
 from crossformer_vision.models import find_model
 from crossformer_vision.models.dense.base import DenseModel
@@ -25,6 +26,7 @@ from crossformer_vision.tasks.finetuning import (
     set_frozen_to_eval,
 )
 from crossformer_vision.tasks.optimizers import DecayOn, ScheduleOptions, check_optimizer, create_optimizer
+from crossformer_vision.types import Checkpoint, JsonObject, Kwargs
 from crossformer_vision.weights.loading import LoadReport
 from crossformer_vision.weights.published import is_available
 
@@ -150,9 +152,9 @@ class Task(L.LightningModule):
         self.grad_checkpointing, self.use_compile, self.seed = grad_checkpointing, compile, seed
         self.class_names = classes
         self.images_seen = 0  # in training; counts batches if the data module is not of this library
-        self._rng_state: Any = None
-        self._resumed: dict[str, Any] = {}  # checkpoint that training resumes from
-        self._group_options: list[dict[str, Any]] = []  # of the optimizer's parameter groups
+        self._rng_state: RandomStates
+        self._resumed: Checkpoint = {}  # checkpoint that training resumes from
+        self._group_options: list[Kwargs] = []  # of the optimizer's parameter groups
         self._configured_lr = lr
 
     def describe_frozen(self) -> str:
@@ -198,12 +200,12 @@ class Task(L.LightningModule):
         return self
 
     @property
-    def _backbone_options(self) -> tuple[str, dict[str, Any]]:
+    def _backbone_options(self) -> tuple[str, Kwargs]:
         """Name and arguments of the model or backbone."""
         return self.hparams["backbone"], self.hparams["model_args"] or {}
 
     @property
-    def _data_module(self) -> Any:
+    def _data_module(self) -> object:
         return getattr(self.trainer, "datamodule", None)
 
     @property
@@ -213,14 +215,14 @@ class Task(L.LightningModule):
 
     # Reproducible steps
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
         """Seed the step, so that a resumed run draws the same random numbers."""
         self.images_seen += self._global_batch
         self._rng_state = get_rng_state()
         seed_all(mix_seed(self.seed or 0, self.current_epoch, batch_idx, self.global_rank))
 
     @override
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         """Restore the global random state, which callbacks of the user may draw from."""
         set_rng_state(self._rng_state)
 
@@ -312,7 +314,7 @@ class Task(L.LightningModule):
             schedule.step_update(self.images_seen)
         self._resumed = {}
 
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+    def lr_scheduler_step(self, scheduler: LRSchedulerTypeUnion, metric: object) -> None:
         """Update timm's schedules by the number of images seen."""
         if isinstance(scheduler, Scheduler):
             scheduler.step_update(self.images_seen)
@@ -327,7 +329,7 @@ class Task(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip gradients; under FSDP by the norm over all shards, which Lightning leaves to the module."""
-        model: Any = self.trainer.strategy.model
+        model = self.trainer.strategy.model
         if isinstance(model, FullyShardedDataParallel) and gradient_clip_algorithm in (None, "norm"):
             if gradient_clip_val:
                 model.clip_grad_norm_(gradient_clip_val)
@@ -336,7 +338,7 @@ class Task(L.LightningModule):
 
     # Checkpoints
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Add metadata for prediction and resuming."""
         checkpoint["task"] = self.name
         checkpoint["images_seen"] = self.images_seen
@@ -345,7 +347,7 @@ class Task(L.LightningModule):
         data = self._data_module
         checkpoint.update(data.describe() if hasattr(data, "describe") else self.describe())
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Restore seed and position. The schedule follows from the images seen and the current options."""
         trainer = get_trainer(self)
         if trainer is None or trainer.state.fn != "fit":  # only the weights are loaded
@@ -372,7 +374,7 @@ class Task(L.LightningModule):
             return int(batch_progress(self._resumed)["current"]["ready"])
         return int(start or self.trainer.num_training_batches)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """Metadata for checkpoints if the data module has no ``describe``."""
         count = self.hparams["num_classes"]
         return {"classes": self.class_names or [str(k) for k in range(count)]}
@@ -389,7 +391,7 @@ class Task(L.LightningModule):
         """Prepare as for validation."""
         self.on_validation_epoch_start()
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: object, batch_idx: int) -> None:
         """Validate a batch. Metrics are named ``test_*`` instead of ``val_*``."""
         self.validation_step(batch, batch_idx)
 

@@ -1,5 +1,6 @@
 """Image classification: loss, metrics and plots."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from timm.data import Mixup, resolve_model_data_config
 from timm.data.mixup import mixup_target
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from crossformer_vision.errors import UserError, check_range, error_line
@@ -17,6 +18,7 @@ from crossformer_vision.models import drop_path_kwargs, find_model, img_size_kwa
 from crossformer_vision.models.grouping import ceil_div
 from crossformer_vision.plotting import visualize
 from crossformer_vision.tasks.base import Task, describe_initial_weights, use_published_weights
+from crossformer_vision.types import JsonObject, Kwargs
 from crossformer_vision.weights.loading import load_checkpoint
 
 PLOTTED = 24  # validation images in predictions.png
@@ -55,7 +57,7 @@ class Classification(Task):
         num_classes: int = 10,
         pretrained: bool | None = False,
         checkpoint: str | None = None,
-        model_args: dict[str, Any] | None = None,
+        model_args: Kwargs | None = None,
         image_size: int | None = None,
         drop_path_rate: float = 0.0,
         label_smoothing: float = 0.1,
@@ -136,7 +138,7 @@ class Classification(Task):
         if self.mix:
             images, labels = self.apply_mix(images, labels)
         loss = self.compute_loss(self(images), labels)
-        log: dict[str, Any] = dict(on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
+        log: Kwargs = dict(on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
         self.log("train_loss", loss, prog_bar=True, **log)
         return loss
 
@@ -151,7 +153,7 @@ class Classification(Task):
         smoothing = self.label_smoothing if targets.dim() == 1 else 0.0
         return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+    def predict_step(self, batch: Tensor | Sequence[Tensor] | None, batch_idx: int) -> Tensor | None:
         """Class probabilities, shape ``(B, num_classes)``, of images or of a batch with images first."""
         if batch is None:
             return None
@@ -177,7 +179,7 @@ class Classification(Task):
             return mixed, targets
         return torch.cat([mixed, images[pairs:]]), torch.cat([targets, rest])
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """Classes and preprocessing for a checkpoint."""
         image = resolve_model_data_config(self.net)
         if side := self.hparams["image_size"]:
@@ -212,7 +214,7 @@ class Classification(Task):
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of all processes, including those without images."""
-        metrics: dict[str, Any] = {"loss": self.loss, "accuracy": self.accuracy}
+        metrics: dict[str, Metric] = {"loss": self.loss, "accuracy": self.accuracy}
         if self.accuracy_top5 is not None:
             metrics["accuracy_top5"] = self.accuracy_top5
         for name, metric in metrics.items():

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crossformer_vision.models.dense.masks import paste_binary_masks
+from crossformer_vision.types import JsonObject
 
 # IoU threshold (None: mean of 0.5 to 0.95) and index of COCO's area range (all, small, medium, large).
 PRECISIONS = {
@@ -22,6 +23,8 @@ PRECISIONS = {
     "ap_large": (None, 3),
 }
 IOU_TYPES = {"box": "bbox", "mask": "segm"}
+
+Arrays = dict[str, Any]
 
 
 class CocoMetrics:
@@ -38,8 +41,8 @@ class CocoMetrics:
 
     def reset(self) -> None:
         """Reset the metrics."""
-        self.detections: list[dict[str, Any]] = []  # arrays and run-length encoded masks of each image
-        self.ground_truth: list[dict[str, Any]] = []
+        self.detections: list[Arrays] = []  # arrays and run-length encoded masks of each image
+        self.ground_truth: list[Arrays] = []
 
     def update(
         self,
@@ -63,8 +66,8 @@ class CocoMetrics:
 
     def _to_arrays(
         self, objects: dict[str, Tensor], fields: tuple[str, ...], size: tuple[int, int]
-    ) -> dict[str, Any]:
-        arrays: dict[str, Any] = {
+    ) -> Arrays:
+        arrays: Arrays = {
             name: objects[name].cpu().double().numpy() for name in ("boxes", *fields) if name in objects
         }
         arrays["labels"] = objects["labels"].cpu().numpy()
@@ -76,7 +79,7 @@ class CocoMetrics:
     def gather(self) -> None:
         """Gather the images of all processes in each process."""
         for name in ("detections", "ground_truth"):
-            gathered: list[Any] = [None] * torch.distributed.get_world_size()
+            gathered: list[list[Arrays]] = [[]] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(gathered, getattr(self, name))
             setattr(self, name, [image for images in gathered for image in images])
 
@@ -128,11 +131,10 @@ class CocoMetrics:
         evaluation.params.maxDets = [1, 10, self.max_detections]
         evaluation.evaluate()
         evaluation.accumulate()
-        results: dict[str, NDArray[np.float64]] = evaluation.eval
-        return results
+        return evaluation.eval
 
 
-def encode_masks(objects: dict[str, Tensor], size: tuple[int, int]) -> Iterator[dict[str, Any]]:
+def encode_masks(objects: dict[str, Tensor], size: tuple[int, int]) -> Iterator[JsonObject]:
     """Run-length encode the masks of an image's objects, one at a time to save memory.
 
     Args:
@@ -149,9 +151,9 @@ def encode_masks(objects: dict[str, Tensor], size: tuple[int, int]) -> Iterator[
         yield rle.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
 
 
-def _to_annotations(images: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+def _to_annotations(images: list[Arrays], kind: str) -> list[JsonObject]:
     """Annotations in COCO's format."""
-    annotations: list[dict[str, Any]] = []
+    annotations: list[JsonObject] = []
     for image_id, image in enumerate(images):
         boxes = image["boxes"].reshape(-1, 4).copy()
         boxes[:, 2:] -= boxes[:, :2]
@@ -186,5 +188,5 @@ def _mean(values: NDArray[np.float64]) -> float:
     return float(defined.mean()) if defined.size else -1.0
 
 
-def _ignore(*_: Any) -> None:
+def _ignore(*_: object) -> None:
     """Discard faster-coco-eval's progress messages."""

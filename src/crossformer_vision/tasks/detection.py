@@ -17,6 +17,7 @@ from crossformer_vision.models.dense.transform import return_mask_crops
 from crossformer_vision.plotting import visualize
 from crossformer_vision.tasks.base import Task, describe_initial_weights, use_published_weights
 from crossformer_vision.tasks.coco_metrics import CocoMetrics
+from crossformer_vision.types import Kwargs
 from crossformer_vision.weights.loading import load_checkpoint
 
 PLOTTED = 8  # validation images in predictions.png
@@ -61,8 +62,8 @@ class Detection(Task):
         num_classes: int = 10,
         pretrained: bool | None = False,
         checkpoint: str | None = None,
-        model_args: dict[str, Any] | None = None,
-        detector_args: dict[str, Any] | None = None,
+        model_args: Kwargs | None = None,
+        detector_args: Kwargs | None = None,
         drop_path_rate: float = 0.0,
         width: int = 256,
         anchor_scale: float | None = None,
@@ -115,7 +116,7 @@ class Detection(Task):
         images, targets = batch
         losses = self.compute_loss(images, targets)
         loss: Tensor = sum(losses.values())  # type: ignore[assignment]
-        log: dict[str, Any] = dict(on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
+        log: Kwargs = dict(on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
         self.log("train_loss", loss, prog_bar=True, **log)
         for name, value in losses.items():
             self.log(f"train_{name.removeprefix('loss_')}_loss", value, **log)
@@ -128,10 +129,9 @@ class Detection(Task):
             images: Images with values in 0..1, shape ``(C, H, W)`` each.
             targets: Boxes, labels and masks of each image.
         """
-        losses: dict[str, Tensor] = self.net(images, targets)
-        return losses
+        return self.net(images, targets)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Tensor]] | None:
+    def predict_step(self, batch: Batch | list[Tensor] | None, batch_idx: int) -> list[Objects] | None:
         """Objects in each of a list of images, or of a batch with images first."""
         if batch is None:
             return None
@@ -168,9 +168,9 @@ class Detection(Task):
                     prog_bar=f"val_{name}" == self.monitor,
                 )
 
-    def class_table(self, classes: list[str]) -> list[dict[str, Any]]:
+    def class_table(self, classes: list[str]) -> list[dict[str, str | float]]:
         """AP and AP50 of each class in the last validation, one row per class."""
-        rows: list[dict[str, Any]] = [{"class": name} for name in classes]
+        rows: list[dict[str, str | float]] = [{"class": name} for name in classes]
         for label, by_kind in self.precisions.items():
             for kind, precision in by_kind.items():
                 for name, values in (("ap", precision), ("ap50", precision[:1])):

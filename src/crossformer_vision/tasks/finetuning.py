@@ -10,11 +10,12 @@ from crossformer_vision.compat import group_parameters
 from crossformer_vision.errors import UserError
 from crossformer_vision.models import create_on_meta
 from crossformer_vision.models.dense.base import DenseModel
+from crossformer_vision.types import Kwargs
 
 Freeze = int | Literal["all"]
 
 
-def layer_ids(net: nn.Module, backbone: str, model_args: dict[str, Any], coarse: bool) -> dict[str, int]:
+def layer_ids(net: nn.Module, backbone: str, model_args: Kwargs, coarse: bool) -> dict[str, int]:
     """Layer of each parameter of the backbone, from timm's ``group_matcher``.
 
     Args:
@@ -29,10 +30,10 @@ def layer_ids(net: nn.Module, backbone: str, model_args: dict[str, Any], coarse:
     Raises:
         UserError: If the model does not describe its layers.
     """
-    model: Any = create_on_meta(backbone, **model_args) if isinstance(net, DenseModel) else net
-    if not hasattr(model, "group_matcher"):
+    model = create_on_meta(backbone, **model_args) if isinstance(net, DenseModel) else net
+    if not (matcher := getattr(model, "group_matcher", None)):
         raise UserError(f"model '{backbone}' does not describe its layers, so none can be selected")
-    ids: dict[str, int] = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+    ids: dict[str, int] = group_parameters(model, matcher(coarse=coarse), reverse=True)
     if not isinstance(net, DenseModel):
         return ids
     is_flat = isinstance(net.body, FeatureListNet)  # calls layers.0 layers_0
@@ -46,7 +47,7 @@ def layer_ids(net: nn.Module, backbone: str, model_args: dict[str, Any], coarse:
     return found
 
 
-def freeze_parameters(net: nn.Module, stages: Freeze, backbone: str, model_args: dict[str, Any]) -> None:
+def freeze_parameters(net: nn.Module, stages: Freeze, backbone: str, model_args: Kwargs) -> None:
     """Freeze the first stages of a backbone.
 
     Args:
@@ -92,7 +93,7 @@ def set_frozen_to_eval(net: nn.Module) -> None:
 
 
 def learning_rate_scales(
-    net: nn.Module, backbone: str, model_args: dict[str, Any], layer_decay: float, backbone_scale: float
+    net: nn.Module, backbone: str, model_args: Kwargs, layer_decay: float, backbone_scale: float
 ) -> dict[str, float]:
     """Factor of the learning rate of each parameter, as in timm's ``param_groups_layer_decay``.
 

@@ -18,6 +18,7 @@ from crossformer_vision.compat import (
     muon_coefficients,
 )
 from crossformer_vision.devices import computes_fast
+from crossformer_vision.types import Kwargs
 
 GRAM_ASPECT_RATIO = 1.5  # at which iterating on the Gram matrix starts to need fewer operations
 
@@ -36,7 +37,7 @@ class BatchedMuon(Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Update all parameters that have a gradient.
 
         Args:
@@ -63,7 +64,7 @@ class BatchedMuon(Muon):
                     p.grad = gradient
         return loss
 
-    def _matrices(self, group: dict[str, Any]) -> list[Tensor]:
+    def _matrices(self, group: Kwargs) -> list[Tensor]:
         """Parameters of a group that Muon updates, selected by shape at their first step, as in timm."""
         matrices = []
         for p in group["params"]:
@@ -78,16 +79,16 @@ class BatchedMuon(Muon):
                 matrices.append(p)
         return matrices
 
-    def _update_matrices(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _update_matrices(self, group: Kwargs, params: list[Tensor]) -> None:
         if not params:
             return
         lr, momentum = group["lr"], group["momentum"]
-        gradients: list[Any] = [p.grad for p in params]
+        gradients = [p.grad for p in params if p.grad is not None]
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         foreach_mul_(params, 1 - lr * group["weight_decay"])
         foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = list(foreach_lerp(gradients, buffers, momentum)) if group["nesterov"] else buffers
-        by_shape: dict[Any, list[int]] = defaultdict(list)
+        by_shape: dict[tuple[torch.Size, torch.device], list[int]] = defaultdict(list)
         for i, p in enumerate(params):
             by_shape[p.shape, p.device].append(i)
         coefficients = muon_coefficients(group["ns_coefficients"])

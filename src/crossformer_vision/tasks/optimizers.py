@@ -1,7 +1,8 @@
 """Optimizers and learning-rate schedules of the tasks, from timm."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from timm.optim import Lookahead, create_optimizer_v2, list_optimizers, param_groups_weight_decay
@@ -14,6 +15,7 @@ from crossformer_vision.compat import BATCH_NORM_BASE, is_muon_matrix
 from crossformer_vision.devices import computes_fast
 from crossformer_vision.errors import UserError, check_choice, check_range, did_you_mean
 from crossformer_vision.tasks.muon import BatchedMuon
+from crossformer_vision.types import Kwargs
 
 DecayOn = Literal["weights", "all_but_norms", "all"]
 ScheduleName = Literal["cosine", "poly", "step"]
@@ -58,7 +60,7 @@ def create_optimizer(
         raise UserError("every parameter is frozen, so there is nothing to train. Lower --model.freeze")
     if lr_scales is not None:
         groups = split_by_scale(groups, {id(p): lr_scales[name] for name, p in net.named_parameters()})
-    options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+    options: Kwargs = {"lr": lr, "weight_decay": weight_decay}
     base_name = name.lower().removeprefix("lookahead_")
     if "muon" not in base_name:
         return create_optimizer_v2(groups, opt=name, **options)
@@ -74,7 +76,7 @@ def create_optimizer(
     return optimizer if base_name == name.lower() else Lookahead(optimizer)
 
 
-def parameter_groups(net: nn.Module, weight_decay: float, decay_on: DecayOn) -> list[dict[str, Any]]:
+def parameter_groups(net: nn.Module, weight_decay: float, decay_on: DecayOn) -> list[Kwargs]:
     """Trainable parameters with and without weight decay.
 
     Args:
@@ -84,7 +86,7 @@ def parameter_groups(net: nn.Module, weight_decay: float, decay_on: DecayOn) -> 
             ``all_but_norms`` exempts norms and the parameters in ``net.no_weight_decay()``; ``all`` exempts
             nothing.
     """
-    exempt_names: Any = getattr(net, "no_weight_decay", tuple)()
+    exempt_names: Collection[str] = getattr(net, "no_weight_decay", tuple)()
     if decay_on == "weights":
         return param_groups_weight_decay(net, weight_decay, no_weight_decay_list=exempt_names)
     trainable = [p for p in net.parameters() if p.requires_grad]
@@ -99,7 +101,7 @@ def parameter_groups(net: nn.Module, weight_decay: float, decay_on: DecayOn) -> 
     ]
 
 
-def split_by_scale(groups: list[dict[str, Any]], scales: dict[int, float]) -> list[dict[str, Any]]:
+def split_by_scale(groups: list[Kwargs], scales: dict[int, float]) -> list[Kwargs]:
     """Split parameter groups so that the parameters of a group share the factor of their learning rate.
 
     Args:
@@ -109,7 +111,7 @@ def split_by_scale(groups: list[dict[str, Any]], scales: dict[int, float]) -> li
     Returns:
         Groups with ``lr_scale``, the largest first.
     """
-    split: list[dict[str, Any]] = []
+    split: list[Kwargs] = []
     for group in groups:
         by_scale: dict[float, list[nn.Parameter]] = {}
         for parameter in group["params"]:
@@ -160,7 +162,7 @@ class ScheduleOptions:
             warmup = round(self.warmup_epochs * images_per_epoch)
         else:
             warmup = self.warmup_steps * images_per_step
-        common: dict[str, Any] = {
+        common: Kwargs = {
             "warmup_t": min(warmup, images - images_per_step),
             "warmup_lr_init": min(self.warmup_lr, lr),
             "warmup_prefix": False,

@@ -19,10 +19,13 @@ from crossformer_vision.models.dense.segmenters import UPerNet, create_segmenter
 from crossformer_vision.models.dense.windows import class_map, log_prob_at, segment, view_logits
 from crossformer_vision.plotting import visualize
 from crossformer_vision.tasks.base import Task, describe_initial_weights, use_published_weights
+from crossformer_vision.types import JsonObject, Kwargs
 from crossformer_vision.weights.loading import load_checkpoint
 
 PLOTTED = 6  # validation images in predictions.png
 MIN_LOG_PROBABILITY = math.log(1e-8)
+
+Batch = tuple[Tensor | list[Tensor], Tensor]
 
 
 class Segmentation(Task):
@@ -66,7 +69,7 @@ class Segmentation(Task):
         num_classes: int = 11,
         pretrained: bool | None = False,
         checkpoint: str | None = None,
-        model_args: dict[str, Any] | None = None,
+        model_args: Kwargs | None = None,
         drop_path_rate: float = 0.0,
         width: int | None = None,
         dropout: float = 0.1,
@@ -98,7 +101,7 @@ class Segmentation(Task):
             self.net.auxiliary_head.requires_grad_(False)
         self.auxiliary_weight, self.dice, self.avg_non_ignore = auxiliary_weight, dice, avg_non_ignore
         self.test_scales = test_scales
-        self.test: dict[str, Any] = dict(flip=test_flip, window=window, stride=window_stride)
+        self.test: Kwargs = dict(flip=test_flip, window=window, stride=window_stride)
         self.loss = MeanMetric()
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED, validate_args=False)
         # Confusion matrix of the last validation: true class, predicted class.
@@ -129,7 +132,7 @@ class Segmentation(Task):
             UserError: If UPerNet's batch norms have a single image.
         """
         images, labels = batch
-        log: dict[str, Any] = dict(on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
+        log: Kwargs = dict(on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
         is_single = isinstance(self.net, UPerNet) and len(images) == 1
         if is_single and not any(isinstance(m, nn.SyncBatchNorm) for m in self.net.modules()):
             raise UserError("upernet has batch norms, which need --data.batch_size 2 or more")
@@ -159,7 +162,7 @@ class Segmentation(Task):
         """
         return cross_entropy(logits, labels, self.avg_non_ignore)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+    def predict_step(self, batch: Tensor | Batch | None, batch_idx: int) -> Tensor | None:
         """Class maps, shape ``(B, H, W)``, of normalized images or of a validation batch."""
         if batch is None:
             return None
@@ -168,7 +171,7 @@ class Segmentation(Task):
         views, labels = batch
         return class_map(self([views] if isinstance(views, Tensor) else views, labels.shape[1:]))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """Classes and preprocessing for a checkpoint."""
         cfg = find_model(self.hparams["backbone"])
         sizes = dict(short_side=None, long_side=None, size_divisor=1)
@@ -178,7 +181,7 @@ class Segmentation(Task):
         """Clear the images of the last validation."""
         self.plotted = []
 
-    def validation_step(self, batch: tuple[Tensor | list[Tensor], Tensor] | None, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch | None, batch_idx: int) -> None:
         """Update the metrics with a batch. ``None`` is a batch without readable images."""
         if batch is None:
             return
@@ -224,7 +227,7 @@ class Segmentation(Task):
         iou, accuracy = class_scores(self.matrix)
         share = self.matrix.sum(1) / self.matrix.sum().clamp(min=1)
         columns = {"iou": iou, "accuracy": accuracy, "share": share}
-        rows: list[dict[str, Any]] = [
+        rows: list[dict[str, str | float]] = [
             {"class": name, **{key: round(float(values[k]), 4) for key, values in columns.items()}}
             for k, name in enumerate(classes)
         ]

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -10,6 +9,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAv
 from torch import Tensor
 
 from crossformer_vision.tasks.base import Task
+from crossformer_vision.types import Checkpoint
 
 
 class PatienceInEpochs(EarlyStopping):
@@ -40,7 +40,7 @@ class PatienceInEpochs(EarlyStopping):
         """State of Lightning's callback and the patience in epochs."""
         return {**super().state_dict(), "epochs": self.epochs}
 
-    def has_stopped(self, checkpoint: dict[str, Any]) -> bool:
+    def has_stopped(self, checkpoint: Checkpoint) -> bool:
         """Whether a checkpoint is of a run that stopped early, with a patience of at least ``epochs``."""
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
         exhausted = state.get("wait_count", 0) >= state.get("patience", math.inf)
@@ -103,7 +103,7 @@ class BestCheckpoint(ModelCheckpoint):
         """State of Lightning's callback and the loss of the best validation."""
         return {**super().state_dict(), "best_loss": self.best_loss}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Checkpoint) -> None:
         """Restore the state, with paths in the current run directory."""
         path = str(Path(str(self.dirpath)) / f"{self.filename}.ckpt")
         score = state_dict["best_model_score"]

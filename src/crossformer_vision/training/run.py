@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import lightning as L
 import torch
@@ -44,7 +44,7 @@ from crossformer_vision.training.cluster import init_restarted_process_group
 from crossformer_vision.training.interruption import StopOnNonFiniteLoss, StopOnSignal, Stopped
 from crossformer_vision.training.progress import MetricsWriter, Throughput
 from crossformer_vision.training.run_directory import RunDirectory
-from crossformer_vision.types import JsonObject
+from crossformer_vision.types import Checkpoint, JsonObject
 from crossformer_vision.weights.loading import load_checkpoint
 from crossformer_vision.weights.reading import read_checkpoint
 
@@ -288,7 +288,7 @@ def is_finished(run_dir: Path, trainer: L.Trainer) -> bool:
     return 0 < (trainer.max_epochs or -1) <= completed_epochs(content)
 
 
-def completed_epochs(checkpoint: dict[str, Any]) -> int:
+def completed_epochs(checkpoint: Checkpoint) -> int:
     """Number of complete epochs in a checkpoint of a run."""
     data = [v for k, v in checkpoint.items() if k.endswith("Data") and isinstance(v, dict)]
     is_within_epoch = any(state.get("taken") for state in data)

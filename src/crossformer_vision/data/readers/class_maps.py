@@ -1,7 +1,7 @@
 """Images with class maps: files with one class index per pixel."""
 
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,8 @@ from crossformer_vision.models.grouping import ceil_div
 
 MAP_EXTENSIONS = {".png", ".bmp", ".tif", ".tiff"}
 CHECKED_MAPS = 50  # maximum number of class maps checked for values of 0 and 255
+
+Integers = TypeVar("Integers", int, NDArray[np.int64])
 
 
 class ClassMapImages:
@@ -107,16 +109,15 @@ class ClassMapImages:
             y, x = np.argwhere(is_unknown)[0].tolist()
             color = tuple(pixels[y, x].tolist())
             raise UserError(f"{label}: has the color {color} at x {x}, y {y}, which is none of the classes")
-        chosen: NDArray[np.int64] = values[index]
-        return chosen
+        return values[index]
 
 
-def _color_code(r: Any, g: Any, b: Any) -> Any:
+def _color_code(r: Integers, g: Integers, b: Integers) -> Integers:
     """One number for a color, of integers or arrays."""
     return (r << 16) + (g << 8) + b
 
 
-def stored_values(class_map: Image.Image) -> NDArray[Any]:
+def stored_values(class_map: Image.Image) -> NDArray[np.number]:
     """Values in the file of a class map. PIL scales grayscale of two or four bits to 0..255."""
     tiles = getattr(class_map, "tile", None)  # of a file that is not decoded yet
     raw_mode = tiles[0][3] if tiles else None

@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -30,6 +29,7 @@ from crossformer_vision.data.readers.coco_masks import check_segmentation, polyg
 from crossformer_vision.data.readers.listed_images import find_listed_images, header_size, is_outside
 from crossformer_vision.data.readers.objects import ObjectBuffer, ObjectImages
 from crossformer_vision.errors import NoSuchSplit, UserError, check_names, counted
+from crossformer_vision.types import CocoId, JsonObject
 
 log = logging.getLogger("crossformer_vision")
 
@@ -103,7 +103,7 @@ class CocoImages(ObjectImages):
         self.skip_unusable(train, skip_empty)
         del self._entries
 
-    def _read_images(self, content: dict[str, Any], skip_missing: bool) -> dict[Any, int]:
+    def _read_images(self, content: JsonObject, skip_missing: bool) -> dict[CocoId, int]:
         """Read categories, names and sizes of the images; returns the index of each image id."""
         try:
             listed = [(coco_id(c["id"]), str(c["name"])) for c in content["categories"]]
@@ -125,7 +125,7 @@ class CocoImages(ObjectImages):
         check_names(self.annotations, list(self.categories.values()))
         files = self._find_files(images, skip_missing)
         first_of: dict[str, int] = {}
-        index_of: dict[Any, int] = {}
+        index_of: dict[CocoId, int] = {}
         kept: list[int] = []
         for n, (image, file) in enumerate(zip(images, files, strict=True)):
             if file not in first_of:
@@ -142,7 +142,7 @@ class CocoImages(ObjectImages):
         self.ids = np.array([images[n][0] if ok else n for n, ok in zip(kept, usable)], np.int64)
         return index_of
 
-    def _find_files(self, images: list[tuple[Any, str, int, int]], skip_missing: bool) -> list[str]:
+    def _find_files(self, images: list[tuple[CocoId, str, int, int]], skip_missing: bool) -> list[str]:
         """Paths of the images below the folder."""
         for identity, name, _, _ in images:
             if is_outside(name.replace("\\", "/")):
@@ -171,7 +171,7 @@ class CocoImages(ObjectImages):
             )
         return np.array(listed, np.int64)
 
-    def _drop_root_category(self, categories: list[Any]) -> None:
+    def _drop_root_category(self, categories: list[JsonObject]) -> None:
         """Remove an unused category that is the supercategory of others, as Roboflow exports it."""
         parents = {str(c.get("supercategory")) for c in categories}
         used = set(self.labels.tolist())
@@ -188,9 +188,9 @@ class CocoImages(ObjectImages):
 
     def _read_objects(
         self,
-        annotations: list[Any],
-        image_index: dict[Any, int],
-        label_of: dict[Any, int],
+        annotations: list[object],
+        image_index: dict[CocoId, int],
+        label_of: dict[CocoId, int],
         names: list[str],
         has_own_classes: bool,
     ) -> None:
@@ -228,9 +228,9 @@ class CocoImages(ObjectImages):
     def _append_plain(
         self,
         objects: ObjectBuffer,
-        entry: Any,
-        image_index: dict[Any, int],
-        label_of: dict[Any, int],
+        entry: object,
+        image_index: dict[CocoId, int],
+        label_of: dict[CocoId, int],
         sizes: list[list[int]],
     ) -> bool:
         """Append an annotation in COCO's own form. Return whether it has this form."""
@@ -251,31 +251,33 @@ class CocoImages(ObjectImages):
             objects.append_segmentation(plain.segmentation, has_pixels)
         return True
 
-    def _decode(self, entry: Any) -> Any:
+    def _decode(self, entry: object) -> JsonObject:
         """Decode all fields of an annotation."""
         try:
-            return json.loads(bytes(entry)) if isinstance(entry, msgspec.Raw) else entry
+            annotation = json.loads(bytes(entry)) if isinstance(entry, msgspec.Raw) else entry
         except ValueError as error:  # msgspec does not check the encoding of fields that it skips
             raise UserError(f"{self.annotations}: not JSON ({error})") from None
+        if not isinstance(annotation, dict):
+            raise UserError(f"{self.annotations}: an annotation that is a {type(annotation).__name__}")
+        return annotation
 
     def _look_up(
         self,
-        annotation: Any,
-        image_index: dict[Any, int],
-        label_of: dict[Any, int],
+        annotation: JsonObject,
+        image_index: dict[CocoId, int],
+        label_of: dict[CocoId, int],
         names: list[str],
         has_own_classes: bool,
     ) -> tuple[int, int]:
         """Image index and label of an annotation."""
-        if not isinstance(annotation, dict):
-            raise UserError(f"{self.annotations}: an annotation that is a {type(annotation).__name__}")
         name = f"{self.annotations}: annotation {annotation.get('id', '?')}"
-        image = self._find(image_index, annotation, "image_id", name)
+        image = image_index.get(self._id_of(annotation, "image_id", name))
         if image is None:
             raise UserError(f"{name}: of image {annotation.get('image_id')}, which is not in the file")
-        label = self._find(label_of, annotation, "category_id", name)
+        category_id = self._id_of(annotation, "category_id", name)
+        label = label_of.get(category_id)
         if label is None:
-            category = self._find(self.categories, annotation, "category_id", name)
+            category = self.categories.get(category_id)
             what = f"{annotation.get('category_id')}{f' ({category})' if category else ''}"
             known = [f"{i} ({c})" for i, c in self.categories.items()] if has_own_classes else names
             raise UserError(f"{name}: of category {what}; known are {', '.join(known[:5])}")
@@ -286,9 +288,9 @@ class CocoImages(ObjectImages):
         annotation = self._decode(self._entries[int(self.order[k])])
         return f"annotation {annotation.get('id', '?')} with bbox {annotation.get('bbox')}"
 
-    def _find(self, known: dict[Any, Any], annotation: dict[str, Any], key: str, name: str) -> Any:
-        """Look up an id of an annotation."""
+    def _id_of(self, annotation: JsonObject, key: str, name: str) -> CocoId:
+        """Id in a field of an annotation."""
         try:
-            return known.get(coco_id(annotation.get(key)))
+            return coco_id(annotation.get(key))
         except (TypeError, ValueError, OverflowError):
             raise UserError(f"{name}: its {key} is {annotation.get(key)!r}") from None

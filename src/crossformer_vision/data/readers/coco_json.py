@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from crossformer_vision.errors import UserError
+from crossformer_vision.types import CocoId, JsonObject
 
 
 class ListedImage(msgspec.Struct):
@@ -45,7 +46,7 @@ decode_annotation = msgspec.json.Decoder(PlainAnnotation).decode
 decode_polygons = msgspec.json.Decoder(list[list[float]]).decode
 
 
-def coco_id(value: Any) -> int | str:
+def coco_id(value: Any) -> CocoId:
     """Normalize an id, so that ``1``, ``1.0`` and ``"1"`` are equal."""
     if isinstance(value, str):
         return int(value) if value.lstrip("-").isdecimal() and value.isascii() else value
@@ -55,9 +56,9 @@ def coco_id(value: Any) -> int | str:
     return number
 
 
-def first_duplicate(ids: Iterable[Any]) -> Any:
+def first_duplicate(ids: Iterable[CocoId]) -> CocoId | None:
     """The first value that occurs a second time, or ``None``."""
-    seen: set[Any] = set()
+    seen: set[CocoId] = set()
     for value in ids:
         if value in seen:
             return value
@@ -71,7 +72,7 @@ def describe_missing(path: Path, error: Exception) -> str:
     return f"{path}: not a COCO file: {needed} ({type(error).__name__}: {error})"
 
 
-def read_coco_json(path: Path) -> dict[str, Any]:
+def read_coco_json(path: Path) -> JsonObject:
     """Read the lists of a COCO file.
 
     Args:
@@ -109,7 +110,7 @@ def read_coco_json(path: Path) -> dict[str, Any]:
     return {**content, "images": images}
 
 
-def check_numbers(name: str, annotation: dict[str, Any]) -> tuple[list[float], float, int]:
+def check_numbers(name: str, annotation: JsonObject) -> tuple[list[float], float, int]:
     """Box (x, y, width, height), area (0 if missing) and crowd flag of an annotation.
 
     Raises:
@@ -132,7 +133,7 @@ def check_numbers(name: str, annotation: dict[str, Any]) -> tuple[list[float], f
     return [x, y, w, h], area, crowd
 
 
-def rotation_of(annotation: dict[str, Any]) -> float:
+def rotation_of(annotation: JsonObject) -> float:
     """Angle in degrees by which CVAT's box is rotated around its center; 0 for upright boxes."""
     attributes = annotation.get("attributes")
     angle = attributes.get("rotation") if isinstance(attributes, dict) else None

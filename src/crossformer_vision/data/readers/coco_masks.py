@@ -1,16 +1,16 @@
 """Segmentations of COCO files: polygons and run-length encodings, checked and decoded."""
 
 import math
-from typing import Any
 
 import numpy as np
 from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
 
 from crossformer_vision.errors import UserError
+from crossformer_vision.types import JsonObject, Polygons
 
 
-def decode_mask(segmentation: Any, width: int, height: int) -> NDArray[np.uint8]:
+def decode_mask(segmentation: Polygons | JsonObject, width: int, height: int) -> NDArray[np.uint8]:
     """Decode polygons or a run-length encoding, as COCO writes them.
 
     Args:
@@ -21,11 +21,10 @@ def decode_mask(segmentation: Any, width: int, height: int) -> NDArray[np.uint8]
     Returns:
         Mask of 0 and 1, shape ``(height, width)``.
     """
-    decoded: NDArray[np.uint8] = rle.decode(encode_mask(segmentation, width, height))
-    return decoded
+    return rle.decode(encode_mask(segmentation, width, height))
 
 
-def encode_mask(segmentation: Any, width: int, height: int) -> dict[str, Any]:
+def encode_mask(segmentation: Polygons | JsonObject, width: int, height: int) -> JsonObject:
     """Compressed run lengths of polygons or a run-length encoding; see ``decode_mask``.
 
     Args:
@@ -34,12 +33,11 @@ def encode_mask(segmentation: Any, width: int, height: int) -> dict[str, Any]:
         height: Height of the image.
     """
     if isinstance(segmentation, list) or not isinstance(segmentation["counts"], (str, bytes)):
-        encoded: dict[str, Any] = rle.segmToRle(segmentation, width, height)
-        return encoded
+        return rle.segmToRle(segmentation, width, height)
     return {**segmentation, "size": [int(side) for side in segmentation["size"]]}
 
 
-def check_segmentation(name: str, segmentation: Any, width: int, height: int) -> bool:
+def check_segmentation(name: str, segmentation: object, width: int, height: int) -> bool:
     """Check a segmentation of any kind.
 
     Args:
@@ -71,7 +69,7 @@ def check_segmentation(name: str, segmentation: Any, width: int, height: int) ->
     return bool(polygons_have_pixels(segmentation, width, height))
 
 
-def _check_run_lengths(name: str, encoding: dict[str, Any], width: int, height: int) -> bool:
+def _check_run_lengths(name: str, encoding: JsonObject, width: int, height: int) -> bool:
     size, counts = encoding.get("size"), encoding.get("counts")
     if not isinstance(size, (list, tuple)) or list(size) != [height, width]:
         raise UserError(f"{name}: its mask is of size {size}, the image of [{height}, {width}]")
@@ -96,7 +94,7 @@ def farthest_corner(width: int, height: int) -> float:
     return 10 * max(width, height) + 10_000
 
 
-def polygons_have_pixels(polygons: list[list[float]], width: int, height: int) -> bool | None:
+def polygons_have_pixels(polygons: Polygons, width: int, height: int) -> bool | None:
     """Whether polygons cover any pixel of their image.
 
     Args:

@@ -6,12 +6,14 @@ index). Training and validation use different handwriting.
 """
 
 from functools import lru_cache
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
+
+from crossformer_vision.types import ObjectTarget
 
 CLASSES = tuple(str(digit) for digit in range(10))
 
@@ -26,7 +28,17 @@ def _handwriting(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return (digits.images[chosen] * (255 / 16)).astype(np.uint8), digits.target[chosen]
 
 
-class MultiScaleDigits(Dataset[Any]):
+class DigitTarget(TypedDict):
+    """Target of an image; see ``MultiScaleDigits``."""
+
+    label: int
+    labels: NDArray[np.int64]
+    boxes: NDArray[np.float32]
+    masks: NDArray[np.uint8]
+    semantic: NDArray[np.uint8]
+
+
+class MultiScaleDigits(Dataset[tuple[Image.Image, DigitTarget]]):
     """Handwritten digits at many scales on textured canvases.
 
     Args:
@@ -58,7 +70,7 @@ class MultiScaleDigits(Dataset[Any]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, DigitTarget]:
         """An RGB image and its target.
 
         Returns:
@@ -90,7 +102,7 @@ class MultiScaleDigits(Dataset[Any]):
         for mask, label in zip(masks, labels, strict=True):
             semantic[mask] = 1 + label
         image = Image.fromarray((canvas.clip(0, 1) * 255).astype(np.uint8))
-        target = dict(
+        target = DigitTarget(
             label=int(labels[0]), labels=labels, boxes=boxes, masks=masks.astype(np.uint8), semantic=semantic
         )
         return image, target
@@ -170,10 +182,10 @@ class DigitObjects:
         """Name of an image, for messages."""
         return f"digits {index}"
 
-    def read(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
+    def read(self, index: int) -> tuple[Image.Image, ObjectTarget]:
         """An image and its target, as from ``CocoImages``."""
         image, digits = self.dataset[index]
-        target = {
+        target: ObjectTarget = {
             "image_id": index,
             "boxes": digits["boxes"],
             "labels": digits["labels"] + 1,

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from timm.data.dataset_factory import create_dataset
@@ -93,7 +92,7 @@ class HuggingFaceImages:
             data = datasets.load_dataset(name, split=split, cache_dir=root or str(CACHE.expanduser()))
         except Exception as error:
             raise _error(dataset, split, error) from error
-        features: dict[str, Any] = data.features
+        features: dict[str, object] = data.features
         images = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
         labels = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
         self.image_column = _choose_column(dataset, "image", image_column, images, list(features))
@@ -103,7 +102,7 @@ class HuggingFaceImages:
         self.classes = self._class_names(features[self.label_column], list(classes))
         self._indices = {name: index for index, name in enumerate(self.classes)}
 
-    def _class_names(self, kind: Any, known: list[str]) -> list[str]:
+    def _class_names(self, kind: object, known: list[str]) -> list[str]:
         if names := getattr(kind, "names", None):
             return [str(name) for name in names]
         values = self.dataset.unique(self.label_column)

@@ -9,7 +9,6 @@ import logging
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,6 +18,7 @@ from PIL import Image
 from crossformer_vision.data.images import StringArray, apply_orientation
 from crossformer_vision.data.readers.coco_masks import decode_mask
 from crossformer_vision.errors import UserError, counted
+from crossformer_vision.types import CocoId, JsonObject, ObjectTarget, Polygons
 
 log = logging.getLogger("crossformer_vision")
 
@@ -57,13 +57,13 @@ class ObjectBuffer:
         self.iscrowd.append(iscrowd != 0)
         self.number.append(number if isinstance(number, int) and abs(number) < 2**63 else -1)
 
-    def append_segmentation(self, segmentation: Any, has_pixels: bool | None) -> None:
+    def append_segmentation(self, segmentation: bytes, has_pixels: bool | None) -> None:
         """Append the JSON of the last object's segmentation."""
         self.segmentations += segmentation
         self.segmentation_end.append(len(self.segmentations))
         self.has_pixels.append(bool(has_pixels))
 
-    def append_polygons(self, polygons: list[list[float]], has_pixels: bool | None) -> None:
+    def append_polygons(self, polygons: Polygons, has_pixels: bool | None) -> None:
         """Append the polygons of the last object."""
         self.append_segmentation(json.dumps(polygons).encode(), has_pixels)
 
@@ -93,7 +93,7 @@ class ObjectImages:
         area: Areas in the file, 0 if missing, ``(objects,)``.
     """
 
-    categories: dict[Any, str]
+    categories: dict[CocoId, str]
     names: StringArray
     sizes: NDArray[np.int64]
     ids: NDArray[np.int64]
@@ -209,7 +209,7 @@ class ObjectImages:
         """Path of an image."""
         return str(self.folder / self.names[index])
 
-    def read(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
+    def read(self, index: int) -> tuple[Image.Image, ObjectTarget]:
         """Read an image and its objects.
 
         Args:
@@ -231,7 +231,7 @@ class ObjectImages:
                 f"{width}x{height} in {self.annotations}"
             )
         rows = slice(self.first[index], self.first[index + 1])
-        target: dict[str, Any] = dict(
+        target = ObjectTarget(
             image_id=int(self.ids[index]),
             boxes=self.boxes[rows],
             labels=self.labels[rows].astype(np.int64),
@@ -248,7 +248,7 @@ class ObjectImages:
             target["masks"] = np.stack(shapes) if shapes else np.zeros((0, height, width), np.uint8)
         return image, target
 
-    def _segmentation(self, k: int) -> Any:
+    def _segmentation(self, k: int) -> Polygons | JsonObject:
         """Polygons or run-length encoding of an object, as in the file."""
         start, end = self.segmentation_start[k], self.segmentation_end[k]
         return msgspec.json.decode(self.segmentations[start:end].tobytes())
