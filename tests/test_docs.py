@@ -16,7 +16,7 @@ from published_files import state_dict_of_2021
 
 from crossformer_vision.cli import main
 from crossformer_vision.tools.benchmark_step import parse_spec
-from crossformer_vision.tools.compare import read_grid
+from crossformer_vision.tools.grid import read_grid
 from crossformer_vision.weights import published
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ import yaml
 
 from crossformer_vision.cli import main
 from crossformer_vision.models.variants import DENSE_G14, published_groups
-from crossformer_vision.tools.compare import read_grid
+from crossformer_vision.tools.grid import read_grid
 from crossformer_vision.tools.info import PUBLISHED
 from crossformer_vision.training.recipes import read_config
 

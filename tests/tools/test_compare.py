@@ -22,6 +22,8 @@ from crossformer_vision.cli import main
 from crossformer_vision.tools import compare
 from crossformer_vision.tools.compare_table import measure_throughput
 from crossformer_vision.tools.grid import folder_name, read_grid
+from crossformer_vision.tools.search import run_search
+from crossformer_vision.tools.study import open_study
 from crossformer_vision.training.recipes import find_config
 
 TINY = """
@@ -154,7 +156,7 @@ def test_duplicate_trials_are_skipped(tmp_path):
     """If two workers enqueue the same cell concurrently, the later trial is pruned."""
     grid = written(tmp_path / "grid.yaml", "seeds: 1")
     out = tmp_path / "out"
-    study = compare.open_study("grid", out, None, 20)
+    study = open_study("grid", out, None, 20)
     for _ in range(2):
         digest = read_grid(grid).digest("recipe", 0)
         study.enqueue_trial({}, user_attrs={"cell": "recipe, seed 0", "digest": digest})
@@ -216,20 +218,18 @@ def test_failed_timing_is_skipped(tmp_path, capsys, monkeypatch):
 
 def test_search_with_pruning(tmp_path):
     search = "search: {model.lr: {low: 1.0e-4, high: 1.0e-2, log: true}, data.hflip: {choices: [0.0, 0.5]}}"
-    found = compare.run_search(written(tmp_path / "grid.yaml", search), tmp_path / "out", 2)
+    found = run_search(written(tmp_path / "grid.yaml", search), tmp_path / "out", 2)
     assert 1e-4 <= found["best"]["model.lr"] <= 1e-2 and found["best"]["data.hflip"] in (0.0, 0.5)
     assert json.loads((tmp_path / "out/search.json").read_text()) == found
     with pytest.raises(UserError, match="has no search"):
-        compare.run_search(written(tmp_path / "grid.yaml", ""), tmp_path / "out", 1)
+        run_search(written(tmp_path / "grid.yaml", ""), tmp_path / "out", 1)
     with pytest.raises(UserError, match=r"model.lr: must be {low, high, log} or {choices}"):
-        compare.run_search(
-            written(tmp_path / "grid.yaml", "search: {model.lr: {low: a}}"), tmp_path / "bad", 1
-        )
+        run_search(written(tmp_path / "grid.yaml", "search: {model.lr: {low: a}}"), tmp_path / "bad", 1)
 
 
 def test_unreachable_database_raises(tmp_path):
     with pytest.raises(UserError, match="the study's database cannot be opened") as error:
-        compare.open_study("x", tmp_path, "postgresql+psycopg://me:secret@127.0.0.1:1/x", 20)
+        open_study("x", tmp_path, "postgresql+psycopg://me:secret@127.0.0.1:1/x", 20)
     assert "secret" not in str(error.value)
 
 

@@ -37,7 +37,8 @@ def compare(
             cell.
     """
     try:
-        from crossformer_vision.tools.compare import run_grid, run_search
+        from crossformer_vision.tools.compare import run_grid
+        from crossformer_vision.tools.search import run_search
     except ModuleNotFoundError as error:
         raise missing_extra(error, "compare") from None
     output_dir = Path(output or f"runs/{Path(grid).stem}")

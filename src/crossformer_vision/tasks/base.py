@@ -15,8 +15,7 @@ from typing_extensions import Self, override
 
 from crossformer_vision.compat import batch_progress, epochs_started, get_trainer, setup_fit_data
 from crossformer_vision.data.randomness import RandomStates, get_rng_state, mix_seed, seed_all, set_rng_state
-from crossformer_vision.errors import UserError, check_choice, check_names, check_range, counted
-from crossformer_vision.models import find_model
+from crossformer_vision.errors import UserError, check_choice, check_names, check_range
 from crossformer_vision.models.dense.base import DenseModel
 from crossformer_vision.models.grouping import ceil_div
 from crossformer_vision.tasks.finetuning import (
@@ -27,45 +26,6 @@ from crossformer_vision.tasks.finetuning import (
 )
 from crossformer_vision.tasks.optimizers import DecayOn, ScheduleOptions, check_optimizer, create_optimizer
 from crossformer_vision.types import Checkpoint, JsonObject, Kwargs
-from crossformer_vision.weights.loading import LoadReport
-from crossformer_vision.weights.published import is_available
-
-
-def use_published_weights(model: str, pretrained: bool | None, checkpoint: str | None) -> bool:
-    """Whether to build a model with its published weights.
-
-    Args:
-        model: timm name of the model.
-        pretrained: Whether to use them; ``None`` to use them if they are cached or downloadable.
-        checkpoint: File of other weights, which takes precedence.
-    """
-    if checkpoint:
-        return False
-    return is_available(model) if pretrained is None else pretrained
-
-
-def describe_initial_weights(
-    model: str, num_classes: int, pretrained: bool, checkpoint: str | None, report: LoadReport | None
-) -> str:
-    """Describe the initial weights in one line.
-
-    Args:
-        model: timm name of the model or backbone.
-        num_classes: Number of classes of the task.
-        pretrained: Whether the model was built with its published weights.
-        checkpoint: File of weights that were loaded, if any.
-        report: Report on the weights loaded from it.
-    """
-    if checkpoint:
-        return f"weights: {checkpoint}: {report}"
-    if not pretrained:
-        return "weights: none, training from scratch (--model.pretrained or --model.checkpoint loads some)"
-    cfg = find_model(model)
-    place = "bundled" if cfg.file else cfg.hf_hub_id or cfg.url or "published"
-    line = f"weights: {model} ({place})"
-    if cfg.num_classes == num_classes:
-        return line
-    return f"{line}; the classifier is new, for {counted(num_classes, 'class', 'classes')}"
 
 
 class Task(L.LightningModule):

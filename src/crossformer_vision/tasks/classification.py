@@ -17,7 +17,8 @@ from crossformer_vision.errors import UserError, check_range, error_line
 from crossformer_vision.models import drop_path_kwargs, find_model, img_size_kwargs
 from crossformer_vision.models.grouping import ceil_div
 from crossformer_vision.plotting import visualize
-from crossformer_vision.tasks.base import Task, describe_initial_weights, use_published_weights
+from crossformer_vision.tasks.base import Task
+from crossformer_vision.tasks.initial_weights import describe_initial_weights, use_published_weights
 from crossformer_vision.types import JsonObject, Kwargs
 from crossformer_vision.weights.loading import load_checkpoint
 

@@ -15,8 +15,9 @@ from crossformer_vision.models.dense.detectors import MaskRCNN, create_detector
 from crossformer_vision.models.dense.masks import paste_binary_masks
 from crossformer_vision.models.dense.transform import return_mask_crops
 from crossformer_vision.plotting import visualize
-from crossformer_vision.tasks.base import Task, describe_initial_weights, use_published_weights
+from crossformer_vision.tasks.base import Task
 from crossformer_vision.tasks.coco_metrics import CocoMetrics
+from crossformer_vision.tasks.initial_weights import describe_initial_weights, use_published_weights
 from crossformer_vision.types import Kwargs
 from crossformer_vision.weights.loading import load_checkpoint
 

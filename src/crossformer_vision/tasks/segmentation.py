@@ -18,7 +18,8 @@ from crossformer_vision.models import drop_path_kwargs, find_model
 from crossformer_vision.models.dense.segmenters import UPerNet, create_segmenter
 from crossformer_vision.models.dense.windows import class_map, log_prob_at, segment, view_logits
 from crossformer_vision.plotting import visualize
-from crossformer_vision.tasks.base import Task, describe_initial_weights, use_published_weights
+from crossformer_vision.tasks.base import Task
+from crossformer_vision.tasks.initial_weights import describe_initial_weights, use_published_weights
 from crossformer_vision.types import JsonObject, Kwargs
 from crossformer_vision.weights.loading import load_checkpoint
 
