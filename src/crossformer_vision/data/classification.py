@@ -6,7 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from timm.data import create_transform, str_to_interp_mode
 from torch import Tensor
@@ -23,13 +25,14 @@ from crossformer_vision.data.readers.folders import FolderImages, LabeledImages,
 from crossformer_vision.data.readers.named_datasets import HuggingFaceImages, TimmImages
 from crossformer_vision.data.readers.shards import ShardImages, find_shards
 from crossformer_vision.data.readers.tar import TarImages
-from crossformer_vision.data.sampling import ReadImages, Source
+from crossformer_vision.data.sampling import ReadImages, Source, sampling_weights
 from crossformer_vision.errors import NoSuchSplit, UserError, check_choice, check_range
 from crossformer_vision.models import find_model
 from crossformer_vision.types import JsonObject, Kwargs
 
 log = logging.getLogger("crossformer_vision")
 
+SAMPLING_POWERS = {"none": 0.0, "sqrt": 0.5, "balanced": 1.0}
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random")
 
 
@@ -90,6 +93,8 @@ class ClassificationData(BaseDataModule):
         interpolation: ``bicubic`` or ``bilinear``; null for the model's own.
         train_images: Digits only: images per epoch.
         val_images: Digits only: validation images.
+        sampling: How often classes occur in training: ``none`` for each image once per epoch, ``balanced``
+            for all classes equally often, ``sqrt`` in between. Images are then drawn with replacement.
         skip_corrupt: Skip and count unreadable images instead of stopping at the first.
         seed: Seed of order, augmentation and digits.
 
@@ -118,6 +123,7 @@ class ClassificationData(BaseDataModule):
         interpolation: str | None = None,
         train_images: int = 4000,
         val_images: int = 1000,
+        sampling: Literal["none", "balanced", "sqrt"] = "none",
         skip_corrupt: bool = False,
         val_share: float = 0.2,
         val_list: str | None = None,
@@ -128,6 +134,7 @@ class ClassificationData(BaseDataModule):
     ) -> None:
         super().__init__(root, train_split, val_split, batch_size, num_workers, skip_corrupt, seed, classes)
         check_choice("crop", crop, ("resized", "padded", "none"))
+        check_choice("sampling", sampling, tuple(SAMPLING_POWERS))
         if interpolation is not None:
             check_choice("interpolation", interpolation, INTERPOLATIONS)
         for name, value in (("hflip", hflip), ("erasing", erasing), ("val_share", val_share)):
@@ -137,7 +144,7 @@ class ClassificationData(BaseDataModule):
                 raise UserError(
                     f"--data.{name} {column}: only for a Hugging Face dataset (--data.dataset hfds/NAME)"
                 )
-        self.val_share, self.val_list = val_share, val_list
+        self.val_share, self.val_list, self.sampling = val_share, val_list, sampling
         self.held_out: list[str] = []  # validation images of a folder without splits
         self.model_cfg = find_model(backbone)
         self.dataset, self.download = dataset, download
@@ -331,9 +338,27 @@ class ClassificationData(BaseDataModule):
     def training_size(self) -> tuple[int, int]:
         return self._size(), self._size()
 
+    def _training_labels(self) -> NDArray[np.int32]:
+        """Class index of each training image.
+
+        Raises:
+            UserError: If they are only known after the images are read.
+        """
+        source = self.open("train").source
+        if not isinstance(source, (LabeledImages, TarImages, ShardImages)):
+            name = self.dataset or "the bundled digits"
+            raise UserError(f"{name}: balancing classes needs class folders, tar files, shards or a CSV file")
+        return source.labels
+
+    def class_counts(self) -> NDArray[np.int64]:
+        """Number of training images of each class."""
+        return np.bincount(self._training_labels(), minlength=self.num_classes)
+
     def train_dataloader(self) -> SeededLoader:
         """Loader of the training images."""
-        return self.create_loader("train")
+        power = SAMPLING_POWERS[self.sampling]
+        weights = sampling_weights(self._training_labels(), power) if power else None
+        return self.create_loader("train", weights=weights)
 
     @override
     def val_dataloader(self) -> SeededLoader:

@@ -5,6 +5,8 @@ from pathlib import Path
 from weakref import WeakSet
 
 import lightning as L
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import default_collate
 
 from crossformer_vision.data.loader import CollateFunction, SeededLoader
@@ -158,6 +160,7 @@ class BaseDataModule(L.LightningDataModule):
         batch_size: int | None = None,
         collate: CollateFunction = default_collate,
         kinds: list[int] | None = None,
+        weights: NDArray[np.float64] | None = None,
     ) -> SeededLoader:
         """Create the loader of this process. With fewer training images than a batch, batches are smaller.
 
@@ -166,6 +169,7 @@ class BaseDataModule(L.LightningDataModule):
             batch_size: Batch size of this process. ``None`` for that of the options.
             collate: Function that makes a batch of samples.
             kinds: See ``EpochBatches``.
+            weights: See ``EpochBatches``.
 
         Raises:
             UserError: If there are fewer training images than processes.
@@ -176,7 +180,16 @@ class BaseDataModule(L.LightningDataModule):
             batch_size = self._fill_batch(len(dataset), batch_size, world)
         is_overfitting = bool(self.trainer and getattr(self.trainer, "overfit_batches", 0))
         batches = EpochBatches(
-            len(dataset), batch_size, self.seed, train, rank, world, kinds, is_overfitting, self._limit()
+            len(dataset),
+            batch_size,
+            self.seed,
+            train,
+            rank,
+            world,
+            kinds,
+            is_overfitting,
+            self._limit(),
+            weights,
         )
         loader = SeededLoader(dataset, batches, self.seed, self.num_workers, collate)
         self._loaders.add(loader)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
@@ -117,6 +118,19 @@ class SeededDataset(Dataset[object]):
         return samples
 
 
+def sampling_weights(labels: NDArray[np.integer], power: float) -> NDArray[np.float64]:
+    """Sampling weight of each sample, from the number of samples of its class.
+
+    Args:
+        labels: Class index of each sample.
+        power: Exponent of the number: 1 draws all classes equally often, 0.5 is a compromise with 0, their
+            natural frequencies.
+    """
+    counts = np.bincount(labels).clip(1)
+    weights: NDArray[np.float64] = counts[labels] ** -power
+    return weights
+
+
 class EpochBatches(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index) for one of several processes.
 
@@ -134,6 +148,8 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         same_order: Use the same order in all epochs, for Lightning's ``overfit_batches``.
         limit: Number (int) or share (float) of batches that validation uses. They are spread evenly over the
             dataset, because files are ordered by class.
+        weights: Sampling weight of each sample. A training epoch draws samples with replacement. ``None`` to
+            use each sample once.
     """
 
     def __init__(
@@ -147,10 +163,11 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         kinds: list[int] | None = None,
         same_order: bool = False,
         limit: int | float = 1.0,
+        weights: NDArray[np.float64] | None = None,
     ) -> None:
         self.length, self.batch_size, self.seed, self.train = length, batch_size, seed, train
         self.rank, self.world, self.kinds, self.same_order = rank, world, kinds, same_order
-        self.limit = limit
+        self.limit, self.weights = limit, weights
         self.sampler = self  # Lightning calls set_epoch of this attribute
         self.epoch = 0
         self.start = 0  # batch that the next iteration starts with
@@ -174,7 +191,10 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     def _training_order(self) -> torch.Tensor:
         epoch = 0 if self.same_order else self.epoch
         generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
-        order = torch.randperm(self.length, generator=generator)
+        if self.weights is None:
+            order = torch.randperm(self.length, generator=generator)
+        else:
+            order = torch.multinomial(torch.from_numpy(self.weights), self.length, True, generator=generator)
         return self._group_by_kind(order) if self.kinds else order
 
     def _validation_order(self) -> torch.Tensor:

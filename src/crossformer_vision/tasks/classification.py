@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -12,8 +12,10 @@ from timm.data.mixup import mixup_target
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+from typing_extensions import override
 
-from crossformer_vision.errors import UserError, check_range, error_line
+from crossformer_vision.errors import UserError, check_choice, check_range, error_line
+from crossformer_vision.files import write_csv
 from crossformer_vision.models import drop_path_kwargs, find_model, img_size_kwargs
 from crossformer_vision.models.grouping import ceil_div
 from crossformer_vision.plotting import visualize
@@ -43,6 +45,11 @@ class Classification(Task):
         mixup: Alpha of mixup, 0 to disable it.
         cutmix: Alpha of CutMix, 0 to disable it.
         mix_prob: Probability that a batch is mixed.
+        loss: ``cross_entropy``, or ``focal`` (arXiv 1708.02002), which gives less weight to images that are
+            classified well.
+        focal_gamma: Exponent of the focal loss.
+        class_weights: Weight of each class in the loss: ``none``; ``balanced``, in inverse proportion to its
+            number of training images, 1 on average over the images; or a list.
         **optimization: See ``Task``.
 
     Raises:
@@ -65,6 +72,9 @@ class Classification(Task):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         mix_prob: float = 1.0,
+        loss: Literal["cross_entropy", "focal"] = "cross_entropy",
+        focal_gamma: float = 2.0,
+        class_weights: Literal["none", "balanced"] | list[float] = "none",
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
@@ -85,6 +95,12 @@ class Classification(Task):
         for name, value in (("label_smoothing", label_smoothing), ("mix_prob", mix_prob)):
             check_range(name, value, 0, 1)
         self.label_smoothing = label_smoothing
+        check_choice("loss", loss, ("cross_entropy", "focal"))
+        check_range("focal_gamma", focal_gamma, 0)
+        self.focal_gamma = focal_gamma if loss == "focal" else None
+        self.class_weights = _check_weights(class_weights, num_classes)
+        self.loss_weights: Tensor | None
+        self.register_buffer("loss_weights", None, persistent=False)
         self.mix = None
         if mixup or cutmix:
             self.mix = Mixup(
@@ -99,6 +115,19 @@ class Classification(Task):
         self.confusion = MulticlassConfusionMatrix(num_classes)
         # Image, class, predicted class and its probability.
         self.plotted: list[tuple[Tensor, int, int, float]] = []
+
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and self.class_weights != "none":
+            weights = self.class_weights
+            if weights == "balanced":
+                count_classes = getattr(self._data_module, "class_counts", None)
+                if count_classes is None:
+                    raise UserError("class_weights='balanced': the data module has no class_counts()")
+                counts = count_classes()
+                weights = counts.sum() / (len(counts) * counts.clip(1))
+            self.loss_weights = torch.as_tensor(weights, dtype=torch.float32, device=self.device)
 
     def _check_size(self, side: int) -> None:
         """Try images of a size that is not the model's own.
@@ -152,7 +181,15 @@ class Classification(Task):
                 ``(B, num_classes)``.
         """
         smoothing = self.label_smoothing if targets.dim() == 1 else 0.0
-        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        if self.focal_gamma is not None:
+            if targets.dim() == 1:
+                targets = mixup_target(targets, logits.shape[1], smoothing=smoothing)
+            return focal_loss(logits, targets, self.focal_gamma, self.loss_weights)
+        if self.loss_weights is None:
+            return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        # Divided by the number of images instead of the sum of weights, which would differ between processes.
+        options: Kwargs = dict(label_smoothing=smoothing, reduction="none")
+        return F.cross_entropy(logits, targets, self.loss_weights, **options).mean()
 
     def predict_step(self, batch: Tensor | Sequence[Tensor] | None, batch_idx: int) -> Tensor | None:
         """Class probabilities, shape ``(B, num_classes)``, of images or of a batch with images first."""
@@ -224,8 +261,26 @@ class Classification(Task):
         self.matrix = self.confusion.compute().cpu()
         self.confusion.reset()
 
+    def class_table(self, classes: list[str]) -> list[dict[str, str | int | float]]:
+        """Images, precision, recall and F1 score of each class in the last validation, one row per class."""
+        correct, true, predicted = self.matrix.diagonal(), self.matrix.sum(1), self.matrix.sum(0)
+        scores = {
+            "precision": correct / predicted.clamp(min=1),
+            "recall": correct / true.clamp(min=1),
+            "f1": 2 * correct / (true + predicted).clamp(min=1),
+        }
+        return [
+            {
+                "class": name,
+                "images": int(true[k]),
+                **{key: round(float(values[k]), 4) for key, values in scores.items()},
+            }
+            for k, name in enumerate(classes)
+        ]
+
     def plot(self, plot_dir: Path, classes: list[str]) -> None:
-        """Write ``confusion_matrix.png`` and ``predictions.png``."""
+        """Write ``confusion_matrix.png``, ``predictions.png`` and ``classes.csv``."""
+        write_csv(plot_dir / "classes.csv", self.class_table(classes))
         cfg = self.net.pretrained_cfg
         visualize.plot_confusion_matrix(self.matrix.numpy(), classes, plot_dir / "confusion_matrix.png")
         rows = [
@@ -238,3 +293,31 @@ class Classification(Task):
             for image, true, predicted, p in self.plotted
         ]
         visualize.plot_predictions(rows, plot_dir / "predictions.png")
+
+
+def _check_weights(
+    weights: Literal["none", "balanced"] | list[float], num_classes: int
+) -> Literal["none", "balanced"] | list[float]:
+    """Check the weights of classes."""
+    if isinstance(weights, str):
+        check_choice("class_weights", weights, ("none", "balanced"))
+        return weights
+    if len(weights) != num_classes:
+        raise UserError(f"class_weights has {len(weights)} values, but there are {num_classes} classes")
+    for weight in weights:
+        check_range("class_weights", weight, 0)
+    return weights
+
+
+def focal_loss(logits: Tensor, targets: Tensor, gamma: float, weights: Tensor | None = None) -> Tensor:
+    """Focal loss (arXiv 1708.02002) of mutually exclusive classes, averaged over the batch.
+
+    Args:
+        logits: Shape ``(B, num_classes)``.
+        targets: Class probabilities, shape ``(B, num_classes)``.
+        gamma: Exponent; 0 is the cross-entropy.
+        weights: Weight of each class, shape ``(num_classes,)``.
+    """
+    log_probabilities = logits.float().log_softmax(1)
+    losses = -targets * (1 - log_probabilities.exp()) ** gamma * log_probabilities
+    return (losses if weights is None else losses * weights).sum(1).mean()
