@@ -1,6 +1,6 @@
-"""CamVid with segmentation-models-pytorch's UPerNet on crossformer_nano, by this library's training loop.
+"""Train UPerNet of segmentation-models-pytorch (smp) for CamVid, with the training loop of this library.
 
-python docs/results/camvid_smp.py CAMVID RUN
+Usage: python docs/results/camvid_smp.py DATA_ROOT RUN_DIR
 """
 
 import sys
@@ -16,8 +16,8 @@ from crossformer_vision.tasks.segmentation import Segmentation
 from crossformer_vision.training import run
 
 
-class AnySize(nn.Module):
-    """smp's networks take sides that are multiples of 32."""
+class PadToMultiple(nn.Module):
+    """Pad images to multiples of 32, which networks of smp require, and crop the output."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -28,12 +28,13 @@ class AnySize(nn.Module):
         return self.net(F.pad(images, (0, -W % 32, 0, -H % 32)))[..., :H, :W]
 
 
-def main(root: str, folder: str) -> None:
+def main(root: str, run_dir: str) -> None:
+    """Train and validate."""
     L.seed_everything(0)
     data = SegmentationData(root, crop_size=256, scales=(0.5, 1.5), batch_size=8)
     task = Segmentation(
         segmenter="upernet",
-        model="crossformer_nano.cifar10",
+        backbone="crossformer_nano.cifar10",
         num_classes=data.num_classes,
         width=64,
         optimizer="nmuon",
@@ -44,9 +45,9 @@ def main(root: str, folder: str) -> None:
     net = smp.UPerNet(
         "tu-crossformer_nano.cifar10", encoder_weights=True, classes=data.num_classes, decoder_channels=64
     )
-    task.net = AnySize(net)  # any network from images to logits of their size
-    kept = run.Run(folder)
-    run.quiet()
+    task.net = PadToMultiple(net)  # any network that maps images to logits of the same size
+    run.silence_lightning()
+    options = run.RunOptions(dir=run_dir)
     trainer = L.Trainer(
         max_epochs=12,
         precision="bf16-mixed",
@@ -57,9 +58,9 @@ def main(root: str, folder: str) -> None:
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         logger=False,
-        callbacks=kept.callbacks(task, "# docs/results/camvid_smp.py\n", False, tensorboard=False),
+        callbacks=run.run_callbacks(options, task, "# docs/results/camvid_smp.py\n", use_tensorboard=False),
     )
-    run.train(trainer, task, data, kept, None)
+    run.train(trainer, task, data)
 
 
 if __name__ == "__main__":

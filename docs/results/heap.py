@@ -1,9 +1,9 @@
-"""Networks by turns, each in a process of its own, with and without what glibc gives back to the system.
+"""Time networks in separate processes, with glibc's default settings and with freed memory kept.
 
     python docs/results/heap.py swin_tiny_patch4_window7_224 crossformer_small --step training --rounds 11
 
-prints milliseconds of a call (median), the speed as a ratio to the first network's, and the page faults of
-the last call. What is timed is named as for `crossformer benchmark`.
+times the processes in turn. It prints the median time per call in milliseconds, the speed relative to the
+first network, and the page faults of the last call. Models are named as for `crossformer benchmark`.
 """
 
 import argparse
@@ -15,15 +15,17 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from crossformer_vision.cli import keep_freed_memory
-from crossformer_vision.tools.benchmark_step import DTYPES, ENGINES, Row, Step, parse_size
+from crossformer_vision.cli.process import keep_freed_memory
+from crossformer_vision.compat import compiler_config
+from crossformer_vision.tools.benchmark_step import DTYPES, ENGINES, FROZEN, Row, Step, parse_size
 
 
 def serve(row: Row, keep: bool, pipe: Connection) -> None:
+    """Run a step each time the pipe receives true, and send its seconds and page faults."""
     if keep:
         keep_freed_memory()
     step = Step(row, torch.device("cpu"))
-    with step.compiling():
+    with compiler_config(freezing=row.engine in FROZEN):
         step()
         step()
     pipe.send(None)
@@ -35,10 +37,11 @@ def serve(row: Row, keep: bool, pipe: Connection) -> None:
 
 
 def main() -> None:
+    """Start the processes, time them in turn and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", nargs="+")
+    parser.add_argument("models", nargs="+")
     parser.add_argument("--size", type=parse_size, default=(224, 224))
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--step", choices=("inference", "training"), default="inference")
     parser.add_argument("--engine", choices=ENGINES, default="eager")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -47,12 +50,12 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     pipes: dict[tuple[str, bool], Connection] = {}
     for keep in (False, True):
-        for what in given.what:
-            pipes[what, keep], end = spawn.Pipe()
-            row = Row(what, given.size, given.step, given.engine, given.dtype, given.batch)
+        for model in given.models:
+            pipes[model, keep], end = spawn.Pipe()
+            row = Row(model, given.size, given.step, given.engine, given.dtype, given.batch_size)
             spawn.Process(target=serve, args=(row, keep, end), daemon=True).start()
-            end.close()  # so that a process that fails ends the pipe
-            pipes[what, keep].recv()
+            end.close()  # otherwise recv would wait forever for a process that has failed
+            pipes[model, keep].recv()
     times: dict[tuple[str, bool], list[float]] = {key: [] for key in pipes}
     faults = {}
     for _ in range(given.rounds):
@@ -60,11 +63,11 @@ def main() -> None:
             pipe.send(True)
             seconds, faults[key] = pipe.recv()
             times[key].append(seconds)
-    for (what, keep), spent in times.items():
-        first = statistics.median(times[given.what[0], keep])
-        ms = statistics.median(spent)
-        heap = "kept" if keep else "given back"
-        print(f"{what}: {heap}, {1e3 * ms:.0f} ms, {first / ms:.2f}, {faults[what, keep]} faults")
+    for (model, keep), seconds_of_calls in times.items():
+        first = statistics.median(times[given.models[0], keep])
+        median = statistics.median(seconds_of_calls)
+        heap = "memory kept" if keep else "default settings"
+        print(f"{model}: {heap}, {1e3 * median:.0f} ms, {first / median:.2f}, {faults[model, keep]} faults")
     for pipe in pipes.values():
         pipe.send(False)
 

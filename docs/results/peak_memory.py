@@ -1,6 +1,6 @@
-"""Peak memory (RSS) of one process with a small and then a large input: many objects, large images.
+"""Memory peak (RSS) of a process for a small and then a large input: many objects, large images.
 
-Command: ``python docs/results/peak_memory.py {objects,masks,validation,class_map}``, one process each.
+Usage: python docs/results/peak_memory.py {objects,masks,validation,class_map}
 """
 
 import json
@@ -24,7 +24,7 @@ HEIGHT, WIDTH = 800, 1216  # image of a training step, in pixels
 
 
 def random_boxes(number: int) -> torch.Tensor:
-    """Boxes of 6 to 30 pixels, shape ``(number, 4)``."""
+    """Boxes with sides of 6 to 30 pixels, shape ``(number, 4)``."""
     corners = torch.rand(number, 2) * torch.tensor([WIDTH - 36.0, HEIGHT - 36.0])
     return torch.cat([corners, corners + 6 + 24 * torch.rand(number, 2)], 1)
 
@@ -75,8 +75,8 @@ def validate(width: int, height: int) -> None:
 
 
 def predict_class_map(side: int) -> None:
-    """Class map of a square image, 150 classes, in windows."""
-    options = {"model": "crossformer_nano", "num_classes": 150, "width": 16, "model_args": None}
+    """Predict the class map of a square image with 150 classes, in windows."""
+    options = {"backbone": "crossformer_nano", "num_classes": 150, "width": 16, "model_args": None}
     options |= {"checkpoint": None, "pretrained": False}
     task = Segmentation(**options)
     predictor = load_predictor(
@@ -102,7 +102,7 @@ WORK = {
 
 
 def main() -> None:
-    """Print the peak after each input and the increase."""
+    """Print the memory peak after each input, and the increase."""
     logging.disable(logging.CRITICAL)
     torch.manual_seed(0)
     peaks = []

@@ -1,7 +1,9 @@
-"""What much data costs, beside what others take for the same: python docs/results/scale.py ROW.
+"""Time and memory of work on large data sets, compared with other libraries.
 
-Rows: folder, coco, ap, validation, windows, sample, predict, outlines, photos, shards. All is made up on the
-spot, in a temporary folder.
+Usage: python docs/results/scale.py ROW
+
+Rows: folder, coco, ap, validation, windows, sample, predict, outlines, photos, shards. All data are generated
+in a temporary folder.
 """
 
 import json
@@ -17,12 +19,12 @@ import torch
 
 
 def peak():
-    """Most memory of this process so far, in MB."""
+    """Memory peak of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def interleaved(rows, rounds=5):
-    """Median seconds of each, timed in turn."""
+    """Time functions in turn, and print the median seconds of each."""
     taken = {name: [] for name in rows}
     for _ in range(rounds):
         for name, call in rows.items():
@@ -34,6 +36,7 @@ def interleaved(rows, rounds=5):
 
 
 def folder(at):
+    """Find 256,000 images in 200 class folders."""
     from torchvision.datasets import ImageFolder
 
     from crossformer_vision.data.readers.folders import FolderImages
@@ -46,7 +49,10 @@ def folder(at):
 
 
 def coco(at):
-    """118,000 images and 860,000 objects; give `pycocotools` as a second word for its time and memory."""
+    """Read annotations of 118,000 images and 860,000 objects.
+
+    Further arguments: `masks` to read masks too, or `pycocotools` to measure that library.
+    """
     rng = random.Random(0)
     with open(at / "big.json", "w", encoding="utf-8") as file:
         same = dict(width=640, height=480, license=1)
@@ -62,6 +68,9 @@ def coco(at):
             one |= dict(bbox=[round(v, 2) for v in (x, y, w, h)], category_id=rng.randint(1, 80), id=m + 1)
             file.write(("," if m else "") + json.dumps(one))
         file.write("]}")
+    (at / "images").mkdir()  # the reader checks that listed images exist
+    for i in range(118_000):
+        (at / f"images/{i:012d}.jpg").touch()
     before, start = peak(), time.perf_counter()
     if sys.argv[2:] == ["pycocotools"]:
         from pycocotools.coco import COCO
@@ -70,12 +79,12 @@ def coco(at):
     else:
         from crossformer_vision.data.readers.coco import CocoImages
 
-        CocoImages(at / "big.json", at, masks=sys.argv[2:] == ["masks"], train=True)
-    print(f"{time.perf_counter() - start:.1f} s, {peak() - before} MB more at the peak")
+        CocoImages(at / "big.json", at / "images", masks=sys.argv[2:] == ["masks"], train=True)
+    print(f"{time.perf_counter() - start:.1f} s, {peak() - before} MB increase of the memory peak")
 
 
 def ap(at):
-    """5,000 images with 100 boxes."""
+    """AP of 5,000 images with 100 boxes each."""
     from faster_coco_eval import COCO, COCOeval_faster
 
     from crossformer_vision.tasks.coco_metrics import CocoMetrics, _ignore, _to_annotations
@@ -90,13 +99,15 @@ def ap(at):
     found = [{**objects(100), "scores": torch.rand(100)} for _ in range(5000)]
     true = [{**objects(7), "iscrowd": torch.zeros(7), "area": torch.full((7,), 900.0)} for _ in range(5000)]
 
+    sizes = [(640, 640)] * 5000
+
     def ours():
         metrics = CocoMetrics(["box"])
-        metrics.update(found, true)
+        metrics.update(found, true, sizes)
         return metrics.compute()
 
     ready = CocoMetrics(["box"])
-    ready.update(found, true)
+    ready.update(found, true, sizes)
     keys = ("image_id", "category_id", "bbox", "score")
     results = [{k: a[k] for k in keys} for a in _to_annotations(ready.detections, "box")]
     truth = _to_annotations(ready.ground_truth, "box")
@@ -119,26 +130,31 @@ def ap(at):
 
 
 def validation(at):
-    """The step of one image, 512x512, 150 classes, beside argmax and counting; the network left out."""
+    """Validation step for a 512x512 image, 150 classes, without the network, and argmax for comparison."""
     from crossformer_vision.tasks.segmentation import Segmentation
 
     task = Segmentation("semantic_fpn", "crossformer_nano", 150, width=16).eval()
     logits, labels = torch.randn(1, 150, 512, 512), torch.randint(0, 150, (1, 512, 512))
     task.net = torch.nn.Identity()
     task.net.forward = lambda images: logits.clone()
-    task.shown, type(task).evaluation_batches = [None] * 9, 1
+    task.plotted, type(task).evaluation_batches = [None] * 9, 1
     views = [torch.zeros(1, 3, 512, 512)]
     with torch.no_grad():
         interleaved(
             {
                 "step": lambda: task.validation_step((views, labels), 1),
-                "argmax and counting": lambda: task.confusion.update(logits.clone().argmax(1), labels),
+                "argmax and confusion matrix": lambda: task.confusion.update(
+                    logits.clone().argmax(1), labels
+                ),
             }
         )
 
 
 def windows(at):
-    """Memory of a class map of 2000x3000, 150 classes, over that of one map of all classes, in floats."""
+    """Memory peak of a class map, 2000x3000, 150 classes, relative to one float map of all classes.
+
+    Further argument: `whole` for the whole image instead of windows.
+    """
     from crossformer_vision.models.dense import windows
 
     before = peak()
@@ -151,10 +167,10 @@ def windows(at):
 
 
 def sample(at):
-    """320,000 samples' own cost, without decoding and transforms, without workers."""
+    """Overhead of 320,000 samples, without decoding, transforms and workers."""
     from PIL import Image
 
-    from crossformer_vision.data import loading
+    from crossformer_vision.data import sampling
 
     class Source:
         image = Image.new("RGB", (64, 64))
@@ -165,7 +181,7 @@ def sample(at):
         def read(self, index):
             return self.image, 0
 
-    data = loading.SeededDataset(loading.ReadImages(Source(), lambda image, label: 0, False), 0)
+    data = sampling.SeededDataset(sampling.ReadImages(Source(), lambda image, label: 0, False), 0)
     start = time.perf_counter()
     for k in range(0, 6400, 64):
         data.__getitems__([(1, k + i) for i in range(64)])
@@ -173,7 +189,7 @@ def sample(at):
 
 
 def predict(at):
-    """A folder of 400 photos of 800x600."""
+    """Predict a folder of 400 photos of 800x600."""
     from PIL import Image
 
     from crossformer_vision import load_predictor
@@ -189,11 +205,11 @@ def predict(at):
     predict_files(predictor, [str(at / "50")], at / "out")
     before, start = peak(), time.perf_counter()
     predict_files(predictor, [str(at / "400")], at / "out")
-    print(f"{(time.perf_counter() - start) / 0.4:.1f} ms an image, {peak() - before} MB more for 350 images")
+    print(f"{(time.perf_counter() - start) / 0.4:.1f} ms per image, {peak() - before} MB more for 350 images")
 
 
 def photo(path, width, height):
-    """A JPEG of scikit-learn's photo of a temple, as cameras write them."""
+    """Write scikit-learn's photo of a temple as a JPEG with the quality of a camera."""
     from PIL import Image
     from sklearn.datasets import load_sample_image
 
@@ -201,7 +217,7 @@ def photo(path, width, height):
 
 
 def outlines(at):
-    """A training image of Mask R-CNN: 640x480, 7 objects of 8 to 36 corners, to 1067x800, flips."""
+    """Training image of Mask R-CNN: 640x480, 7 objects with 8 to 36 corners, to 1067x800, flips."""
     from pycocotools import mask as rle
     from torchvision import io, tv_tensors
     from torchvision.transforms import v2
@@ -228,7 +244,7 @@ def outlines(at):
     content = dict(images=images, annotations=annotations, categories=[dict(id=1, name="thing")])
     (at / "annotations/instances_train.json").write_text(json.dumps(content))
     rows = {}
-    for name, as_outlines in (("polygons, drawn once", True), ("masks", False)):
+    for name, as_outlines in (("polygons, rasterized once", True), ("masks", False)):
         data = DetectionData(str(at), detector="mask_rcnn", num_workers=0).open("train")
         data.source.as_outlines = as_outlines
         rows[name] = lambda data=data: [data[0] for _ in range(20)]
@@ -252,7 +268,7 @@ def outlines(at):
 
 
 def photos(at):
-    """A training image of a classifier: 500x375 to 224x224, plain and with RandAugment."""
+    """Training image of a classifier: 500x375 to 224x224, plain and with RandAugment."""
     from PIL import Image
     from torchvision import io
     from torchvision.transforms import v2
@@ -279,14 +295,14 @@ def photos(at):
         rows[f"torchvision v2 on tensors, {name}"] = lambda peer=peer: [
             peer(io.decode_image(path)) for _ in range(40)
         ]
-    rows["decoding alone, PIL"] = lambda: [Image.open(path).convert("RGB") for _ in range(40)]
-    rows["decoding alone, torchvision"] = lambda: [io.decode_image(path) for _ in range(40)]
+    rows["decoding only, PIL"] = lambda: [Image.open(path).convert("RGB") for _ in range(40)]
+    rows["decoding only, torchvision"] = lambda: [io.decode_image(path) for _ in range(40)]
     print("40 images each:")
     interleaved(rows, 9)
 
 
 def shards(at):
-    """Two shards of 20,000 small images: opened, and read in a random order, beside a folder."""
+    """Open two shards of 20,000 small images and read them in random order, compared with a folder."""
     import io
     import tarfile
 
@@ -308,10 +324,10 @@ def shards(at):
     paths = [at / "0.tar", at / "1.tar"]
     sources = {"shards": ShardImages(paths, []), "folder": FolderImages(at / "folder", [])}
     order = np.random.default_rng(0).permutation(40_000)[:2000].tolist()
-    rows = {f"2,000 read, {k}": lambda s=s: [s.read(n)[0].load() for n in order] for k, s in sources.items()}
+    rows = {f"read 2,000, {k}": lambda s=s: [s.read(n)[0].load() for n in order] for k, s in sources.items()}
     interleaved({
-        "40,000 images in shards, opened": lambda: ShardImages(paths, []),
-        "40,000 images in a folder, opened": lambda: FolderImages(at / "folder", []),
+        "open 40,000 images in shards": lambda: ShardImages(paths, []),
+        "open 40,000 images in a folder": lambda: FolderImages(at / "folder", []),
         **rows,
     })  # fmt: skip
 

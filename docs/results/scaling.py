@@ -1,6 +1,8 @@
-"""Time by image size, batch and depth, drawn: python docs/results/scaling.py RUNS
+"""Plot time by image size, batch size and depth.
 
-RUNS has the folders `size`, `batch` and `depth` that the commands of scaling.md make.
+Usage: python docs/results/scaling.py RUNS
+
+RUNS contains the folders `size`, `batch` and `depth`, which the commands in scaling.md write.
 """
 
 import json
@@ -18,6 +20,7 @@ NAMES = {
 
 
 def rows(kind: str) -> list[dict[str, Any]]:
+    """Rows of a benchmark."""
     return json.loads((Path(sys.argv[1]) / kind / "benchmark.json").read_text(encoding="utf-8"))["rows"]
 
 
@@ -32,17 +35,17 @@ for what, name in NAMES.items():
     by_macs.plot(sides, [row["macs"] / 1e9 for row in own], "o-", label=name)
 first = next(row for row in sizes if row["model"] == "features:crossformer_small")
 for axis, start in ((by_size, first["ms_median"]), (by_macs, first["macs"] / 1e9)):
-    axis.plot(sides, [start * (s / sides[0]) ** 2 for s in sides], "k:", label="S² of the first point")
-    axis.set(xscale="log", yscale="log", xlabel="side of the image, S (pixels)", xticks=sides)
+    axis.plot(sides, [start * (s / sides[0]) ** 2 for s in sides], "k:", label="S², from the first point")
+    axis.set(xscale="log", yscale="log", xlabel="image side S (pixels)", xticks=sides)
     axis.set_xticklabels(sides)
     axis.minorticks_off()
     axis.legend(fontsize=8)
-by_size.set(ylabel="ms an image", title="Time by image size")
-by_macs.set(ylabel="multiply-accumulates (G)", title="Operations by image size")
+by_size.set(ylabel="ms per image", title="Time by image size")
+by_macs.set(ylabel="GMACs", title="Operations by image size")
 
 batches = rows("batch")
 by_batch.plot([row["batch"] for row in batches], [row["images_per_second"] for row in batches], "o-")
-by_batch.set(xscale="log", xlabel="batch", ylabel="images a second", title="Batch, at 224x224", ylim=0)
+by_batch.set(xscale="log", xlabel="batch size", ylabel="images/s", title="Batch size, at 224x224", ylim=0)
 by_batch.set_xticks([row["batch"] for row in batches], [row["batch"] for row in batches])
 by_batch.minorticks_off()
 
@@ -50,8 +53,13 @@ depths = rows("depth")
 blocks = [int(row["model"].split("(2,2,")[1].split(",")[0]) for row in depths]
 by_depth.plot(blocks, [row["ms_median"] / row["batch"] for row in depths], "o-", label="time")
 base = depths[0]["ms_median"] / depths[0]["batch"] / depths[0]["macs"]
-by_depth.plot(blocks, [base * row["macs"] for row in depths], "k:", label="operations of the first point")
-by_depth.set(xlabel="blocks of the third stage", ylabel="ms an image", title="Depth, at 224x224", ylim=0)
+by_depth.plot(
+    blocks,
+    [base * row["macs"] for row in depths],
+    "k:",
+    label="proportional to operations, from the first point",
+)
+by_depth.set(xlabel="blocks in the third stage", ylabel="ms per image", title="Depth, at 224x224", ylim=0)
 by_depth.set_xticks(blocks)
 by_depth.legend(fontsize=8)
 
