@@ -17,9 +17,9 @@ CrossFormer and CrossFormer++: train, evaluate and apply vision models on your i
   export          export a trained network to ONNX, OpenVINO or torch.export, for any image size
   share           save a trained classifier for timm and transformers, or upload it
   benchmark       time models side by side: inference and training, eager and compiled
-  benchmark-data  time the data loading of a training run against its network
+  benchmark-data  check whether a training run is input-bound
   demo            serve a page that shows predictions and attention for uploaded images
-  info            show parameters and MACs of a model beside the published ones
+  info            compare parameters and MACs of a model with the published values
   download        download published weights
 
 tasks (--task, or inferred from the data): classification, detection, segmentation
@@ -53,8 +53,8 @@ data
 """
 
 
-def answer(arguments: list[str]) -> bool:
-    """Print help or version if the arguments ask for it.
+def print_help_or_version(arguments: list[str]) -> bool:
+    """Print help or the version if requested.
 
     Args:
         arguments: Command-line arguments after the program.
@@ -78,7 +78,7 @@ def main() -> None:
     # this when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # silences torch's profiler in benchmarks
-    if answer(sys.argv[1:]):
+    if print_help_or_version(sys.argv[1:]):
         sys.exit(0)
     from crossformer_vision.cli import main as run
 

@@ -57,12 +57,19 @@ def test_recipes_override_their_base(tmp_path, capsys):
     assert resolved["model"]["lr"] == 0.5 and resolved["model"]["milestones"] == [3.0]
     assert main(["train", "--config", str(recipe), "--help"]) == 0
     assert "(type: float, default: 0.5)" in capsys.readouterr().out
+    inline = "{base: bases/coco.yaml, model: {lr: 0.25}}"
+    assert main(["train", "--config", inline, "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["lr"] == 0.25
+    assert main(["train", "--config", "/none/configs/default/detection.yaml"]) == 1  # not the bundled one
     assert main(["train", "--config", str(recipe), "--model.lrr", "1"]) == 2
     capsys.readouterr()
     (tmp_path / "base.yaml").write_text("base: bases/coco.yaml\n")
     for base, message in (
-        ("bases/cocoo.yaml", "bases/cocoo.yaml: no such configuration file. Did you mean 'bases/coco.yaml'?"),
-        ("base.yaml", "base.yaml: not a base of configurations"),
+        (
+            "bases/cocoo.yaml",
+            "mine.yaml: base bases/cocoo.yaml: no such configuration file. Did you mean 'bases/coco.yaml'?",
+        ),
+        ("base.yaml", "base.yaml: cannot be a base"),
     ):
         recipe.write_text(f"base: {base}\n")
         assert main(["train", "--config", str(recipe)]) == 1

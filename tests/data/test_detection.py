@@ -185,7 +185,7 @@ def change(path, value):
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (change("annotations.0.image_id", 5), r"annotation 10: of image 5, which is not in the file"),
+        (change("annotations.0.image_id", 5), r"annotation 10: refers to image 5, which the file does not list"),
         (change("annotations.1.category_id", 9), r"annotation 11: of category 9; known are 3 \(a\), 7 \(b\)"),
         (change("annotations.0.bbox", [1, 2, 3]), r"annotation 10: its bbox is not \[x, y, width, height\]"),
         (change("annotations.0.segmentation", [[1, 2, 3, 4]]), "annotation 10: a polygon of fewer than three points"),
@@ -226,7 +226,7 @@ def test_missing_and_invalid_json_files(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         assert data(tmp_path / "nowhere").num_classes
     with pytest.raises(
-        UserError, match=r"instances_train.json: no such annotation file. Name the split with"
+        UserError, match="has no labels in the format of COCO, YOLO or Pascal VOC. Check --data.root"
     ):
         assert data(tmp_path).num_classes
     file = coco(tmp_path)
@@ -306,7 +306,7 @@ def test_thin_polygons_match_pycocotools_masks():
         ([], "has no annotations to train on"),
         (
             [dict(iscrowd=1)] * 3,
-            r"all objects \(3\) are crowds \(iscrowd 1\), which training skips. Set iscrowd to 0",
+            r"all objects \(3\) are crowd regions \(iscrowd 1\), which training skips. Label single",
         ),
         ([dict(bbox=[500, 5, 3, 3])], "no object of 1 can be trained on"),
     ],
@@ -326,7 +326,7 @@ def test_files_without_training_objects_are_rejected(annotations, message, tmp_p
 
 def test_crowds_are_reported(tmp_path, caplog):
     CocoImages(coco(tmp_path), tmp_path / "images/train", train=True)
-    assert "instances_train.json: 3 crowds are skipped in training (iscrowd 1)" in caplog.text
+    assert "instances_train.json: skipped in training: 3 crowd regions (iscrowd 1)" in caplog.text
 
 
 def listed_as(names, root):

@@ -117,14 +117,14 @@ def test_class_list_formats_and_encodings(classes, encoding, tmp_path):
     (tmp_path / "classes.json").write_text(json.dumps({"classes": classes}), encoding=encoding)
     found = read_classes(tmp_path)
     assert found.names == ["bg", "fg"] and found.values[:3].tolist() == [0, 1, UNKNOWN]
-    assert found.values[255] == IGNORED and not found.says_what_is_ignored
+    assert found.values[255] == IGNORED and not found.has_ignore_index
 
 
 def test_class_values_with_gaps_and_ignored_class(tmp_path):
     content = {"classes": {"void": 0, "road": 7, "car": 26}, "ignore_index": 0}
     (tmp_path / "classes.json").write_text(json.dumps(content))
     found = read_classes(tmp_path)
-    assert found.names == ["road", "car"] and found.says_what_is_ignored
+    assert found.names == ["road", "car"] and found.has_ignore_index
     assert found.values[[0, 7, 26, 8, 255]].tolist() == [IGNORED, 0, 1, UNKNOWN, IGNORED]
 
 
@@ -133,9 +133,9 @@ def test_class_values_with_gaps_and_ignored_class(tmp_path):
     [
         (
             {"classes": ["a", "b"], "ignored": 0},
-            "unknown key 'ignored'. There are classes, first_index, ignore_index",
+            "unknown key 'ignored'. Valid keys: classes, first_index, ignore_index",
         ),
-        ({"classes": {"a": 0, "b": 0}}, "two classes have one value"),
+        ({"classes": {"a": 0, "b": 0}}, "two classes have the same value"),
         ({"classes": {"a": 0.5, "b": 1}}, "0.5 is not a whole number"),
         ({"classes": {"a": 0, "b": 300}}, "values of classes are from 0 to 253"),
         (

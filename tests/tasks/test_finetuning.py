@@ -84,6 +84,13 @@ def test_frozen_norms_stay_in_eval_mode(tmp_path):
     assert changed == {"layer3", "layer4"}
 
 
+def test_distilled_models_have_two_heads():
+    net = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3, depth=1)
+    freeze_parameters(net, "all", "deit_tiny_distilled_patch16_224", {})
+    trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    assert trained == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+
+
 def test_frozen_detector_trains(tmp_path, capsys):
     run = tmp_path / "run"
     options = ["--trainer.max_epochs", "1", "--model.freeze", "all", "--run.dir", str(run)]

@@ -78,7 +78,7 @@ def test_killed_run_matches_uninterrupted_run(tmp_path, save_every):
         *CLASSIFICATION,
         *EVERYTHING,
         "--data.train_images",
-        "256",
+        "512",
         "--run.save_every",
         str(save_every),
     ]
@@ -92,10 +92,11 @@ def test_killed_run_matches_uninterrupted_run(tmp_path, save_every):
         assert process.poll() is None
         time.sleep(0.02)
     step = 0
-    while save_every and step < 10:  # 8 steps per epoch: within the second epoch
-        time.sleep(0.05)
+    while save_every and step < 17:  # 16 steps per epoch: within the second epoch
+        time.sleep(0.02)
         step = read_checkpoint(killed / "last.ckpt")["global_step"]
-    time.sleep(0.3)
+    if not save_every:
+        time.sleep(0.3)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert len(read_metrics(killed)) < 2

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     show_traceback = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    if crossformer_command.answer(arguments):
+    if crossformer_command.print_help_or_version(arguments):
         return 0
     verb, *rest = arguments
     if verb not in VERBS:

@@ -1,4 +1,4 @@
-"""``crossformer benchmark-data``: time the data loading of a training run against its network."""
+"""``crossformer benchmark-data``: check whether a training run is input-bound."""
 
 from pathlib import Path
 

@@ -17,7 +17,7 @@ def info(
     size: list[int] | None = None,
     json: bool = False,
 ) -> None:
-    """Show parameters and multiply-accumulates (MACs) of a model beside the published ones.
+    """Compare parameters and multiply-accumulates (MACs) of a model with the published values.
 
     Args:
         model: Any timm model, such as crossformer_small.

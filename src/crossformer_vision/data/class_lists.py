@@ -23,13 +23,13 @@ class ClassList:
     Attributes:
         names: Class names by index.
         values: Index by value in the files, ``(256,)``; ``IGNORED`` or ``UNKNOWN`` for others.
-        says_what_is_ignored: Whether the list sets ``ignore_index`` explicitly.
+        has_ignore_index: Whether the list sets ``ignore_index`` explicitly.
         colors: Value of each color, for class maps in colors; empty for class maps with values.
     """
 
     names: list[str]
     values: NDArray[np.uint8]
-    says_what_is_ignored: bool = False
+    has_ignore_index: bool = False
     colors: dict[tuple[int, ...], int] = field(default_factory=dict)
 
 
@@ -67,7 +67,7 @@ def read_classes(root: Path) -> ClassList:
     found = _read_json(listed)
     content: JsonObject = found if isinstance(found, dict) and "classes" in found else {"classes": found}
     if unknown := sorted(set(content) - set(KEYS)):
-        raise UserError(f"{listed}: unknown key '{unknown[0]}'. There are {', '.join(KEYS)}")
+        raise UserError(f"{listed}: unknown key '{unknown[0]}'. Valid keys: {', '.join(KEYS)}")
     try:
         first, ignored = int(content.get("first_index", 0)), int(content.get("ignore_index", IGNORED))
         names = _names_by_value(content["classes"], first)
@@ -122,7 +122,7 @@ def _class_list(
     listed: Path,
     names: dict[int, str],
     ignored: int,
-    says_what_is_ignored: bool,
+    has_ignore_index: bool,
     colors: dict[tuple[int, ...], int],
 ) -> ClassList:
     check_names(listed, list(names.values()))
@@ -138,7 +138,7 @@ def _class_list(
     values = np.full(256, UNKNOWN, np.uint8)
     values[list(names)] = np.arange(len(names))
     values[[IGNORED, ignored]] = IGNORED
-    return ClassList(list(names.values()), values, says_what_is_ignored, colors)
+    return ClassList(list(names.values()), values, has_ignore_index, colors)
 
 
 def _names_by_value(classes: object, first: int) -> dict[int, str]:
@@ -155,7 +155,7 @@ def _names_by_value(classes: object, first: int) -> dict[int, str]:
     else:
         raise TypeError(f"classes is {classes!r}")
     if len({value for value, _ in pairs}) < len(pairs):
-        raise ValueError("two classes have one value")
+        raise ValueError("two classes have the same value")
     return {value: str(name) for value, name in sorted(pairs, key=lambda pair: pair[0])}
 
 

@@ -127,7 +127,7 @@ class DetectionData(BaseDataModule):
             if set(ids) != set(self.classes):
                 raise UserError(f"the digits have other classes than the run: {', '.join(self.classes[:5])}")
         elif stage == "train" and (missing := [name for name in self.classes if name not in ids]):
-            raise UserError(f"{source.annotations}: has no category '{missing[0]}', which the run has")
+            raise UserError(f"{source.annotations}: lacks class '{missing[0]}' of the run")
         if not self.category_ids and set(self.classes) <= set(ids):
             self.category_ids = [ids[name] for name in self.classes]
         jitter = self.scale_jitter
@@ -148,6 +148,11 @@ class DetectionData(BaseDataModule):
         if not root.exists():
             raise UserError(f"{root}: no such folder. --data.root needs images and their labels")
         found = find_label_format(root)
+        if found is None and self.format is None:
+            raise UserError(
+                f"{root}: has no labels in the format of COCO, YOLO or Pascal VOC. Check --data.root, or set "
+                "--data.format"
+            )
         format = self.format or (found[0] if found else "coco")
         self.label_format = FORMATS[format]
         skip_empty = self.skip_empty and train

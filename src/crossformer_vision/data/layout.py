@@ -46,14 +46,15 @@ def find_label_format(root: Path) -> tuple[str, str] | None:
     """
     if root.is_file():
         return ("yolo", f"{root.name} describes YOLO labels") if find_names_file(root) else None
-    for pattern in ("annotations/instances_*.json", "*/_annotations.coco.json", "_annotations.coco.json"):
+    for pattern in ("annotations/instances_*.json", "*/_annotations.coco.json"):
         if file := _first(root, pattern):
             return "coco", f"{file} is a COCO file"
     for pattern in ("labels/*.txt", "labels/*/*.txt", "*/labels/*.txt"):
         if file := _first(root, pattern):
             return "yolo", f"{file} holds YOLO labels"
-    if (root / "data.yaml").is_file():
-        return "yolo", "data.yaml describes YOLO labels"
+    names_file = find_names_file(root)
+    if names_file is not None and names_file.suffix != ".txt":
+        return "yolo", f"{names_file.name} describes YOLO labels"
     splits = ("train/*.xml", "valid/*.xml", "val/*.xml")
     for pattern in ("Annotations/*.xml", "VOCdevkit/VOC*/Annotations/*.xml", *splits):
         if file := _first(root, pattern):
@@ -79,7 +80,7 @@ def _first(root: Path, pattern: str) -> str | None:
 
 
 def has_class_maps(root: Path) -> bool:
-    """Whether ``annotations/`` has images below it, as ``images/`` has, or the classes are listed."""
+    """Whether ``images/`` and ``annotations/`` exist, with images in the latter or a list of classes."""
     if not ((root / "images").is_dir() and (root / "annotations").is_dir()):
         return False
     if (root / "classes.json").is_file() or (root / "objectInfo150.txt").is_file():

@@ -119,9 +119,11 @@ class SegmentationData(BaseDataModule):
     def _read(self, stage: str) -> ReadImages:
         source = self._source(stage)
         self.classes = self.classes or list(source.classes)
-        if different := sorted(set(source.classes) ^ set(self.classes)):
-            name = self.root or "the digits"
-            raise UserError(f"{name}: class '{different[0]}' is not among the run's {self.classes}")
+        name = self.root or "the digits"
+        if unknown := sorted(set(source.classes) - set(self.classes)):
+            raise UserError(f"{name}: class '{unknown[0]}' is not among the run's {self.classes}")
+        if missing := sorted(set(self.classes) - set(source.classes)):
+            raise UserError(f"{name}: lacks class '{missing[0]}' of the run")
         if isinstance(source, (ClassMapImages, ObjectMaps)):
             self.values = source.reorder_classes(self.classes)
         is_train = stage == "train"

@@ -143,7 +143,7 @@ def load_exported(path: Path) -> tuple[nn.Module, ModelInfo]:
     if not isinstance(content, dict) or "task" not in content:
         raise UserError(f"{path}: has no metadata of crossformer export, and so cannot be used to predict")
     if content["task"] == "features":
-        raise UserError(f"{path}: returns feature maps of a backbone, which predict nothing by themselves")
+        raise UserError(f"{path}: contains only a backbone (--features) and cannot predict")
     info = ModelInfo(
         task=content["task"],
         classes=content["classes"],

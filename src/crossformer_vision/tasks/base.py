@@ -45,10 +45,10 @@ class Task(L.LightningModule):
         warmup_steps: Length of the warm-up in optimizer steps, instead of ``warmup_epochs``.
         warmup_lr: Learning rate of the first step.
         min_lr: Learning rate at the end of ``cosine`` and ``poly``.
-        freeze: Number of stages of the backbone that are not trained, with the stem; ``all`` for everything
+        freeze: Number of stages of the backbone to freeze, in addition to the stem; ``all`` for everything
             except the classifier or the heads. Frozen norms stay in evaluation mode.
-        layer_decay: Factor of the learning rate from one layer of the backbone to the previous one; 1 for
-            none.
+        layer_decay: Layer-wise learning-rate decay, as in timm: factor from one layer of the backbone to the
+            previous one; 1 for none.
         backbone_lr_scale: Factor of the learning rate of the backbone.
         grad_checkpointing: Recompute activations in the backward pass to save memory.
         compile: Use ``torch.compile`` in training and validation; for dense models, on the backbone.
@@ -65,7 +65,7 @@ class Task(L.LightningModule):
     """Validation metric that selects the best checkpoint."""
     monitor_mode: Literal["max", "min"] = "max"
     printed_metrics: tuple[str, ...] = ("val_loss",)
-    """Metrics beside ``monitor`` in the line per epoch."""
+    """Metrics that are printed each epoch in addition to ``monitor``."""
     rgb_channels: tuple[int, int, int] = (0, 1, 2)
     """Channels that plots show as red, green and blue, for images with more than three."""
     net: Any
@@ -139,7 +139,7 @@ class Task(L.LightningModule):
         """
         own, count = self.hparams["num_classes"], getattr(self._data_module, "num_classes", None)
         if count not in (None, own):
-            raise UserError(f"the task has num_classes={own}, but its data have {count} classes")
+            raise UserError(f"the task has num_classes={own}, but the data has {count}")
         if stage == "fit":  # a checkpoint is loaded after this
             self.images_seen, self._resumed = 0, {}
             if self.freeze_stages:
@@ -203,7 +203,7 @@ class Task(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def create_optimizer(self) -> Optimizer:
-        """Create the optimizer of the task's options. Override it for another one."""
+        """Create the optimizer from the task's options. Override it to use another one."""
         scales = None
         if (self.layer_decay, self.backbone_lr_scale) != (1, 1):
             scales = learning_rate_scales(
@@ -363,7 +363,11 @@ class Task(L.LightningModule):
         """Log a metric, as ``test_*`` during a test."""
         trainer = get_trainer(self)
         is_test = bool(trainer and trainer.testing)
-        super().log(name.replace("val_", "test_", 1) if is_test else name, *args, **kwargs)
+        super().log(
+            f"test_{name.removeprefix('val_')}" if is_test and name.startswith("val_") else name,
+            *args,
+            **kwargs,
+        )
 
     def plot(self, plot_dir: Path, classes: list[str]) -> None:
         """Plot the results of the last validation.

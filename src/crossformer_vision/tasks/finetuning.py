@@ -1,4 +1,4 @@
-"""Fine-tuning: frozen stages, and learning rates that decrease towards the input."""
+"""Fine-tuning: frozen stages and layer-wise learning-rate decay."""
 
 import re
 from typing import Any, Literal
@@ -28,15 +28,17 @@ def layer_ids(net: nn.Module, backbone: str, model_args: Kwargs, coarse: bool) -
         Layer by parameter name. In a classifier, the classifier and the final norm are the last layer.
 
     Raises:
-        UserError: If the model does not describe its layers.
+        UserError: If the model has no ``group_matcher``.
     """
     model = create_on_meta(backbone, **model_args) if isinstance(net, DenseModel) else net
     if not (matcher := getattr(model, "group_matcher", None)):
-        raise UserError(f"model '{backbone}' does not describe its layers, so none can be selected")
+        raise UserError(
+            f"model '{backbone}' has no group_matcher, which --model.freeze and --model.layer_decay need"
+        )
     ids: dict[str, int] = group_parameters(model, matcher(coarse=coarse), reverse=True)
     if not isinstance(net, DenseModel):
         return ids
-    is_flat = isinstance(net.body, FeatureListNet)  # calls layers.0 layers_0
+    is_flat = isinstance(net.body, FeatureListNet)  # renames layers.0 to layers_0
     names = {name: re.sub(r"^(\w+)\.(\d+)\.", r"\1_\2.", name) if is_flat else name for name in ids}
     own = dict(net.named_parameters())
     found = {}
@@ -52,12 +54,13 @@ def freeze_parameters(net: nn.Module, stages: Freeze, backbone: str, model_args:
 
     Args:
         net: Classifier, detector or segmenter.
-        stages: Number of stages, with the stem; ``"all"`` for everything except the classifier or the heads.
+        stages: Number of stages, in addition to the stem; ``"all"`` for everything except the classifier or
+            the heads.
         backbone: timm name of the model or backbone.
         model_args: Its arguments.
 
     Raises:
-        UserError: If there are not so many stages.
+        UserError: If the backbone has fewer stages.
     """
     if stages == "all":
         trained = head_parameters(net)
@@ -78,7 +81,9 @@ def head_parameters(net: Any) -> set[str]:
     """Names of the parameters of the classifier, or of the neck and heads of a dense model."""
     if isinstance(net, DenseModel):
         return {name for name, _ in net.named_parameters() if not name.startswith(net.body_prefix)}
-    classifier = {id(parameter) for parameter in net.get_classifier().parameters()}
+    heads = net.get_classifier()  # two for distilled models
+    heads = heads if isinstance(heads, tuple) else (heads,)
+    classifier = {id(parameter) for head in heads for parameter in head.parameters()}
     return {name for name, parameter in net.named_parameters() if id(parameter) in classifier}
 
 

@@ -112,7 +112,7 @@ class PageHandlers:
         """
         path = Path(sent["path"]).resolve()
         if not path.is_relative_to(self.folder):  # clients may send any path
-            raise UserError(f"{path.name}: is not a photo of this page")
+            raise UserError(f"{path.name}: is not an upload or example of this page")
         return load_image(path, path.name)
 
     def predict(self, sent: JsonObject | None, name: str, score: float) -> tuple[Image.Image | None, str]:
@@ -162,7 +162,7 @@ class PageHandlers:
 def _show_warning(error: UserError) -> None:
     import gradio
 
-    gradio.Warning(str(error), title="Cannot do this")
+    gradio.Warning(str(error), title="Cannot process this image")
 
 
 def build_page(predictors: dict[str, Predictor], folder: Path) -> "gr.Blocks":

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from optuna.distributions import CategoricalChoiceType, CategoricalDistribution
 from optuna.trial import TrialState
 
-from crossformer_vision.errors import UserError, check_range
+from crossformer_vision.errors import UserError, check_range, error_line
 from crossformer_vision.files import write_json
 from crossformer_vision.tools.compare import train_cell
 from crossformer_vision.tools.grid import Grid, read_grid
@@ -80,7 +80,7 @@ def run_search(
         except (Stopped, KeyboardInterrupt, optuna.TrialPruned):
             raise
         except Exception as error:
-            print(f"failed: {error}", flush=True)
+            print(f"failed: {error_line(error)}", flush=True)
             raise CellFailed(str(error)) from error
         return float(results[results["metric"]])
 
@@ -90,7 +90,7 @@ def run_search(
     scored = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not scored:
         raise UserError(f"{output_dir}: none of {count} trials finished")
-    best = max(scored, key=lambda trial: trial.value or -math.inf)
+    best = max(scored, key=lambda trial: -math.inf if trial.value is None else trial.value)
     result = {"best": best.params, "score": best.value, "trial": best.number, "trials": count}
     write_json(output_dir / "search.json", result)
     print(

@@ -55,7 +55,7 @@ DESCRIPTION = {
     "--resume auto starts a run or continues it. --debug shows the traceback of an error.",
     "validate": "Evaluate a checkpoint and plot its results. RUN is a run directory, whose best.ckpt is "
     "evaluated unless --checkpoint names another file. --debug shows the traceback of an error.",
-    "benchmark-data": "Time the data loading of a training run against its network. The options are those of "
+    "benchmark-data": "Check whether a training run is input-bound. The options are those of "
     "train. --debug shows the traceback of an error.",
 }
 
@@ -148,7 +148,7 @@ def _with_configs(arguments: Sequence[str], configs: Sequence[str]) -> list[str]
     result = list(arguments)
     positions = [i + 1 for i, argument in enumerate(arguments) if argument == "--config"]
     for position, config in zip(positions, configs, strict=True):
-        result[position] = config if config.startswith("{") else as_argument(config)
+        result[position] = as_argument(config)
     return result
 
 

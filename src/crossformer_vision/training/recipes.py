@@ -94,7 +94,7 @@ def find_config(name: str) -> str:
     """
     if Path(name).is_file():
         return name
-    below = name.split("configs/", 1)[-1]
+    below = name.removeprefix("configs/")
     known: list[str] = []
     for folder in CONFIG_DIRS:
         if below and (folder / below).is_file():
@@ -117,10 +117,13 @@ def read_config(config: str) -> JsonObject:
         return content
     name = str(content.pop("base"))
     beside = Path(config).parent / name
-    base = str(beside) if beside.is_file() else find_config(name)
+    try:
+        base = str(beside) if beside.is_file() else find_config(name)
+    except UserError as error:
+        raise UserError(f"{config}: base {error}") from None
     merged = _read_yaml(base)
     if not merged or "base" in merged:
-        raise UserError(f"{base}: not a base of configurations: it is empty, invalid, or has a base itself")
+        raise UserError(f"{base}: cannot be a base: it is empty, not valid YAML, or has a base itself")
     for key, value in content.items():
         section = merged.get(key)
         if isinstance(section, dict) and isinstance(value, dict):
@@ -149,10 +152,13 @@ def as_argument(config: str) -> str:
         config: Path of a configuration file in UTF-8.
 
     Returns:
-        The path if the file is pure ASCII or unreadable, else its content as escaped YAML text.
+        YAML text if there is a base or a character beyond ASCII, else the configuration as given. The parser
+        reports a file that cannot be read.
     """
     if has_base(config):
         return as_text(read_config(config))
+    if config.startswith("{"):
+        return config
     try:
         text = Path(config).read_text(encoding="utf-8-sig")
         content = {} if text.isascii() else get_loader("yaml")(text)
@@ -175,7 +181,7 @@ def choose_task(arguments: Sequence[str], configs: Sequence[str]) -> tuple[str, 
     """The task of a command line.
 
     Order of precedence: ``--task``, ``task`` in a configuration, an option that only one task has, the layout
-    of the data, classification.
+    of the data (without ``--config``), classification.
 
     Args:
         arguments: Command-line arguments.

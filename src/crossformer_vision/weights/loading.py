@@ -100,8 +100,8 @@ def load_checkpoint(
     Args:
         model: Classifier, ``features_only`` model, detector or segmenter.
         checkpoint: Path, or content of a checkpoint, or state dict.
-        adapt_classifier: Keep the initialization of a classifier for another number of classes, with a
-            notice, instead of raising an error.
+        adapt_classifier: Keep the initialization of a classifier with another number of classes, and of a
+            head that the file lacks, with a warning. ``False`` requires a complete, matching file.
 
     Returns:
         Names of weights that were loaded, dropped, missing and unused. They are also logged.
@@ -182,7 +182,7 @@ def _fit_shapes(
             report.unused.append(name)
             continue
         wanted = target.weights[name]
-        is_conv = name in target.first_convs and value.shape[2:] == wanted.shape[2:]
+        is_conv = name in target.first_convs and value.shape[2:] == wanted.shape[2:] and value.shape[1] == 3
         if is_conv and value.shape != wanted.shape:
             value = adapt_input_conv(wanted.shape[1], value)
         if name.endswith("relative_position_bias_table") and value.shape != wanted.shape:

@@ -82,13 +82,13 @@ def test_yolo_layouts(data_yaml, tmp_path):
     "row, message",
     [
         ("0 0.5 0.5 0.2", "1.txt: row 2 has 4 numbers. A box has 5"),
-        ("0 0.5 0.5 0.2 0.2 0.1 0.1", "1.txt: row 2 has 7 numbers, and no other row"),
+        ("0 0.5 0.5 0.2 0.2 0.1 0.1", "1.txt: row 2 has 7 numbers, but its split has no polygon"),
         ("0 0.5 0.5 0.2 0.2 0.1 0.1 0.3", "1.txt: row 2 has 8 numbers. A box has 5"),
         ("7 0.5 0.5 0.2 0.2", r"1.txt: row 2 has class 7. data.yaml has the classes 0 to 1"),
         ("0.5 0.5 0.5 0.2 0.2", "1.txt: row 2 has class 0.5"),
         ("0 320 240 20 20", "1.txt: row 2 has the coordinate 320. Coordinates must be from 0 to 1"),
         ("0 nan 0.5 0.2 0.2", "1.txt: row 2 has the coordinate nan"),
-        ("cat 0.5 0.5 0.2 0.2", "1.txt: row 2 is not numbers: 'cat 0.5"),
+        ("cat 0.5 0.5 0.2 0.2", "1.txt: row 2 must contain only numbers: 'cat 0.5"),
     ],
 )
 def test_invalid_yolo_rows(row, message, tmp_path):
@@ -106,10 +106,12 @@ def test_invalid_yolo_rows(row, message, tmp_path):
         ("train: images/train", "data.yaml: has no class names"),
         ("names: {0: cat, 2: dog}", "names must have the indices 0 to 1 without gaps"),
         ("names: [cat, cat]", "data.yaml: a class has no name, or two classes have the same"),
-        ("names: [cat, dog]\ntrain: nowhere", "data.yaml: no such folder or list of images: nowhere"),
+        ("names: [cat, dog]\ntrain: nowhere", "data.yaml: nowhere not found in"),
         ("names: [cat, dog]\ntrain: labels", "split 'train' has no images in labels"),
         ("names: [cat", "data.yaml: cannot be read"),
-        ("names: [cat, dog]", "label file, nor one for any other of 1 images"),
+        ("names: [cat, dog]", "none of 1 image has a label file. For example, .*1.txt is missing"),
+        ("names: {0: cat, 1: '', 2: dog}", "data.yaml: a class has no name"),
+        ("names: [cat, dog]\nkpt_shape: [17, 3]", "keypoint labels"),
     ],
 )
 def test_invalid_yolo_data_sets(content, message, tmp_path):
@@ -179,6 +181,40 @@ def test_voc_objects_outside_classes_and_missing_files(tmp_path):
         DetectionData(str(tmp_path)).open("train")
     with pytest.raises(UserError, match="Pascal VOC labels have no masks"):
         DetectionData(str(tmp_path), detector="mask_rcnn").open("train")
+
+
+def test_messages_name_the_file_with_the_labels(tmp_path):
+    """The XML file of an image, and not the list of its split; unreadable images are not the labels' fault."""
+    size = "<size><width>99</width><height>20</height></size>"
+    write_voc_file(tmp_path, size, voc_object())
+    with pytest.raises(UserError, match=r"1\.png: is 40x20 .* but 99x20 in .*1\.xml"):
+        DetectionData(str(tmp_path)).open("train").source.read(0)
+    write_voc_file(tmp_path, voc_object(more="<difficult>1</difficult>"))
+    with pytest.raises(UserError, match=r"all objects \(1\) are difficult objects"):
+        DetectionData(str(tmp_path)).open("train")
+    write_voc_file(tmp_path, voc_object())
+    (tmp_path / "train/1.png").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"1\.png: cannot read this image"):
+        DetectionData(str(tmp_path)).open("train")[0]
+
+
+def test_data_without_object_labels(tmp_path):
+    save(Image.new("RGB", (40, 20)), tmp_path / "train/cat/1.png")
+    with pytest.raises(UserError, match="has no labels in the format of COCO, YOLO or Pascal VOC"):
+        DetectionData(str(tmp_path)).open("train")
+
+
+def test_replaced_image_ids_are_unique(tmp_path):
+    """Ids that are not integers are replaced, together with all others."""
+    write_coco(tmp_path)
+    file = tmp_path / "annotations/instances_val.json"
+    content = json.loads(file.read_text())
+    for entry in [*content["images"], *content["annotations"]]:
+        key = "id" if "file_name" in entry else "image_id"
+        entry[key] = {0: "1", 1: "2a"}.get(entry[key], entry[key] + 10)
+    file.write_text(json.dumps(content))
+    source = DetectionData(str(tmp_path)).open("val").source
+    assert len(set(source.ids.tolist())) == len(source) == SPLITS["val"]
 
 
 def test_format_option_overrides_detection(tmp_path):

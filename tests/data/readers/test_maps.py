@@ -103,6 +103,27 @@ def test_run_on_objects(tmp_path, capsys):
     assert result.class_map.shape == (64, 64) and result.to_png().mode == "P"
 
 
+def test_too_many_categories(tmp_path):
+    (tmp_path / "coco").mkdir()
+    write_coco(tmp_path / "coco")
+    file = tmp_path / "coco/annotations/instances_train.json"
+    content = json.loads(file.read_text())
+    content["categories"] += [{"id": k, "name": f"class {k}"} for k in range(100, 344)]
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="has 254 categories, but class maps at most 253"):
+        SegmentationData(str(tmp_path / "coco")).open("train")
+
+
+def test_classes_of_the_run_must_match(tmp_path):
+    write_maps(tmp_path, "RGB")
+    for classes, message in (
+        (["sky", "road", "car"], "lacks class 'car'"),
+        (["sky"], "class 'road' is not among"),
+    ):
+        with pytest.raises(UserError, match=message):
+            SegmentationData(str(tmp_path), classes=classes).open("train")
+
+
 def test_box_rows_have_no_mask(tmp_path):
     (tmp_path / "yolo").mkdir()
     write_yolo(tmp_path / "yolo")

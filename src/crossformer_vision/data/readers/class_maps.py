@@ -140,7 +140,7 @@ def uses_0_and_255(pairs: list[tuple[Path, Path]], classes: ClassList) -> bool:
         pairs: Files of image and class map, of which up to 50 are checked.
         classes: Classes of the data. Only two classes without an explicit ignored value are checked.
     """
-    if len(classes.names) != 2 or classes.says_what_is_ignored or classes.colors:
+    if len(classes.names) != 2 or classes.has_ignore_index or classes.colors:
         return False
     values: set[int] = set()
     maps_with_both = 0

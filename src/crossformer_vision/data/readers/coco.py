@@ -137,9 +137,10 @@ class CocoImages(ObjectImages):
             log.warning("%s: %s an image; their objects are merged", self.annotations, repeated)
         self.names = StringArray(files[n] for n in kept)
         self.sizes = self._read_sizes([images[n][2:] for n in kept])
-        usable = [isinstance(images[n][0], int) and abs(int(images[n][0])) < 2**63 for n in kept]
-        # Ids for the metrics. Ids that are not 64-bit integers are replaced by the position in the file.
-        self.ids = np.array([images[n][0] if ok else n for n, ok in zip(kept, usable)], np.int64)
+        ids = [images[n][0] for n in kept]
+        # Ids for the metrics. If one is not a 64-bit integer, all are replaced by the position in the file.
+        are_integers = all(isinstance(identity, int) and abs(identity) < 2**63 for identity in ids)
+        self.ids = np.array(ids if are_integers else kept, np.int64)
         return index_of
 
     def _find_files(self, images: list[tuple[CocoId, str, int, int]], skip_missing: bool) -> list[str]:
@@ -273,7 +274,9 @@ class CocoImages(ObjectImages):
         name = f"{self.annotations}: annotation {annotation.get('id', '?')}"
         image = image_index.get(self._id_of(annotation, "image_id", name))
         if image is None:
-            raise UserError(f"{name}: of image {annotation.get('image_id')}, which is not in the file")
+            raise UserError(
+                f"{name}: refers to image {annotation.get('image_id')}, which the file does not list"
+            )
         category_id = self._id_of(annotation, "category_id", name)
         label = label_of.get(category_id)
         if label is None:

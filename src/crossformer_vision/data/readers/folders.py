@@ -121,7 +121,8 @@ def class_indices(path: Path, found: list[str], classes: Sequence[str]) -> dict[
         UserError: If a class is not among the training classes.
     """
     if unknown := sorted(set(found) - set(classes or found)):
-        raise UserError(f"{path / unknown[0]}: class '{unknown[0]}' is not among the training classes")
+        place = path / unknown[0] if path.is_dir() else path
+        raise UserError(f"{place}: class '{unknown[0]}' is not among the training classes")
     return {name: i for i, name in enumerate(classes or found)}
 
 

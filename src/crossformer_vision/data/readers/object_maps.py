@@ -6,8 +6,10 @@ from PIL import Image
 
 from crossformer_vision.data.class_lists import IGNORED
 from crossformer_vision.data.readers.objects import ObjectImages
+from crossformer_vision.errors import UserError
 
 BACKGROUND = "background"
+MAX_CLASSES = 253  # besides the background; 254 and 255 are reserved
 
 
 class ObjectMaps:
@@ -17,11 +19,18 @@ class ObjectMaps:
 
     Args:
         objects: Images and objects with masks.
+
+    Raises:
+        UserError: If there are more categories than values in a class map.
     """
 
     def __init__(self, objects: ObjectImages) -> None:
         self.objects = objects
         names = list(objects.categories.values())
+        if len(names) > MAX_CLASSES:
+            raise UserError(
+                f"{objects.annotations}: has {len(names)} categories, but class maps at most {MAX_CLASSES}"
+            )
         self.classes = [BACKGROUND, *(name for name in names if name != BACKGROUND)]
         self._names_by_label = [BACKGROUND, *names]
         self.reorder_classes(self.classes)

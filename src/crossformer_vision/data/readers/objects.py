@@ -82,7 +82,7 @@ class ObjectImages:
         as_outlines: Return polygons instead of masks, for images in which all objects but crowds have them.
 
     Attributes:
-        categories: Names of the categories by their ids. The k-th has label k + 1.
+        categories: Category names by id. Without ``classes``, labels follow this order, from 1.
         names: Paths of the images below the folder.
         sizes: Width and height of each image in pixels, ``(images, 2)``.
         ids: Id of each image for the metrics, ``(images,)``.
@@ -93,6 +93,8 @@ class ObjectImages:
         area: Areas in the file, 0 if missing, ``(objects,)``.
     """
 
+    crowds = "crowd regions (iscrowd 1)"
+    """Name of objects that metrics ignore, for messages."""
     categories: dict[CocoId, str]
     names: StringArray
     sizes: NDArray[np.int64]
@@ -132,23 +134,21 @@ class ObjectImages:
         width, height = self.sizes[self.image].T
         x1, y1, w, h = self.xywh.T
         x2, y2 = x1 + w, y1 + h
-        is_inside = (w > 0) & (h > 0)
-        is_inside &= (np.minimum(width, x2) > np.maximum(0, x1)) & (
-            np.minimum(height, y2) > np.maximum(0, y1)
-        )
+        is_inside = (np.minimum(width, x2) > np.maximum(0, x1)) & (np.minimum(height, y2) > np.maximum(0, y1))
+        is_inside |= (width == 0) | (height == 0)  # the image cannot be read, which is reported later
+        is_inside &= (w > 0) & (h > 0)
         self.boxes = np.stack([x1, y1, x2, y2], 1).astype(np.float32)
         total, crowds = len(is_inside), int(self.iscrowd.sum())
         if train:
             self._check_trainable(total, crowds)
             self._report(~is_inside, "outside the image or without area, skipped")
             if crowds:
-                what = counted(crowds, "crowd is", "crowds are")
-                log.warning("%s: %s skipped in training (iscrowd 1)", self.annotations, what)
+                log.warning("%s: skipped in training: %d %s", self.annotations, crowds, self.crowds)
         elif not total:
             log.warning("%s: has no annotations; average precision cannot be measured", self.annotations)
         else:  # COCO's metrics count such boxes as missed objects
             self._report(~is_inside, "outside the image or without area, which no detection can match")
-        self._report(~self.has_pixels, "without a mask pixel in the image, skipped")
+        self._report(is_inside & ~self.has_pixels, "without a mask pixel in the image, skipped")
         kept = (is_inside | (not train)) & self.has_pixels
         if train and total and not (kept & (self.iscrowd == 0)).any():
             raise UserError(
@@ -174,8 +174,8 @@ class ObjectImages:
             )
         if crowds == total:
             raise UserError(
-                f"{self.annotations}: all objects ({total}) are crowds (iscrowd 1), which training "
-                "skips. Set iscrowd to 0 for single objects"
+                f"{self.annotations}: all objects ({total}) are {self.crowds}, which training skips. Label "
+                "single objects"
             )
 
     def _report(self, chosen: NDArray[np.bool_], what: str) -> None:
@@ -209,6 +209,10 @@ class ObjectImages:
         """Path of an image."""
         return str(self.folder / self.names[index])
 
+    def label_file(self, index: int) -> Path:
+        """File with the labels of an image."""
+        return self.annotations
+
     def read(self, index: int) -> tuple[Image.Image, ObjectTarget]:
         """Read an image and its objects.
 
@@ -228,7 +232,7 @@ class ObjectImages:
         if image.size != (width, height):
             raise UserError(
                 f"{path}: is {image.size[0]}x{image.size[1]} (after its EXIF orientation is applied), but "
-                f"{width}x{height} in {self.annotations}"
+                f"{width}x{height} in {self.label_file(index)}"
             )
         rows = slice(self.first[index], self.first[index + 1])
         target = ObjectTarget(

@@ -145,11 +145,13 @@ class VocImages(ObjectImages):
         split: Files of the split.
         classes: Names of the training classes, in the order of their labels. ``None`` for those of the files.
         train: Skip difficult objects and those that are outside their image or have no area.
-        skip_empty: Skip images without objects.
+        skip_empty: Skip images without objects other than difficult ones.
 
     Raises:
         UserError: If a file is invalid, a class is unknown, or no object can be trained on.
     """
+
+    crowds = "difficult objects"
 
     def __init__(
         self,
@@ -164,7 +166,7 @@ class VocImages(ObjectImages):
         contents = [read_voc_file(file) for file in self._files]
         found = sorted({voc_object.name for _, objects in contents for voc_object in objects})
         names = classes or read_class_names(root) or found
-        self.categories = dict(enumerate(names if set(found) <= set(names) else found, start=1))
+        self.categories = dict(enumerate(names, start=1))
         self.names = StringArray(image for _, image in split.files)
         sizes = [
             size if min(size) > 0 else header_size(split.folder / image)
@@ -183,6 +185,10 @@ class VocImages(ObjectImages):
                 buffer.append(index, label, number, voc_object.xywh, iscrowd=voc_object.is_difficult)
         self.store(buffer)
         self.skip_unusable(train, skip_empty)
+
+    @override
+    def label_file(self, index: int) -> Path:
+        return self._files[index]
 
     @override
     def _describe(self, k: int) -> str:

@@ -69,9 +69,12 @@ def read_yolo_dataset(root: Path) -> YoloDataset:
         )
     try:
         text = file.read_text(encoding="utf-8-sig")
-        content = yaml.safe_load(text) if file.suffix in (".yaml", ".yml") else {"names": text.splitlines()}
+        is_yaml = file.suffix in (".yaml", ".yml")
+        content = yaml.safe_load(text) if is_yaml else {"names": text.rstrip().splitlines()}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]})") from None
+    if isinstance(content, dict) and "kpt_shape" in content:
+        raise UserError(f"{file}: keypoint labels (kpt_shape) are not supported")
     if not isinstance(content, dict) or not content.get("names"):
         raise UserError(f"{file}: has no class names. Add them: names: [cat, dog]")
     names = _read_names(file, content["names"])
@@ -96,7 +99,7 @@ def _read_names(file: Path, names: object) -> list[str]:
         names = [by_index[index] for index in range(len(by_index))]
     if not isinstance(names, list):
         raise UserError(f"{file}: names must be a list of class names: [cat, dog]")
-    listed = [str(name).strip() for name in names if str(name).strip()]
+    listed = [str(name).strip() for name in names]
     check_names(file, listed)
     return listed
 
@@ -123,7 +126,8 @@ def find_yolo_images(dataset: YoloDataset, split_names: Sequence[str]) -> tuple[
                 raise UserError(f"{dataset.file}: split '{name}' has no images in {', '.join(entries)}")
             return name, images
     raise NoSuchSplit(
-        f"{dataset.file}: names no split '{split_names[0]}', and there is no images/{split_names[0]}"
+        f"{dataset.file}: no split '{split_names[0]}', and no folder images/{split_names[0]} or "
+        f"{split_names[0]}/images. Set --data.train_split or --data.val_split"
     )
 
 
@@ -135,7 +139,7 @@ def _expand(dataset: YoloDataset, entry: str) -> Iterator[Path]:
     candidates = [*(folder / entry for folder in dataset.folders), dataset.file.parent / relative]
     path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:
-        raise UserError(f"{dataset.file}: no such folder or list of images: {entry}")
+        raise UserError(f"{dataset.file}: {entry} not found in {dataset.folders[0]}")
     if path.is_dir():
         yield from (file for file in files_below(path) if file.suffix.lower() in EXTENSIONS)
         return
@@ -193,12 +197,13 @@ class YoloImages(ObjectImages):
         names = classes or dataset.names
         self._label_of = {i: names.index(name) + 1 for i, name in self.categories.items() if name in names}
         objects = ObjectBuffer()
-        self._triangle: str | None = None  # a row of three corners
-        self._has_polygons = False
+        self._first_triangle: str | None = None  # file and row
+        self._has_larger_polygons = False
         missing = [n for n, image in enumerate(images) if not self._read_labels(n, image, objects)]
         if len(missing) == len(images):
             raise UserError(
-                f"{label_path(images[0])}: no such label file, nor one for any other of {len(images)} images"
+                f"{dataset.file}: none of {counted(len(images), 'image')} has a label file. For example, "
+                f"{label_path(images[0])} is missing"
             )
         if missing:
             count = counted(len(missing), "image")
@@ -206,8 +211,11 @@ class YoloImages(ObjectImages):
             log.warning(
                 "%s: %s without a label file, such as %s, count as empty", dataset.file, count, example
             )
-        if self._triangle and not self._has_polygons:
-            raise UserError(f"{self._triangle} has 7 numbers, and no other row of its split is a polygon")
+        if self._first_triangle and not self._has_larger_polygons:
+            raise UserError(
+                f"{self._first_triangle} has 7 numbers, but its split has no polygon with four corners. "
+                "Remove further columns, such as confidence and track id"
+            )
         self.store(objects)
         self.skip_unusable(train, skip_empty)
 
@@ -242,7 +250,7 @@ class YoloImages(ObjectImages):
         try:
             number, *values = (float(value) for value in line.split())
         except ValueError:
-            raise UserError(f"{place} is not numbers: '{line.strip()[:60]}'") from None
+            raise UserError(f"{place} must contain only numbers: '{line.strip()[:60]}'") from None
         if len(values) != 4 and (len(values) < 6 or len(values) % 2):
             raise UserError(
                 f"{place} has {1 + len(values)} numbers. A box has 5 (class x y width height), a polygon a "
@@ -268,8 +276,8 @@ class YoloImages(ObjectImages):
                 raise UserError(f"{place} is a box, but masks need polygons. RetinaNet needs boxes only")
             objects.append(index, label, row, box)
             return
-        self._triangle = self._triangle or (place if len(values) == 6 else None)
-        self._has_polygons |= len(values) > 6
+        self._first_triangle = self._first_triangle or (place if len(values) == 6 else None)
+        self._has_larger_polygons |= len(values) > 6
         polygon = [v * (height if k % 2 else width) for k, v in enumerate(values)]
         left, top = min(polygon[0::2]), min(polygon[1::2])
         box = [left, top, max(polygon[0::2]) - left, max(polygon[1::2]) - top]
