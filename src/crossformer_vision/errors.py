@@ -109,9 +109,10 @@ def check_names(source: object, names: Sequence[str]) -> None:
     Raises:
         UserError: If they are not.
     """
-    if len(set(names)) < len(names) or not all(str(name).strip() for name in names):
-        shown = ", ".join(map(repr, names[:5]))
-        raise UserError(f"{source}: a class has no name, or two classes have the same: {shown}")
+    if not all(str(name).strip() for name in names):
+        raise UserError(f"{source}: a class has no name")
+    if repeated := [name for n, name in enumerate(names) if name in names[:n]]:
+        raise UserError(f"{source}: two classes have the name '{repeated[0]}'")
 
 
 def check_output(option: str, output: str | PathLike[str], *inputs: str | PathLike[str] | None) -> None:

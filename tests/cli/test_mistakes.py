@@ -132,7 +132,7 @@ def test_mistake_gives_suggestion(command, line, here, capsys):
 def test_task_is_inferred_from_directory_layout(root, task, reason, here, capsys):
     assert infer_task(here / root) == (task, reason)
     options = parse_options("train", ["--data.root", root])
-    note = f"task: {task}, because in {root} {reason}. Override with --task."
+    note = f"task: {task} ({root}: {reason}). Override with --task."
     assert options.task == task and (note in options.notes) == (task != "classification")
     assert main(["train", "--data.root", root, "--task", "classification", "--print_config"]) == 0
     assert "\ntask: classification\n" in "\n" + capsys.readouterr().out

@@ -204,7 +204,7 @@ def change(path, value):
         (change("annotations.0", "x"), "an annotation that is a str"),
         (change("images.1.id", 100), "two entries have the image id 100"),
         (change("categories.1.id", 7), "two entries have the category id 7"),
-        (change("categories.1.name", "b"), "a class has no name, or two classes have the same: 'b', 'b'"),
+        (change("categories.1.name", "b"), "two classes have the name 'b'"),
         (change("categories.1.name", " "), "a class has no name"),
         (change("images.1.width", float("nan")), "not a COCO file: its images need id"),
         (change("images.1.width", 10**30), "not a COCO file: its images need id"),

@@ -182,7 +182,7 @@ def test_features(tmp_path):
     session = onnxruntime.InferenceSession(str(tmp_path / "maps.onnx"))
     maps = session.run(["stride_4", "stride_32"], {"images": np.zeros((2, 3, 97, 130), np.float32)})
     assert maps[0].shape[2:] == (25, 33) and maps[1].shape[2:] == (4, 5)
-    with pytest.raises(UserError, match="maps.onnx: returns feature maps of a backbone"):
+    with pytest.raises(UserError, match="maps.onnx: contains only a backbone"):
         load_predictor(tmp_path / "maps.onnx")
 
 

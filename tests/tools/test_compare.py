@@ -223,7 +223,7 @@ def test_search_with_pruning(tmp_path):
     assert json.loads((tmp_path / "out/search.json").read_text()) == found
     with pytest.raises(UserError, match="has no search"):
         run_search(written(tmp_path / "grid.yaml", ""), tmp_path / "out", 1)
-    with pytest.raises(UserError, match=r"model.lr: must be {low, high, log} or {choices}"):
+    with pytest.raises(UserError, match=r"grid.yaml: search: model.lr: must be {low"):
         run_search(written(tmp_path / "grid.yaml", "search: {model.lr: {low: a}}"), tmp_path / "bad", 1)
 
 

@@ -286,7 +286,7 @@ def test_lr_finder_and_stochastic_weight_averaging(tmp_path):
         (lambda: ClassificationData(hflip=2), "hflip=2: must be a number from 0 to 1"),
         (lambda: ClassificationData(batch_size=0), "batch_size=0: must be a number at least 1"),
         (lambda: Classification(classes=["cat", " "]), "classes: a class has no name"),
-        (lambda: ClassificationData(classes=["cat", "cat"]), "or two classes have the same: 'cat', 'cat'"),
+        (lambda: ClassificationData(classes=["cat", "cat"]), "classes: two classes have the name 'cat'"),
         (lambda: Classification("crossformer_nano", image_size=20), "'crossformer_nano' does not accept images of 20 pixels"),
         (lambda: Classification("hrnet_w18_small", image_size=50), "does not accept images of 50 pixels .* Its own image_size is 224"),
         (lambda: Segmentation(backbone="tnt_s_patch16_224"), "cannot process an image of 64x96 .* pass img_size to the model"),

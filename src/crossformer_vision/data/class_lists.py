@@ -68,8 +68,11 @@ def read_classes(root: Path) -> ClassList:
     content: JsonObject = found if isinstance(found, dict) and "classes" in found else {"classes": found}
     if unknown := sorted(set(content) - set(KEYS)):
         raise UserError(f"{listed}: unknown key '{unknown[0]}'. Valid keys: {', '.join(KEYS)}")
+    first, ignored = content.get("first_index", 0), content.get("ignore_index", IGNORED)
+    for key, value in (("first_index", first), ("ignore_index", ignored)):
+        if not isinstance(value, int) or not 0 <= value <= 255:
+            raise UserError(f"{listed}: {key} must be an integer from 0 to 255, not {value!r}")
     try:
-        first, ignored = int(content.get("first_index", 0)), int(content.get("ignore_index", IGNORED))
         names = _names_by_value(content["classes"], first)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{listed}: not a list of classes like {EXAMPLE} ({error})") from None

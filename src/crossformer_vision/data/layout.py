@@ -45,7 +45,7 @@ def find_label_format(root: Path) -> tuple[str, str] | None:
         A key of ``FORMATS``, and the reason; ``None`` if there are no object labels.
     """
     if root.is_file():
-        return ("yolo", f"{root.name} describes YOLO labels") if find_names_file(root) else None
+        return ("yolo", "describes YOLO labels") if find_names_file(root) else None
     for pattern in ("annotations/instances_*.json", "*/_annotations.coco.json"):
         if file := _first(root, pattern):
             return "coco", f"{file} is a COCO file"

@@ -117,11 +117,16 @@ class Task(L.LightningModule):
         self._group_options: list[Kwargs] = []  # of the optimizer's parameter groups
         self._configured_lr = lr
 
+    def _freeze(self) -> None:
+        """Freeze the first stages. Subclasses call it when ``net`` exists."""
+        if self.freeze_stages:
+            freeze_parameters(self.net, self.freeze_stages, *self._backbone_options)
+            self.train(self.training)
+
     def describe_frozen(self) -> str:
         """How many parameters are frozen, in one line; empty without ``freeze``."""
         if not self.freeze_stages:
             return ""
-        freeze_parameters(self.net, self.freeze_stages, *self._backbone_options)
         counts = [p.numel() for p in self.net.parameters() if not p.requires_grad]
         total = sum(p.numel() for p in self.net.parameters())
         return f"frozen: {sum(counts) / 1e6:.1f} of {total / 1e6:.1f} M parameters"
@@ -142,9 +147,6 @@ class Task(L.LightningModule):
             raise UserError(f"the task has num_classes={own}, but the data has {count}")
         if stage == "fit":  # a checkpoint is loaded after this
             self.images_seen, self._resumed = 0, {}
-            if self.freeze_stages:
-                freeze_parameters(self.net, self.freeze_stages, *self._backbone_options)
-                self.train(self.training)
         body = self.net.body if isinstance(self.net, DenseModel) else self.net
         if self.grad_checkpointing:
             # timm's features_only wrapper contains the model.

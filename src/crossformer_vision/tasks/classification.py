@@ -91,6 +91,7 @@ class Classification(Task):
         if image_size and not self.net.pretrained_cfg.get("fixed_input_size"):
             self._check_size(image_size)
         report = load_checkpoint(self.net, checkpoint) if checkpoint else None
+        self._freeze()
         self.initial_weights = describe_initial_weights(backbone, num_classes, published, checkpoint, report)
         for name, value in (("label_smoothing", label_smoothing), ("mix_prob", mix_prob)):
             check_range(name, value, 0, 1)

@@ -91,6 +91,7 @@ class Detection(Task):
             **(detector_args or {}),
         )
         report = load_checkpoint(self.net, checkpoint) if checkpoint else None
+        self._freeze()
         self.initial_weights = describe_initial_weights(backbone, num_classes, published, checkpoint, report)
         self.kinds = ["box", "mask"] if isinstance(self.net, MaskRCNN) else ["box"]
         self.monitor = f"val_{self.kinds[-1]}_ap"

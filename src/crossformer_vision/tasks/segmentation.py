@@ -96,6 +96,7 @@ class Segmentation(Task):
             backbone_args={**drop_path_kwargs(backbone, drop_path_rate), **(model_args or {})},
         )
         report = load_checkpoint(self.net, checkpoint) if checkpoint else None
+        self._freeze()
         self.initial_weights = describe_initial_weights(backbone, num_classes, published, checkpoint, report)
         if isinstance(self.net, UPerNet) and not auxiliary_weight:
             # Otherwise DDP waits for gradients of these unused parameters.

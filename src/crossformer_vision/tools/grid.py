@@ -102,6 +102,8 @@ def read_grid(path: str) -> Grid:
         raise UserError(f"{path}: rows is empty. Name a row, or leave rows out to run the recipe alone")
     if not all(isinstance(values, list) and values for values in vary.values()):
         raise UserError(f"{path}: vary needs a list of values for each option")
+    for name, values in search.items():
+        _check_search(path, name, values)
     rows = _vary_rows(rows, vary)
     _check_folder_names(path, rows)
     seeds = content.get("seeds", 1)
@@ -110,6 +112,21 @@ def read_grid(path: str) -> Grid:
         raise UserError(f"{path}: seeds must be a number of seeds, or a list of whole numbers")
     recipe = content["recipe"] if isinstance(content["recipe"], list) else [content["recipe"]]
     return Grid([find_config(str(name)) for name in recipe], rows, seeds, options, search)
+
+
+def _check_search(path: str, name: str, values: object) -> None:
+    """Check the range or the choices of an option that a search varies."""
+    try:
+        if isinstance(values, dict) and (
+            values.get("choices") or float(values["low"]) <= float(values["high"])
+        ):
+            return
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise UserError(
+        f"{path}: search: {name}: must be {{low: 1.0e-4, high: 1.0e-2, log: true}} or "
+        f"{{choices: [a, b]}}, not {values}"
+    )
 
 
 def _read_content(path: str) -> JsonObject:

@@ -59,7 +59,7 @@ def run_search(
     Raises:
         UserError: If the grid has no search, its earlier trials were of another grid, or all trials failed.
     """
-    check_range("search", count, 1)
+    check_range("--search", count, 1)
     grid = read_grid(path)
     if not grid.search:
         raise UserError(f"{path}: has no search: {{option: {{low: 1.0e-4, high: 1.0e-2, log: true}}}}")
@@ -109,7 +109,7 @@ def check_earlier_trials(study: optuna.Study, grid: Grid, digest: str, output_di
         output_dir: Directory of the search, for messages.
 
     Raises:
-        UserError: If an earlier trial had other options, or an option other choices.
+        UserError: If an earlier trial had other options, or an option had other choices.
     """
     advice = "Choose another --output, or change the grid back"
     for trial in study.get_trials(deepcopy=False):
@@ -131,16 +131,14 @@ def suggest_value(trial: optuna.Trial, name: str, values: JsonObject) -> Categor
         values: ``{low, high, log}`` or ``{choices}``.
 
     Raises:
-        UserError: If the range is invalid.
+        UserError: If Optuna does not accept the range.
     """
     if "choices" in values:
         return trial.suggest_categorical(name, values["choices"])
+    low, high, log = values["low"], values["high"], bool(values.get("log", False))
     try:
-        low, high, log = values["low"], values["high"], bool(values.get("log", False))
         if isinstance(low, int) and isinstance(high, int):
             return trial.suggest_int(name, low, high, log=log)
         return trial.suggest_float(name, float(low), float(high), log=log)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"search: {name}: must be {{low, high, log}} or {{choices}}, not {values} ({error})"
-        ) from None
+    except ValueError as error:
+        raise UserError(f"search: {name}: {error}") from None

@@ -201,7 +201,7 @@ def choose_task(arguments: Sequence[str], configs: Sequence[str]) -> tuple[str, 
     if name is None and not configs and (root := option_value(arguments, "--data.root")) is not None:
         if Path(root).exists():
             task, reason = infer_task(Path(root))
-            note = f"task: {task}, because in {root} {reason}. Override with --task."
+            note = f"task: {task} ({root}: {reason}). Override with --task."
             return task, None if task == "classification" else note
     name = name or "classification"
     if name not in TASKS:
@@ -244,6 +244,6 @@ def choose_recipe(task: str, arguments: Sequence[str]) -> tuple[str, str | None]
     reason = "for a GPU" if gpu else "for a CPU"
     if gpu and not has_option(arguments, "--model.backbone", "--model.checkpoint"):
         if not published.is_available("crossformer_small"):
-            gpu, reason = False, "which starts from bundled weights"
+            gpu, reason = False, "since the ImageNet weights of crossformer_small cannot be downloaded"
     name = f"default/{task}.yaml" if gpu else f"default/{task}_cpu.yaml"
-    return name, f"options start from {name}, {reason}. Choose another with --config; --help lists all."
+    return name, f"options start from {name}, {reason}. Choose another recipe with --config."

@@ -105,7 +105,7 @@ def test_invalid_yolo_rows(row, message, tmp_path):
     [
         ("train: images/train", "data.yaml: has no class names"),
         ("names: {0: cat, 2: dog}", "names must have the indices 0 to 1 without gaps"),
-        ("names: [cat, cat]", "data.yaml: a class has no name, or two classes have the same"),
+        ("names: [cat, cat]", "data.yaml: two classes have the name 'cat'"),
         ("names: [cat, dog]\ntrain: nowhere", "data.yaml: nowhere not found in"),
         ("names: [cat, dog]\ntrain: labels", "split 'train' has no images in labels"),
         ("names: [cat", "data.yaml: cannot be read"),

@@ -30,22 +30,22 @@ class CsvImages(LabeledImages):
     """
 
     def __init__(self, path: Path, classes: Sequence[str]) -> None:
-        rows = _read_rows(path)
+        lines, rows = _read_rows(path)
         paths = [(row["path"] or "").strip() for row in rows]
         labels = [(row["label"] or "").strip() for row in rows]
-        first_row: dict[str, int] = {}
-        for number, (name, label) in enumerate(zip(paths, labels, strict=True), start=2):
+        first_line: dict[str, int] = {}
+        for number, name, label in zip(lines, paths, labels, strict=True):
             if not name or not label:
-                raise UserError(f"{path}: row {number} has no {'label' if name else 'path'}")
+                raise UserError(f"{path}: line {number} has no {'label' if name else 'path'}")
             if ";" in label:
-                raise UserError(f"{path}: row {number} has several classes ({label}). Each image needs one")
+                raise UserError(f"{path}: line {number} has several classes ({label}). Each image needs one")
             if is_outside(name):
-                raise UserError(f"{path}: row {number}: {name} lies outside {path.parent}")
-            if first_row.setdefault(name, number) != number:
-                raise UserError(f"{path}: row {number} repeats {name} of row {first_row[name]}")
+                raise UserError(f"{path}: line {number}: {name} lies outside {path.parent}")
+            if first_line.setdefault(name, number) != number:
+                raise UserError(f"{path}: line {number} repeats {name} of line {first_line[name]}")
         if missing := [name for name in paths if not (path.parent / name).is_file()]:
             others = f", nor do {counted(len(missing) - 1, 'other')}" if len(missing) > 1 else ""
-            raise UserError(f"{path}: row {first_row[missing[0]]}: {missing[0]} does not exist{others}")
+            raise UserError(f"{path}: line {first_line[missing[0]]}: {missing[0]} does not exist{others}")
         indices = class_indices(path, sorted(set(labels)), classes)
         super().__init__(
             path.parent, StringArray(paths), np.array([indices[n] for n in labels]), list(indices)
@@ -70,16 +70,17 @@ class CsvImages(LabeledImages):
         )
 
 
-def _read_rows(path: Path) -> list[dict[str, str | None]]:
-    """Rows of a file as dictionaries by column."""
+def _read_rows(path: Path) -> tuple[list[int], list[dict[str, str | None]]]:
+    """Number of the line, and values by column, of each row of a file."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            columns, rows = list(reader.fieldnames or ()), list(reader)
+            columns = list(reader.fieldnames or ())
+            numbered = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as CSV ({error})") from None
     if missing := [name for name in ("path", "label") if name not in columns]:
         raise UserError(f"{path}: has no column '{missing[0]}', but {', '.join(columns) or 'no columns'}")
-    if not rows:
+    if not numbered:
         raise UserError(f"{path}: lists no images")
-    return rows
+    return [number for number, _ in numbered], [row for _, row in numbered]
