@@ -301,7 +301,7 @@ def test_invalid_arguments_raise(make, message):
 
 def test_num_classes_mismatch_raises(tmp_path):
     data = ClassificationData(train_images=4, val_images=4, batch_size=2, num_workers=0)
-    with pytest.raises(UserError, match="the task has num_classes=3, but its data have 10 classes"):
+    with pytest.raises(UserError, match="the task has num_classes=3, but the data has 10 classes"):
         trainer(tmp_path).fit(Classification(num_classes=3, model_args=SMALL), data)
 
 

@@ -144,7 +144,7 @@ class Task(L.LightningModule):
         """
         own, count = self.hparams["num_classes"], getattr(self._data_module, "num_classes", None)
         if count not in (None, own):
-            raise UserError(f"the task has num_classes={own}, but the data has {count}")
+            raise UserError(f"the task has num_classes={own}, but the data has {count} classes")
         if stage == "fit":  # a checkpoint is loaded after this
             self.images_seen, self._resumed = 0, {}
         body = self.net.body if isinstance(self.net, DenseModel) else self.net
