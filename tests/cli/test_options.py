@@ -40,7 +40,7 @@ def test_custom_data_uses_default_recipe(capsys, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", "/nowhere")
     for task in ("classification", "detection", "segmentation"):
         name, line = choose_recipe(task, ["--data.root", "x"])  # download fails: use bundled weights
-        assert name == f"default/{task}_cpu.yaml" and "bundled weights" in line
+        assert name == f"default/{task}_cpu.yaml" and "cannot be downloaded" in line
         assert choose_recipe(task, ["--data.root", "x", "--trainer.accelerator", "cpu"])[1].count("for a CPU")
         assert (
             choose_recipe(task, ["--data.root", "x", "--model.backbone", "resnet18"])[0]

@@ -313,6 +313,7 @@ def test_fixed_size_network(tmp_path):
     assert load_predictor(file)(photo).probabilities.sum() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_fixed_size_segmenter_predicts_in_windows(tmp_path):
     """A graph for one size is used in windows of this size, with small images padded."""
     content = segmenter_checkpoint("maxvit_pico_rw_256", img_size=96)
