@@ -1,4 +1,4 @@
-"""The ``crossformer`` command: one module per verb, each of which parses options and calls one function."""
+"""The ``crossformer`` command: one module per subcommand, which parses options and calls one function."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ import crossformer_command
 from crossformer_vision.cli.process import keep_freed_memory, replace_unencodable_characters
 from crossformer_vision.errors import did_you_mean, error_line
 
-VERBS = (
+COMMANDS = (
     "train",
     "validate",
     "predict",
@@ -41,16 +41,19 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     if crossformer_command.print_help_or_version(arguments):
         return 0
-    verb, *rest = arguments
-    if verb not in VERBS:
-        hint = did_you_mean(verb, [*VERBS, "--version", "--help"]) or f". Choose from {', '.join(VERBS)}"
-        print(f"crossformer: error: unknown command '{verb}'{hint}", file=sys.stderr)
+    command, *rest = arguments
+    if command not in COMMANDS:
+        hint = (
+            did_you_mean(command, [*COMMANDS, "--version", "--help"])
+            or f". Choose from {', '.join(COMMANDS)}"
+        )
+        print(f"crossformer: error: unknown command '{command}'{hint}", file=sys.stderr)
         return 2
     keep_freed_memory()
     replace_unencodable_characters()
-    run_verb: Callable[[list[str]], None] = import_module(f"{__name__}.{verb.replace('-', '_')}").main
+    run_command: Callable[[list[str]], None] = import_module(f"{__name__}.{command.replace('-', '_')}").main
     try:
-        run_verb(rest)
+        run_command(rest)
     except BrokenPipeError:  # the process that reads the output has ended, such as ``head``
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

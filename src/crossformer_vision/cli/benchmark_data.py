@@ -9,10 +9,10 @@ from crossformer_vision.training.options import parse_options
 
 
 def main(arguments: list[str]) -> None:
-    """Run the verb. Its options are those of ``train``, and ``--output``.
+    """Run the command. Its options are those of ``train``, and ``--output``.
 
     Args:
-        arguments: Command-line arguments after the verb.
+        arguments: Command-line arguments after the name of the command.
     """
     options = parse_options("benchmark-data", arguments)
     output_dir = Path(options.config.output)

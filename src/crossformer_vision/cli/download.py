@@ -16,9 +16,9 @@ def download(name: str, /, *, url: str = published.DRIVE) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the verb.
+    """Run the command.
 
     Args:
-        arguments: Command-line arguments after the verb.
+        arguments: Command-line arguments after the name of the command.
     """
     run_function(download, "download", arguments)

@@ -46,9 +46,9 @@ def export(
 
 
 def main(arguments: list[str]) -> None:
-    """Run the verb.
+    """Run the command.
 
     Args:
-        arguments: Command-line arguments after the verb.
+        arguments: Command-line arguments after the name of the command.
     """
     run_function(export, "export", arguments)

@@ -18,18 +18,18 @@ from crossformer_vision.training.option_errors import explain
 from crossformer_vision.types import Kwargs
 
 
-def run_function(function: Callable[..., None], verb: str, arguments: Sequence[str]) -> None:
+def run_function(function: Callable[..., None], command: str, arguments: Sequence[str]) -> None:
     """Parse arguments for a function and call it.
 
     Args:
         function: Function with positional-only and keyword-only parameters.
-        verb: Verb of the command, for help and messages.
-        arguments: Arguments after the verb. Options are spelled with hyphens or underscores.
+        command: Name of the command, for help and messages.
+        arguments: Arguments after the name of the command. Options are spelled with hyphens or underscores.
 
     Raises:
         ArgumentError: If an argument is missing, unknown or has a wrong value.
     """
-    parser = build_parser(function, verb)
+    parser = build_parser(function, command)
     arguments = [_hyphenate(argument) for argument in arguments]
     try:
         values = parser.parse_args(arguments).as_dict()
@@ -51,13 +51,13 @@ def _hyphenate(argument: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def build_parser(function: Callable[..., None], verb: str) -> ArgumentParser:
+def build_parser(function: Callable[..., None], command: str) -> ArgumentParser:
     """Parser for the parameters of a function."""
     documentation = docstring_parser.parse(inspect.getdoc(function) or "")
     helps = {parameter.arg_name: parameter.description or "" for parameter in documentation.params}
     descriptions = (documentation.short_description, documentation.long_description)
     parser = ArgumentParser(
-        prog=f"crossformer {verb}",
+        prog=f"crossformer {command}",
         description="\n\n".join(filter(None, descriptions)),
         exit_on_error=False,
     )

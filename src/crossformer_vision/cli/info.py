@@ -39,9 +39,9 @@ def info(
 
 
 def main(arguments: list[str]) -> None:
-    """Run the verb.
+    """Run the command.
 
     Args:
-        arguments: Command-line arguments after the verb.
+        arguments: Command-line arguments after the name of the command.
     """
     run_function(info, "info", arguments)

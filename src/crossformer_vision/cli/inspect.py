@@ -70,9 +70,9 @@ def parse_point(text: str) -> tuple[float, float]:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the verb.
+    """Run the command.
 
     Args:
-        arguments: Command-line arguments after the verb.
+        arguments: Command-line arguments after the name of the command.
     """
     run_function(inspect, "inspect", arguments)

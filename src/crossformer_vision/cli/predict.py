@@ -47,9 +47,9 @@ def predict(
 
 
 def main(arguments: list[str]) -> None:
-    """Run the verb.
+    """Run the command.
 
     Args:
-        arguments: Command-line arguments after the verb.
+        arguments: Command-line arguments after the name of the command.
     """
     run_function(predict, "predict", arguments)

@@ -15,9 +15,9 @@ def share(source: str, /, *, to: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the verb.
+    """Run the command.
 
     Args:
-        arguments: Command-line arguments after the verb.
+        arguments: Command-line arguments after the name of the command.
     """
     run_function(share, "share", arguments)

@@ -19,10 +19,10 @@ from crossformer_vision.types import JsonObject
 
 
 def main(arguments: list[str]) -> None:
-    """Run the verb.
+    """Run the command.
 
     Args:
-        arguments: Command-line arguments after the verb.
+        arguments: Command-line arguments after the name of the command.
     """
     silence_lightning()
     options, resume = parse(arguments)
@@ -42,7 +42,7 @@ def parse(arguments: list[str]) -> tuple[Options, str | None]:
     """Parse the options of a new run, or load those of a run to resume.
 
     Args:
-        arguments: Command-line arguments after the verb.
+        arguments: Command-line arguments after the name of the command.
 
     Returns:
         The options, and the directory of a run to resume.

@@ -11,10 +11,10 @@ from crossformer_vision.training.run import evaluate, silence_lightning
 
 
 def main(arguments: list[str]) -> None:
-    """Run the verb.
+    """Run the command.
 
     Args:
-        arguments: Command-line arguments after the verb.
+        arguments: Command-line arguments after the name of the command.
     """
     silence_lightning()
     run_dir, checkpoint, rest = split_run(arguments)
@@ -43,7 +43,7 @@ def split_run(arguments: list[str]) -> tuple[str | None, str | None, list[str]]:
     """Separate the run and the checkpoint from other arguments.
 
     Args:
-        arguments: Command-line arguments after the verb.
+        arguments: Command-line arguments after the name of the command.
 
     Returns:
         Run directory, checkpoint file, other arguments. A checkpoint in place of the run directory stands for

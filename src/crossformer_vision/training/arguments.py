@@ -27,7 +27,7 @@ def normalize(arguments: Sequence[str]) -> list[str]:
     ``--data.root my_images --trainer.max_epochs 3 --data.batch_size 8``.
 
     Args:
-        arguments: Arguments after the verb.
+        arguments: Arguments after the name of the command.
 
     Returns:
         The same arguments, each option separate from its value and spelled with underscores.

@@ -51,7 +51,7 @@ def build(options: Options, is_resumed: bool = False) -> RunObjects:
     L.seed_everything(config.seed_everything, workers=True)
     objects = instantiate(options.parser, config)
     callbacks: list[Callback] = []
-    if options.verb == "train":
+    if options.command == "train":
         use_tensorboard = objects.trainer.logger is not False
         callbacks = run_callbacks(objects.run, objects.model, options.to_yaml(), is_resumed, use_tensorboard)
     return RunObjects(objects.model, objects.data, build_trainer(objects.trainer, callbacks))

@@ -38,7 +38,7 @@ from crossformer_vision.training.trainer_options import (
 )
 from crossformer_vision.types import JsonObject
 
-Verb = Literal["train", "validate", "benchmark-data"]
+Command = Literal["train", "validate", "benchmark-data"]
 
 USAGE = {
     "train": "crossformer train [FOLDER] [--epochs N] [--batch-size N] [--lr RATE] [--OPTION VALUE …]\n"
@@ -65,7 +65,7 @@ class Options:
     """Parsed options of a training or validation run.
 
     Attributes:
-        verb: Name of the command.
+        command: Name of the command.
         task: Name of the task.
         parser: Parser that produced ``config``.
         config: Values of all options.
@@ -75,7 +75,7 @@ class Options:
         is_auto_precision: Whether the precision was chosen for this machine.
     """
 
-    verb: Verb
+    command: Command
     task: str
     parser: LightningArgumentParser
     config: Namespace
@@ -102,12 +102,12 @@ class Options:
         return config
 
 
-def parse_options(verb: Verb, arguments: Sequence[str], overrides: JsonObject | None = None) -> Options:
+def parse_options(command: Command, arguments: Sequence[str], overrides: JsonObject | None = None) -> Options:
     """Parse command-line arguments.
 
     Args:
-        verb: Name of the command.
-        arguments: Arguments after the verb.
+        command: Name of the command.
+        arguments: Arguments after the name of the command.
         overrides: See ``Options``.
 
     Returns:
@@ -127,7 +127,7 @@ def parse_options(verb: Verb, arguments: Sequence[str], overrides: JsonObject | 
     defaults = [find_config(recipe)] if not configs else []
     if has_option(arguments, "--help", "-h"):
         defaults = defaults or configs
-    parser = _build_parser(verb, task, defaults)
+    parser = _build_parser(command, task, defaults)
     try:
         config = parser.parse_args(_with_configs(arguments, configs))
     except ArgumentError as error:
@@ -135,11 +135,11 @@ def parse_options(verb: Verb, arguments: Sequence[str], overrides: JsonObject | 
         raise ArgumentError(None, message) from error
     precision = config.trainer.precision
     _check(config)
-    prefer_fast = verb == "validate" and not has_option(arguments, "--trainer.precision")
+    prefer_fast = command == "validate" and not has_option(arguments, "--trainer.precision")
     config.trainer.precision = resolve_precision(precision, config.trainer.accelerator, prefer_fast)
     notes = (task_note, None if configs else recipe_note)
     return Options(
-        verb, task, parser, config, overrides or {}, tuple(filter(None, notes)), precision == "auto"
+        command, task, parser, config, overrides or {}, tuple(filter(None, notes)), precision == "auto"
     )
 
 
@@ -152,25 +152,25 @@ def _with_configs(arguments: Sequence[str], configs: Sequence[str]) -> list[str]
     return result
 
 
-def _build_parser(verb: Verb, task: str, defaults: Sequence[str]) -> LightningArgumentParser:
+def _build_parser(command: Command, task: str, defaults: Sequence[str]) -> LightningArgumentParser:
     """Parser for a task.
 
     Args:
-        verb: Name of the command.
+        command: Name of the command.
         task: Name of the task.
         defaults: Configuration files whose values are defaults.
     """
     parser = LightningArgumentParser(
-        prog=f"crossformer {verb}",
-        usage=USAGE[verb],
-        description=DESCRIPTION[verb],
+        prog=f"crossformer {command}",
+        usage=USAGE[command],
+        description=DESCRIPTION[command],
         exit_on_error=False,
         default_config_files=[glob.escape(path) for path in defaults if not has_base(path)],
     )
     info = TASKS[task]
     parser.add_argument("--config", action=ActionConfigFile, help="configuration file, or bundled recipe")
     parser.add_argument("--task", default=task, help=f"one of {', '.join(TASKS)}")
-    if verb == "benchmark-data":
+    if command == "benchmark-data":
         parser.add_argument("--output", default="runs/benchmark", help="directory for the table and plot")
     parser.add_argument("--seed_everything", type=int, default=0, help="seed of all random numbers")
     parser.add_lightning_class_args(info.load_data_class(), "data")

@@ -219,8 +219,8 @@ def validate(
         load_checkpoint(task.net, checkpoint, adapt_classifier=False)
     if checkpoint is not None and is_parallel:  # other machines may not have the file
         task.net.load_state_dict(trainer.strategy.broadcast(task.net.state_dict()))
-    found = trainer.validate(task, data, verbose=False)
-    metrics = dict(found[0]) if found else {}
+    outputs = trainer.validate(task, data, verbose=False)
+    metrics = dict(outputs[0]) if outputs else {}
     metrics = {**{k: v for k, v in metrics.items() if k == task.monitor}, **metrics}
     if metrics and plot_dir is not None and trainer.is_global_zero:
         plot_dir.mkdir(parents=True, exist_ok=True)
