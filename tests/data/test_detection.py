@@ -547,8 +547,11 @@ def test_all_image_modes(tmp_path):
     found = data(tmp_path)
     assert found.num_classes
     (folder / "3.png").unlink()
-    grey, colour, deep = (found.images["val"][n][0] for n in range(3))
-    assert (grey - deep).abs().max() < 0.01 and deep[0, -1, -1] > 0.99  # 16 bits are scaled, not clipped
+    with pytest.raises(UserError, match="val/2.png: has 1 channel of 16 bits, expected an RGB photograph"):
+        found.images["val"][2]
+    Image.new("L", (80, 60)).save(folder / "2.png")
+    gray, colour = (found.images["val"][n][0] for n in range(2))
+    assert gray.shape == (3, 60, 80) and gray[0, -1, -1] > 0.99
     assert (colour[:, 0, 0] * 255).round().tolist() == [10, 200, 30]
     for n in (3, 4):
         with pytest.raises(UserError, match=f"val/{n}.png: cannot read this image"):

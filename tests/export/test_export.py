@@ -39,7 +39,8 @@ TWO_STAGES = {
 }
 
 
-@pytest.mark.parametrize("span", ["region", pytest.param("map", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("span", ["region", "map"])
 def test_onnx_classifier_with_dynamic_size(span, tmp_path):
     file = tmp_path / "deep" / "nano.onnx"
     content = classifier_checkpoint("crossformer_nano", lda_span=span, **TWO_STAGES)

@@ -246,7 +246,8 @@ def test_grad_checkpointing_has_same_gradients(name):
         torch.testing.assert_close(p.grad, expected[n])
 
 
-@pytest.mark.parametrize("span", [pytest.param("map", marks=pytest.mark.slow), "region"])
+@pytest.mark.slow
+@pytest.mark.parametrize("span", ["map", "region"])
 def test_two_compiled_graphs_cover_all_sizes(span):
     """One graph for square images, which torch specializes, and one for all other images."""
     torch._dynamo.reset()

@@ -21,6 +21,7 @@ def soon(monkeypatch):
     monkeypatch.setattr(benchmark.run_benchmark, "__defaults__", (rounds, 0.1, log))
 
 
+@pytest.mark.slow
 def test_row_types(tmp_path, capsys):
     whats = ["crossformer_nano", "resnet18,channels=(8,8,8,8)", "features:crossformer_nano,lda_span=region"]
     whats += ["retinanet:crossformer_nano", "semantic_fpn:crossformer_nano"]

@@ -42,8 +42,13 @@ def inspect(
     x, y = parse_point(point)
     check_output("--output", output, image, source, compare_with)
     other = (compare_with, load_predictor(compare_with, device)) if compare_with else None
+    predictor = load_predictor(source, device)
+    if not predictor.info.pixel_format.is_rgb:
+        raise UserError(
+            f"{source}: inspect shows networks of RGB images, not of {predictor.info.pixel_format}"
+        )
     line = draw_page(
-        load_predictor(source, device),
+        predictor,
         load_image(image, image),
         output,
         point=(x, y),

@@ -6,7 +6,7 @@ from pathlib import Path
 from crossformer_vision.training.arguments import normalize, option_value, without_option
 from crossformer_vision.training.build import build
 from crossformer_vision.training.options import check_validation_weights, parse_options
-from crossformer_vision.training.resume import class_names, validation_options
+from crossformer_vision.training.resume import data_options, validation_options
 from crossformer_vision.training.run import evaluate, silence_lightning
 
 
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> None:
         checkpoint = checkpoint or f"{run_dir}/best.ckpt"
         options = validation_options(run_dir, checkpoint, rest)
     else:
-        options = parse_options("validate", rest, class_names(Path(checkpoint)) if checkpoint else None)
+        options = parse_options("validate", rest, data_options(Path(checkpoint)) if checkpoint else None)
         check_validation_weights(options.config, checkpoint)
     objects = build(options)
     default_dir = f"{run_dir}/validate" if run_dir else f"runs/{options.config.model.backbone}-validate"

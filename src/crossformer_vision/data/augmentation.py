@@ -17,9 +17,10 @@ Augmentation = Callable[..., Any]
 Steps = Augmentation | list[Augmentation]
 
 
-def compose_checked(steps: Steps) -> "CheckedAugmentation":
-    """Compose a user-defined augmentation, a callable or a list of them, and check its images."""
-    return CheckedAugmentation(steps if callable(steps) else v2.Compose(steps))
+def compose_checked(steps: Steps, is_rgb: bool = True) -> Augmentation:
+    """Compose a user-defined augmentation, a callable or a list of them, and check images that are RGB."""
+    composed = steps if callable(steps) else v2.Compose(steps)
+    return CheckedAugmentation(composed) if is_rgb else composed
 
 
 class CheckedAugmentation:

@@ -1,24 +1,25 @@
 """Data module of image classification."""
 
 import logging
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
-from timm.data import create_transform, str_to_interp_mode
 from torch import Tensor
-from torchvision import transforms
-from torchvision.transforms import v2
 from typing_extensions import override
 
-from crossformer_vision.data.augmentation import Steps, compose_checked
+from crossformer_vision.data.augmentation import Steps
+from crossformer_vision.data.classification_transforms import (
+    Augmentation,
+    Transform,
+    evaluation_transform,
+    training_transform,
+)
 from crossformer_vision.data.loader import SeededLoader
 from crossformer_vision.data.module import SYNONYMS, BaseDataModule
+from crossformer_vision.data.rasters import Pixels
 from crossformer_vision.data.readers.csv_labels import CsvImages
 from crossformer_vision.data.readers.digits import DigitImages
 from crossformer_vision.data.readers.folders import FolderImages, LabeledImages, hold_out
@@ -46,9 +47,7 @@ class LabeledSource(Source, Protocol):
     classes: list[str]
 
 
-def _transform_image(
-    transform: Callable[[Image.Image], Tensor], image: Image.Image, label: int
-) -> tuple[Tensor, int]:
+def _transform_image(transform: Transform, image: Pixels, label: int) -> tuple[Tensor, int]:
     """Apply a transform to the image of a sample."""
     return transform(image), label
 
@@ -97,6 +96,7 @@ class ClassificationData(BaseDataModule):
             for all classes equally often, ``sqrt`` in between. Images are then drawn with replacement.
         skip_corrupt: Skip and count unreadable images instead of stopping at the first.
         seed: Seed of order, augmentation and digits.
+        **pixels: See ``BaseDataModule``.
 
     Raises:
         UserError: If an argument is invalid.
@@ -131,8 +131,11 @@ class ClassificationData(BaseDataModule):
         seed: int = 0,
         image_column: str | None = None,
         label_column: str | None = None,
+        **pixels: Any,
     ) -> None:
-        super().__init__(root, train_split, val_split, batch_size, num_workers, skip_corrupt, seed, classes)
+        super().__init__(
+            root, train_split, val_split, batch_size, num_workers, skip_corrupt, seed, classes, **pixels
+        )
         check_choice("crop", crop, ("resized", "padded", "none"))
         check_choice("sampling", sampling, tuple(SAMPLING_POWERS))
         if interpolation is not None:
@@ -150,8 +153,8 @@ class ClassificationData(BaseDataModule):
         self.dataset, self.download = dataset, download
         self.image_column, self.label_column = image_column, label_column
         self.image_size, self.crop_pct, self.interpolation = image_size, crop_pct, interpolation
-        self.crop, self.hflip, self.auto_augment = crop, hflip, auto_augment
-        self.color_jitter, self.erasing, self.augmentation = color_jitter, erasing, augmentation
+        self.crop = crop
+        self.augmentation = Augmentation(crop, hflip, auto_augment, color_jitter, erasing, augmentation)
         self.lengths = {"train": train_images, "val": val_images}
 
     @override
@@ -168,8 +171,11 @@ class ClassificationData(BaseDataModule):
             )
         if stage == "train" and (missing := sorted(set(self.classes) - set(source.classes))):
             raise UserError(f"{self.root or self.dataset}: has no class '{missing[0]}', which the run has")
+        self._find_pixel_format(source, stage)
         transform = partial(_transform_image, self._transform(stage))
-        return ReadImages(source, transform, self.skip_corrupt, stage == "train")
+        return ReadImages(
+            source, transform, self.skip_corrupt, stage == "train", pixel_format=self.pixel_format
+        )
 
     def _find(self, stage: str) -> Path:
         """Folder or tar file of a split below ``root``."""
@@ -292,9 +298,9 @@ class ClassificationData(BaseDataModule):
     def _image(self) -> Kwargs:
         """Size and normalization, as arguments of timm's ``create_transform``."""
         return dict(
-            input_size=(3, self._size(), self._size()),
-            mean=tuple(self.model_cfg.mean),
-            std=tuple(self.model_cfg.std),
+            input_size=(self.pixel_format.channels, self._size(), self._size()),
+            mean=tuple(self.mean or self.model_cfg.mean),
+            std=tuple(self.std or self.model_cfg.std),
             interpolation=self.interpolation or self.model_cfg.interpolation,
         )
 
@@ -303,36 +309,14 @@ class ClassificationData(BaseDataModule):
         crop: dict[str, float | str] = {"crop_pct": self.crop_pct or self.model_cfg.crop_pct}
         if self.crop == "none":
             crop = {"crop_pct": 1.0, "crop_mode": "squash"}
-        return {"classes": self.classes, "image": {**self._image(), **crop}}
+        return {"classes": self.classes, "image": {**self._image(), **crop}, **self.describe_pixels()}
 
-    def _transform(self, stage: str) -> Callable[[Image.Image], Tensor]:
+    def _transform(self, stage: str) -> Transform:
         """Augmentation or preprocessing of an image."""
+        is_rgb = self.pixel_format.is_rgb
         if stage == "val":
-            return create_transform(**self.describe()["image"])
-        common = self._image()
-        if self.augmentation is not None:
-            size = [*common["input_size"][1:]]
-            interpolation = str_to_interp_mode(common["interpolation"])
-            to_pixels = [v2.ToImage(), v2.Resize(size, interpolation), v2.ToDtype(torch.float32, scale=True)]
-            finish = [*to_pixels, v2.Normalize(common["mean"], common["std"]), v2.ToPureTensor()]
-            return v2.Compose([compose_checked(self.augmentation), *finish])
-        crop_and_flip, recolor, finish = create_transform(
-            **common,
-            is_training=True,
-            hflip=self.hflip,
-            color_jitter=self.color_jitter or 0.0,
-            auto_augment=self.auto_augment,
-            re_prob=self.erasing,
-            re_mode="pixel",
-            separate=True,
-        )
-        if self.crop != "resized":
-            size, interpolation = common["input_size"][1:], str_to_interp_mode(common["interpolation"])
-            crop_and_flip = transforms.Compose([transforms.Resize(size, interpolation)])
-            if self.crop == "padded":
-                crop_and_flip.transforms.append(transforms.RandomCrop(size, padding=size[0] // 8))
-            crop_and_flip.transforms.append(transforms.RandomHorizontalFlip(self.hflip))
-        return transforms.Compose([crop_and_flip, recolor, finish])
+            return evaluation_transform(self.describe()["image"], is_rgb)
+        return training_transform(self._image(), self.augmentation, is_rgb)
 
     @override
     def training_size(self) -> tuple[int, int]:

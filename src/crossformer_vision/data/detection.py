@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -76,6 +76,7 @@ class DetectionData(BaseDataModule):
         classes: Class names in the order of their labels; null for those of the training file, in the order
             of their ids. The command takes those of a run that it resumes or validates.
         seed: Seed of order, augmentation and digits.
+        **pixels: See ``BaseDataModule``.
 
     Raises:
         UserError: If an argument is invalid.
@@ -104,8 +105,11 @@ class DetectionData(BaseDataModule):
         skip_corrupt: bool = False,
         classes: list[str] | None = None,
         seed: int = 0,
+        **pixels: Any,
     ) -> None:
-        super().__init__(root, train_split, val_split, batch_size, num_workers, skip_corrupt, seed, classes)
+        super().__init__(
+            root, train_split, val_split, batch_size, num_workers, skip_corrupt, seed, classes, **pixels
+        )
         if format is not None:
             check_choice("format", format, tuple(FORMATS))
         self.format = format
@@ -130,15 +134,23 @@ class DetectionData(BaseDataModule):
             raise UserError(f"{source.annotations}: lacks class '{missing[0]}' of the run")
         if not self.category_ids and set(self.classes) <= set(ids):
             self.category_ids = [ids[name] for name in self.classes]
+        self._find_pixel_format(source, stage)
         jitter = self.scale_jitter
         max_size = max(1, int(self.min_sizes[-1] * jitter[0])) if jitter else self.max_size
         crops = bool(jitter or self.augmentation)
         transform = ToTensors(self._transform(stage), stage == "train", crops, max_size)
-        return ReadImages(source, transform, self.skip_corrupt, stage == "train", min_side=32)
+        return ReadImages(
+            source,
+            transform,
+            self.skip_corrupt,
+            stage == "train",
+            min_side=32,
+            pixel_format=self.pixel_format,
+        )
 
     @override
     def describe(self) -> JsonObject:
-        return {"classes": self.classes, "category_ids": self.category_ids}
+        return {"classes": self.classes, "category_ids": self.category_ids, **self.describe_pixels()}
 
     def _source(self, stage: str) -> ObjectImages | DigitObjects:
         """Reader of a split."""
@@ -176,19 +188,20 @@ class DetectionData(BaseDataModule):
     def _transform(self, stage: str) -> v2.Compose:
         """Augmentation of an image and its target."""
         steps: list[Callable[..., object]] = []
+        is_rgb = self.pixel_format.is_rgb
         if stage == "train" and self.augmentation is not None:
-            steps += [compose_checked(self.augmentation), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
+            steps.append(compose_checked(self.augmentation, is_rgb))
+            steps += [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
         elif stage == "train":
-            if self.photometric:
+            if self.photometric and is_rgb:
                 steps.append(PhotometricDistortion())
             # Without antialiasing, as in torchvision's detectors.
             if self.scale_jitter:
                 side = (self.min_sizes[-1],) * 2
+                fill = {tv_tensors.Image: PADDING_COLOR if is_rgb else self.mean, tv_tensors.Mask: 0}
                 steps += [
                     v2.ScaleJitter(side, self.scale_jitter, antialias=False),
-                    v2.RandomCrop(
-                        side, pad_if_needed=True, fill={tv_tensors.Image: PADDING_COLOR, tv_tensors.Mask: 0}
-                    ),
+                    v2.RandomCrop(side, pad_if_needed=True, fill=fill),
                 ]
             else:
                 steps.append(v2.RandomShortestSize(self.min_sizes, self.max_size, antialias=False))

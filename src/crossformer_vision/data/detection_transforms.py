@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
 from crossformer_vision.data.outlines import clip_shape, create_outlines, rasterize
+from crossformer_vision.data.rasters import Pixels, image_size
 from crossformer_vision.models.grouping import ceil_div
 from crossformer_vision.types import ObjectTarget, Polygons
 
@@ -35,15 +35,15 @@ class ToTensors:
     def __init__(self, transform: Transform, train: bool, crops: bool = True, max_size: int = 1333) -> None:
         self.transform, self.train, self.crops, self.max_size = transform, train, train and crops, max_size
 
-    def __call__(self, image: Image.Image, target: ObjectTarget) -> tuple[Tensor, Tensors]:
+    def __call__(self, image: Pixels, target: ObjectTarget) -> tuple[Tensor, Tensors]:
         """Convert a sample.
 
         Args:
-            image: RGB image.
+            image: RGB photograph, or tensor.
             target: Target of ``CocoImages``.
 
         Returns:
-            Image of shape ``(3, H, W)`` with values in 0..1, and the target as tensors.
+            Image of shape ``(C, H, W)``, of photographs with values in 0..1, and the target as tensors.
         """
         tensors, shapes = self._to_tv_tensors(image, target)
         pixels = v2.functional.to_image(image)
@@ -64,11 +64,10 @@ class ToTensors:
             plain["boxes"] = masks_to_boxes(plain["masks"]) + torch.tensor([0.0, 0, 1, 1])
         return pixels.as_subclass(Tensor), {**plain, "image_id": torch.tensor(target["image_id"])}
 
-    def _to_tv_tensors(
-        self, image: Image.Image, target: ObjectTarget
-    ) -> tuple[Tensors, list[Polygons] | None]:
+    def _to_tv_tensors(self, image: Pixels, target: ObjectTarget) -> tuple[Tensors, list[Polygons] | None]:
         """Target as ``tv_tensors``, and the polygons to rasterize after the transform, if there are any."""
-        canvas = (image.height, image.width)
+        width, height = image_size(image)
+        canvas = (height, width)
         is_kept = np.ones(len(target["labels"]), bool)
         if self.train:
             is_kept = target["iscrowd"] == 0
@@ -90,7 +89,7 @@ class ToTensors:
             return tensors, None
         # Clipped, because a crop larger than the image would draw parts outside it over the padding.
         kept_shapes = [shape for shape, kept in zip(shapes, is_kept, strict=True) if kept]
-        clipped = [clip_shape(shape, *image.size) for shape in kept_shapes if isinstance(shape, list)]
+        clipped = [clip_shape(shape, width, height) for shape in kept_shapes if isinstance(shape, list)]
         tensors["outlines"] = create_outlines(clipped, canvas)
         tensors["object"] = torch.arange(len(clipped))
         return tensors, clipped

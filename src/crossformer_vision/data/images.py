@@ -1,4 +1,4 @@
-"""Reading of images: upright, RGB, 8 bits. Listing of image files."""
+"""Reading of images upright, in RGB of 8 bits or as they are stored. Listing of image files."""
 
 import os
 from array import array
@@ -9,13 +9,21 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from crossformer_vision.data.rasters import (
+    AnyImage,
+    PixelFormat,
+    Pixels,
+    as_raster,
+    format_of,
+    read_raster,
+)
 from crossformer_vision.errors import UserError
 
 EXIF_ORIENTATION = 0x0112
 # fmt: off
 EXTENSIONS = {
     ".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif", ".jp2", ".ppm", ".pgm",
-    ".pbm",
+    ".pbm", ".npy",
 }
 # fmt: on
 
@@ -103,6 +111,41 @@ def apply_orientation(image: Image.Image, label_size: tuple[int, int] | None = N
     if label_size is not None and upright_size != label_size and image.size == label_size:
         return image
     return ImageOps.exif_transpose(image)
+
+
+def open_upright(
+    file: str | os.PathLike[str] | IO[bytes], label_size: tuple[int, int] | None = None
+) -> AnyImage:
+    """Open an image file. The EXIF orientation of photographs is applied, see ``apply_orientation``.
+
+    Args:
+        file: Path, or open file.
+        label_size: See ``apply_orientation``.
+    """
+    raster = read_raster(file)
+    return apply_orientation(Image.open(file), label_size) if raster is None else raster
+
+
+def to_pixels(image: AnyImage, pixel_format: PixelFormat, name: str) -> Pixels:
+    """Convert an opened image to what transforms take.
+
+    Args:
+        image: Opened image.
+        pixel_format: Format of the data set. RGB accepts photographs of any mode.
+        name: Name for error messages.
+
+    Raises:
+        UserError: If the image has another format.
+    """
+    if not pixel_format.is_rgb:
+        return pixel_format.to_tensor(as_raster(image), name)
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if not (found := format_of(image)).is_rgb:
+        raise UserError(
+            f"{name}: has {found}, expected an RGB photograph. Convert the image, or remove it from the data"
+        )
+    return Image.fromarray(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -1,6 +1,8 @@
 """Base class of the data modules: splits, classes, loaders, and resume within an epoch."""
 
 import logging
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from weakref import WeakSet
 
@@ -10,7 +12,9 @@ from numpy.typing import NDArray
 from torch.utils.data import default_collate
 
 from crossformer_vision.data.loader import CollateFunction, SeededLoader
-from crossformer_vision.data.sampling import EpochBatches, ReadImages
+from crossformer_vision.data.rasters import RGB
+from crossformer_vision.data.sampling import EpochBatches, ReadImages, Source
+from crossformer_vision.data.statistics import check_display_channels, find_pixel_format, measure_images
 from crossformer_vision.devices import count_cores
 from crossformer_vision.errors import NoSuchSplit, UserError, check_names, check_range
 from crossformer_vision.models.grouping import ceil_div
@@ -28,6 +32,9 @@ SYNONYMS = {
 class BaseDataModule(L.LightningDataModule):
     """Base of the data modules. A subclass implements ``_read``, ``describe``, ``training_size`` and loaders.
 
+    Images of 8 bits are read as RGB photographs. The first image decides: if it has another number of
+    channels or other values, all images must have the same.
+
     It stores the position within an epoch itself: Lightning also restores stateful loaders, but not after a
     schedule has read the number of steps.
 
@@ -40,8 +47,15 @@ class BaseDataModule(L.LightningDataModule):
         skip_corrupt: Skip and count unreadable images.
         seed: Seed of order and augmentation.
         classes: Class names in their order. ``None`` for those of the data.
+        channels: Number of channels; null for that of the first image, where 8-bit images are RGB.
+        mean: Mean of each channel, for normalization, after 8- and 16-bit values are scaled to 0..1. Null for
+            the backbone's, or for that of the training images if they are not RGB photographs.
+        std: Standard deviation of each channel, as ``mean``.
+        display_channels: Channels that plots show as red, green and blue, from 0, for images that are not
+            photographs; null for the first three.
 
     Attributes:
+        pixel_format: Format of the images, known after a split is open.
         classes: Class names, known after a split is open.
         found_splits: Where the splits were found.
         label_format: Format of the labels, for messages; empty for bundled data and class folders.
@@ -61,9 +75,20 @@ class BaseDataModule(L.LightningDataModule):
         skip_corrupt: bool,
         seed: int,
         classes: list[str] | None,
+        channels: int | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        display_channels: list[int] | None = None,
     ) -> None:
         super().__init__()
         check_range("batch_size", batch_size, 1)
+        if channels is not None:
+            check_range("channels", channels, 1)
+        if (mean is None) != (std is None):
+            raise UserError("mean and std: set both, or neither")
+        self.channels, self.mean, self.std, self.display_channels = channels, mean, std, display_channels
+        self.pixel_format = RGB
+        self._is_format_known = False
         self.root, self.splits = root, {"train": train_split, "val": val_split}
         self.batch_size, self.skip_corrupt, self.seed = batch_size, skip_corrupt, seed
         if num_workers is None:
@@ -87,15 +112,37 @@ class BaseDataModule(L.LightningDataModule):
             UserError: If a folder is missing or empty, or its classes are invalid.
         """
         if not self.classes:
-            missing: list[NoSuchSplit] = []
-            for stage in ("train", "val"):  # data for validation only have a val split
-                try:
-                    self.open(stage)
-                except NoSuchSplit as error:
-                    missing.append(error)
-            if missing and "val" not in self.images:
-                raise missing[0]
+            self._open_any()
         return len(self.classes)
+
+    @property
+    def in_chans(self) -> int:
+        """Number of channels of the images. Opens the data."""
+        self._open_any()
+        return self.pixel_format.channels
+
+    @property
+    def image_mean(self) -> list[float] | None:
+        """Mean of each channel, ``None`` for the backbone's. Opens the data."""
+        self._open_any()
+        return self.mean
+
+    @property
+    def image_std(self) -> list[float] | None:
+        """Standard deviation of each channel, ``None`` for the backbone's. Opens the data."""
+        self._open_any()
+        return self.std
+
+    def _open_any(self) -> None:
+        """Open both splits, or the only one that data for validation have."""
+        missing: list[NoSuchSplit] = []
+        for stage in ("train", "val"):
+            try:
+                self.open(stage)
+            except NoSuchSplit as error:
+                missing.append(error)
+        if missing and "val" not in self.images:
+            raise missing[0]
 
     def open(self, stage: str) -> ReadImages:
         """Samples of a split. The first split that is opened defines the classes if none were given.
@@ -113,6 +160,45 @@ class BaseDataModule(L.LightningDataModule):
     def _read(self, stage: str) -> ReadImages:
         """Open a split."""
         raise NotImplementedError
+
+    def _find_pixel_format(self, source: Source, stage: str) -> None:
+        """Find the format of the images and, unless they are photographs, their mean and standard deviation.
+
+        Args:
+            source: Images of the split.
+            stage: ``train`` or ``val``.
+
+        Raises:
+            UserError: If the first image has another number of channels than ``channels``.
+        """
+        if not self._is_format_known:
+            self.pixel_format = find_pixel_format(source, self.channels)
+            self._is_format_known = True
+            count = self.pixel_format.channels
+            for name, values in (("mean", self.mean), ("std", self.std)):
+                if values is not None and len(values) != count:
+                    raise UserError(
+                        f"--data.{name} has {len(values)} values, but images have {count} channels"
+                    )
+            check_display_channels(self.display_channels, count)
+        if self.pixel_format.is_rgb or self.mean is not None:
+            return
+        if stage == "val":
+            with suppress(NoSuchSplit):
+                self.open("train")
+        if self.mean is None:
+            self.mean, self.std = measure_images(source, self.pixel_format)
+
+    def describe_pixels(self) -> JsonObject:
+        """Format of the images for checkpoints; empty for photographs."""
+        if self.pixel_format.is_rgb:
+            return {}
+        return {
+            "pixel_format": asdict(self.pixel_format),
+            "display_channels": self.display_channels,
+            "mean": self.mean,
+            "std": self.std,
+        }
 
     def note_split(self, stage: str, path: Path, name: str | None = None) -> None:
         """Record where a split was found. Warns if ``best.ckpt`` would be selected on test images.

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
-from crossformer_vision.data.images import error_summary, to_rgb
+from crossformer_vision.data.images import error_summary, to_pixels
 from crossformer_vision.data.randomness import mix_seed, preserve_rng_state
+from crossformer_vision.data.rasters import RGB, AnyImage, PixelFormat, Pixels, image_size
 from crossformer_vision.errors import UserError
 from crossformer_vision.models.grouping import ceil_div
 
@@ -26,7 +26,7 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Number of images."""
 
-    def read(self, index: int) -> tuple[Image.Image, object]:
+    def read(self, index: int) -> tuple[AnyImage, object]:
         """An upright image and its target."""
 
     def name(self, index: int) -> str:
@@ -38,23 +38,25 @@ class ReadImages(Dataset[object]):
 
     Args:
         source: Images and targets.
-        transform: Function from an RGB image and a target to a sample.
+        transform: Function from an image and a target to a sample.
         skip_corrupt: Skip and count unreadable images instead of raising an error. In training the next image
             replaces them, so that batches stay full; in validation the sample is ``None``.
         train: Whether the samples are for training.
         min_side: Side in pixels below which an image counts as small. Small images are padded.
+        pixel_format: Format that all images have.
     """
 
     def __init__(
         self,
         source: Source,
-        transform: Callable[[Image.Image, Any], object],
+        transform: Callable[[Pixels, Any], object],
         skip_corrupt: bool,
         train: bool = True,
         min_side: int = 0,
+        pixel_format: PixelFormat = RGB,
     ) -> None:
         self.source, self.transform, self.skip_corrupt = source, transform, skip_corrupt
-        self.train, self.min_side = train, min_side
+        self.train, self.min_side, self.pixel_format = train, min_side, pixel_format
         # Shared with all workers: index of a small image, or -1, and the number of skipped images.
         self.small = torch.full((1,), -1).share_memory_()
         self.skipped = torch.zeros(1, dtype=torch.int64).share_memory_()
@@ -66,8 +68,8 @@ class ReadImages(Dataset[object]):
         for k in range(len(self)):
             at = (index + k) % len(self)
             try:
-                image, target = self.source.read(at)
-                image = to_rgb(image)
+                opened, target = self.source.read(at)
+                image = to_pixels(opened, self.pixel_format, self.source.name(at))
             except UserError:  # about its labels
                 raise
             except Exception as error:  # decoders raise errors of any kind
@@ -80,7 +82,7 @@ class ReadImages(Dataset[object]):
                 if not self.train:
                     return None
                 continue
-            if min(image.size) < self.min_side and self.small < 0:
+            if min(image_size(image)) < self.min_side and self.small < 0:
                 self.small.fill_(at)
             return self.transform(image, target)
         raise UserError(f"none of the {len(self)} images can be read")

@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from torchvision.datasets import Cityscapes
@@ -71,6 +71,7 @@ class SegmentationData(BaseDataModule):
         classes: Class names in their order; null for those of the data. The command takes those of a run that
             it resumes or validates.
         seed: Seed of order, augmentation and digits.
+        **pixels: See ``BaseDataModule``.
 
     Raises:
         UserError: If an argument is invalid.
@@ -100,17 +101,18 @@ class SegmentationData(BaseDataModule):
         skip_corrupt: bool = False,
         classes: list[str] | None = None,
         seed: int = 0,
+        **pixels: Any,
     ) -> None:
-        super().__init__(root, train_split, val_split, batch_size, num_workers, skip_corrupt, seed, classes)
+        super().__init__(
+            root, train_split, val_split, batch_size, num_workers, skip_corrupt, seed, classes, **pixels
+        )
         if format is not None:
             check_choice("format", format, ("maps", "coco", "yolo"))
         self.format = format
-        cfg = find_model(backbone)
-        self.to_input = ToInput(tuple(cfg.mean), tuple(cfg.std), short_side, long_side, size_divisor)
-        self.test_scales = test_scales
-        self.training_transform = TrainingTransform(
-            self.to_input, crop_size, scales, max_share, hflip, photometric, augmentation
-        )
+        self.model_cfg = find_model(backbone)
+        self.sides = short_side, long_side, size_divisor
+        self.test_scales, self.crop_size = test_scales, crop_size
+        self.augmentation = scales, max_share, hflip, photometric, augmentation
         self.lengths = {"train": train_images, "val": val_images}
         self.uses_0_and_255 = False  # instead of 0 and 1
         self.values: list[int] = []  # of the classes, in the files of class maps
@@ -126,20 +128,31 @@ class SegmentationData(BaseDataModule):
             raise UserError(f"{name}: lacks class '{missing[0]}' of the run")
         if isinstance(source, (ClassMapImages, ObjectMaps)):
             self.values = source.reorder_classes(self.classes)
-        is_train = stage == "train"
-        validation_transform = ValidationTransform(self.to_input, self.test_scales)
-        transform = self.training_transform if is_train else validation_transform
-        return ReadImages(source, transform, self.skip_corrupt, is_train, min_side=32)
+        self._find_pixel_format(source, stage)
+        is_train, pixel_format = stage == "train", self.pixel_format
+        return ReadImages(source, self._transform(stage), self.skip_corrupt, is_train, 32, pixel_format)
+
+    def to_input(self) -> ToInput:
+        """Conversion of images to the network's input."""
+        mean, std = self.mean or self.model_cfg.mean, self.std or self.model_cfg.std
+        return ToInput(tuple(mean), tuple(std), *self.sides)
+
+    def _transform(self, stage: str) -> TrainingTransform | ValidationTransform:
+        """Augmentation or preprocessing of an image and its class map."""
+        if stage == "val":
+            return ValidationTransform(self.to_input(), self.test_scales)
+        is_rgb = self.pixel_format.is_rgb
+        return TrainingTransform(self.to_input(), self.crop_size, *self.augmentation, is_rgb=is_rgb)
 
     @override
     def describe(self) -> JsonObject:
-        image = dict(vars(self.to_input))
-        return {"classes": self.classes, "image": image, "values": self.values}
+        image = dict(vars(self.to_input()))
+        return {"classes": self.classes, "image": image, "values": self.values, **self.describe_pixels()}
 
     def _source(self, stage: str) -> ClassMapImages | ObjectMaps | DigitMaps:
         """Reader of a split."""
         if self.root is None:
-            return DigitMaps(stage, self.lengths[stage], self.training_transform.crop_size, self.seed)
+            return DigitMaps(stage, self.lengths[stage], self.crop_size, self.seed)
         root, split = Path(self.root), self.splits[stage]
         if not root.exists():
             raise UserError(f"{root}: no such folder. --data.root needs images/ and annotations/")
@@ -192,7 +205,7 @@ class SegmentationData(BaseDataModule):
 
     @override
     def training_size(self) -> tuple[int, int]:
-        return self.training_transform.crop_size, self.training_transform.crop_size
+        return self.crop_size, self.crop_size
 
     def train_dataloader(self) -> SeededLoader:
         """Loader of the training crops."""

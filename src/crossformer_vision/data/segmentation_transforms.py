@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as VF
 
 from crossformer_vision.data.augmentation import PhotometricDistortion, Steps, compose_checked
 from crossformer_vision.data.class_lists import IGNORED
+from crossformer_vision.data.rasters import Pixels, image_size
 from crossformer_vision.models.grouping import ceil_div
 
 CROP_ATTEMPTS = 10  # maximum attempts to find a crop with no class above ``max_share``
@@ -41,30 +42,32 @@ class ToInput:
         self.mean, self.std = list(mean), list(std)
         self.short_side, self.long_side, self.size_divisor = short_side, long_side, size_divisor
 
-    def __call__(self, image: Image.Image, scale: float = 1.0) -> Tensor:
-        """Normalized image for evaluation, shape ``(3, H, W)``, resized by a further factor."""
+    def __call__(self, image: Pixels, scale: float = 1.0) -> Tensor:
+        """Normalized image for evaluation, shape ``(C, H, W)``, resized by a further factor."""
         return self.normalize(self.resize(image, scale, self.size_divisor))
 
-    def resize(self, image: Image.Image, scale: float, divisor: int = 1) -> Tensor:
+    def resize(self, image: Pixels, scale: float, divisor: int = 1) -> Tensor:
         """Resize an image.
 
         Args:
-            image: RGB image.
+            image: RGB photograph, or tensor.
             scale: Factor beside that of ``short_side``.
             divisor: Each side is stretched up to a multiple of this.
 
         Returns:
-            Bytes of shape ``(3, H, W)``.
+            Bytes of a photograph, or floats, shape ``(C, H, W)``.
         """
-        factor = scale
+        factor, (width, height) = scale, image_size(image)
         if self.short_side:
-            factor *= min(self.short_side / min(image.size), (self.long_side or math.inf) / max(image.size))
-        sides = (max(1, round(side * factor)) for side in (image.height, image.width))
+            short, long = sorted((width, height))
+            factor *= min(self.short_side / short, (self.long_side or math.inf) / long)
+        sides = (max(1, round(side * factor)) for side in (height, width))
         size = [ceil_div(side, divisor) * divisor for side in sides]
-        return VF.resize(VF.pil_to_tensor(image), size, antialias=False)  # as in published training
+        pixels = VF.pil_to_tensor(image) if isinstance(image, Image.Image) else image.as_subclass(Tensor)
+        return VF.resize(pixels, size, antialias=False)  # as in published training
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Normalize bytes of shape ``(3, H, W)``."""
+        """Normalize bytes or floats of shape ``(C, H, W)``."""
         return VF.normalize(VF.to_dtype(pixels, torch.float32, scale=True), self.mean, self.std)
 
 
@@ -79,7 +82,7 @@ class ValidationTransform:
     def __init__(self, to_input: ToInput, scales: Sequence[float]) -> None:
         self.to_input, self.scales = to_input, scales
 
-    def __call__(self, image: Image.Image, class_map: NDArray[np.uint8]) -> tuple[list[Tensor], Tensor]:
+    def __call__(self, image: Pixels, class_map: NDArray[np.uint8]) -> tuple[list[Tensor], Tensor]:
         """Convert a sample."""
         views = [self.to_input(image, scale) for scale in self.scales]
         return views, torch.from_numpy(class_map.astype(np.int64))
@@ -96,7 +99,8 @@ class TrainingTransform:
         hflip: Probability of a horizontal flip.
         photometric: Distort brightness, contrast, saturation and hue.
         augmentation: User-defined augmentation that replaces these steps. It takes and returns an image and
-            a class map as uint8 ``tv_tensors``.
+            a class map as ``tv_tensors``, uint8 for photographs.
+        is_rgb: Whether the images are photographs.
     """
 
     def __init__(
@@ -108,19 +112,20 @@ class TrainingTransform:
         hflip: float,
         photometric: bool,
         augmentation: Steps | None = None,
+        is_rgb: bool = True,
     ) -> None:
-        self.augmentation = None if augmentation is None else compose_checked(augmentation)
+        self.augmentation = None if augmentation is None else compose_checked(augmentation, is_rgb)
         self.to_input, self.crop_size, self.scales = to_input, crop_size, scales
         self.max_share = max_share
         self.steps: list[v2.Transform] = [v2.RandomHorizontalFlip(hflip)]
-        if photometric:
+        if photometric and is_rgb:
             self.steps.append(PhotometricDistortion())
 
-    def __call__(self, image: Image.Image, class_map: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: Pixels, class_map: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
         """Augment a sample.
 
         Returns:
-            Normalized image of shape ``(3, crop_size, crop_size)``, and class indices of shape
+            Normalized image of shape ``(C, crop_size, crop_size)``, and class indices of shape
             ``(crop_size, crop_size)``.
         """
         if self.augmentation is not None:

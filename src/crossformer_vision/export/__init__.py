@@ -5,7 +5,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import nn
@@ -55,7 +55,7 @@ def export(
 ) -> ExportReport:
     """Export a trained network as one graph, and verify it against the PyTorch model.
 
-    The input ``images`` are normalized float32 images of shape ``(B, 3, H, W)``. Outputs are, for a
+    The input ``images`` are normalized float32 images of shape ``(B, C, H, W)``. Outputs are, for a
     classifier, ``logits`` of shape ``(B, num_classes)``; for a segmenter, ``logits`` of shape
     ``(B, num_classes, H, W)``; for a detector, for the best N objects of each image, ``boxes`` of shape
     ``(B, N, 4)`` in pixels, ``labels`` from 1 and ``scores`` of shape ``(B, N)``, with scores of 0 for
@@ -150,7 +150,8 @@ def _export_graph(
     metadata = {**metadata, "size": list(size) if is_fixed else None}
     scope = f"{size[0]}x{size[1]} only" if is_fixed else "any size"
     report(f"tracing the model for {scope} (up to three minutes)")
-    graph, outputs = trace(net, size, is_fixed)
+    channels = metadata.get("pixel_format", {}).get("channels", 3)
+    graph, outputs = trace(net, channels, size, is_fixed)
     report(f"writing {path.name}")
     WRITERS[path.suffix](graph, outputs, path, metadata)
     call = READERS[path.suffix](path)
@@ -159,7 +160,7 @@ def _export_graph(
     for height, width in (size,) if is_fixed else SIZES:
         name = f"{height}x{width}"
         report(f"comparing outputs with the PyTorch model at {name}")
-        differences[name], counts[name] = compare(net, call, (height, width))
+        differences[name], counts[name] = compare(net, call, channels, (height, width))
     if (worst := worst_difference(differences, counts)) > TOLERANCE:
         raise UserError(f"its outputs differ by {worst:.1e}")
     return ExportReport(metadata, size if is_fixed else None, differences, sum(counts.values()))
@@ -183,6 +184,9 @@ def export_metadata(predictor: Predictor) -> JsonObject:
         "values": info.values,
         "image": info.image,
     }
+    if not info.pixel_format.is_rgb:
+        metadata["pixel_format"] = asdict(info.pixel_format)
+        metadata["display_channels"] = info.display_channels
     if info.task == "segmentation":
         metadata |= {"test": info.test, "test_scales": list(info.test_scales)}
     if isinstance(predictor, DetectionPredictor):

@@ -59,12 +59,13 @@ class Features(nn.Module):
 
 
 def trace(
-    net: nn.Module, size: tuple[int, int], is_fixed: bool
+    net: nn.Module, channels: int, size: tuple[int, int], is_fixed: bool
 ) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
     """Trace a network.
 
     Args:
         net: The network. Its fused attention is switched off, as fused kernels have other strides.
+        channels: Number of channels of the images.
         size: Height and width of the images to trace with.
         is_fixed: Whether the graph is for this size only.
 
@@ -91,7 +92,8 @@ def trace(
     try:
         with torch.no_grad(), warnings.catch_warnings(), oblivious_sizes():
             warnings.simplefilter("ignore")
-            graph = torch.export.export(model.eval(), (torch.randn(2, 3, *size),), dynamic_shapes=(shapes,))
+            images = torch.randn(2, channels, *size)
+            graph = torch.export.export(model.eval(), (images,), dynamic_shapes=(shapes,))
     finally:
         for module in replaced:
             del module.forward

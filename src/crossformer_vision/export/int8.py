@@ -25,7 +25,7 @@ def record_inputs(predictor: Predictor, folder: str) -> list[Tensor]:
         folder: Folder of images.
 
     Returns:
-        Normalized images, shape ``(B, 3, H, W)`` each.
+        Normalized images, shape ``(B, C, H, W)`` each.
 
     Raises:
         UserError: If there is no image, or one cannot be read.
@@ -119,7 +119,7 @@ def check_sizes(runtime: OpenVinoRuntime, images: Tensor, path: Path) -> None:
 
     Args:
         runtime: The quantized network.
-        images: Images that it was quantized with, shape ``(B, 3, H, W)``.
+        images: Images that it was quantized with, shape ``(B, C, H, W)``.
         path: File of the network, for the message.
 
     Raises:
@@ -128,7 +128,7 @@ def check_sizes(runtime: OpenVinoRuntime, images: Tensor, path: Path) -> None:
     height, width = images.shape[2:]
     for batch, h, w in ((1, height, width), (2, height + 33, width + 66), (1, 2 * height, 2 * width)):
         try:
-            outputs = runtime(torch.rand(batch, 3, h, w))
+            outputs = runtime(torch.rand(batch, images.shape[1], h, w))
             is_finite, reason = all(bool(torch.isfinite(x).all()) for x in outputs), "an output is not finite"
         except RuntimeError as error:
             is_finite, reason = False, str(error).strip().splitlines()[-1]

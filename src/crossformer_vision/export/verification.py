@@ -12,29 +12,31 @@ BATCH_SIZES = (1, 3)
 PATCH = 24  # side of the colored patches in test images, in pixels
 
 
-def random_images(batch_size: int, size: tuple[int, int]) -> Tensor:
+def random_images(batch_size: int, channels: int, size: tuple[int, int]) -> Tensor:
     """Images of colored patches and noise, in which detectors find objects.
 
     Args:
         batch_size: Number of images, which is also the seed.
+        channels: Number of channels.
         size: Height and width.
 
     Returns:
-        Values in 0..1, shape ``(batch_size, 3, *size)``.
+        Values in 0..1, shape ``(batch_size, channels, *size)``.
     """
     generator = torch.Generator().manual_seed(batch_size)
     rows, columns = ceil_div(size[0], PATCH), ceil_div(size[1], PATCH)
-    patches = torch.rand(batch_size, 3, rows, columns, generator=generator)
+    patches = torch.rand(batch_size, channels, rows, columns, generator=generator)
     patches = nn.functional.interpolate(patches, size=size, mode="nearest")
     return (patches + 0.1 * torch.randn(patches.shape, generator=generator)).clamp(0, 1)
 
 
-def difference(net: nn.Module, call: Call, size: tuple[int, int]) -> tuple[float, int]:
+def difference(net: nn.Module, call: Call, channels: int, size: tuple[int, int]) -> tuple[float, int]:
     """Largest difference of outputs relative to the largest output, for batches of one and three images.
 
     Args:
         net: The PyTorch model.
         call: The exported graph.
+        channels: Number of channels of the images.
         size: Height and width of the images.
 
     Returns:
@@ -42,7 +44,7 @@ def difference(net: nn.Module, call: Call, size: tuple[int, int]) -> tuple[float
     """
     largest = 0.0
     for batch_size in BATCH_SIZES:
-        images = 4 * random_images(batch_size, size) - 2
+        images = 4 * random_images(batch_size, channels, size) - 2
         with torch.no_grad():
             expected = net(images)
         expected = [expected] if isinstance(expected, Tensor) else expected
@@ -54,7 +56,7 @@ def difference(net: nn.Module, call: Call, size: tuple[int, int]) -> tuple[float
     return largest, 0
 
 
-def different_objects(net: nn.Module, call: Call, size: tuple[int, int]) -> tuple[float, int]:
+def different_objects(net: nn.Module, call: Call, channels: int, size: tuple[int, int]) -> tuple[float, int]:
     """Share of a detector's objects that the graph does not find, for batches of one and three images.
 
     Objects are equal if they have the same label, borders within half a pixel, scores within 0.001 and the
@@ -63,6 +65,7 @@ def different_objects(net: nn.Module, call: Call, size: tuple[int, int]) -> tupl
     Args:
         net: The PyTorch detector.
         call: The exported graph.
+        channels: Number of channels of the images.
         size: Height and width of the images, which are not resized.
 
     Returns:
@@ -71,10 +74,12 @@ def different_objects(net: nn.Module, call: Call, size: tuple[int, int]) -> tupl
     transform = net.transform
     assert isinstance(transform, DetectorTransform)
     transform.min_size, transform.max_size = (min(size),), max(size)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (transform.image_mean, transform.image_std))
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (transform.image_mean, transform.image_std))
     missing = total = 0
     for batch_size in BATCH_SIZES:
-        images = random_images(batch_size, size)
+        images = random_images(batch_size, channels, size)
+        if channels != 3:  # other values than 0..1
+            images = mean + std * (4 * images - 2)
         with torch.no_grad():
             expected = net(list(images))
         boxes, labels, scores, *masks = call((images - mean) / std)

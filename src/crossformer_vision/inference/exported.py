@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from crossformer_vision.data.rasters import PixelFormat
 from crossformer_vision.errors import UserError, error_line, missing_extra
 from crossformer_vision.inference.predictor import ModelInfo
 from crossformer_vision.models.dense.transform import DetectorTransform
@@ -154,6 +155,8 @@ def load_exported(path: Path) -> tuple[nn.Module, ModelInfo]:
         test=content.get("test") or {},
         test_scales=tuple(content.get("test_scales") or (1.0,)),
         min_score=content.get("min_score") or 0.0,
+        pixel_format=PixelFormat(**content.get("pixel_format") or {}),
+        display_channels=content.get("display_channels"),
     )
     size = content.get("size")
     if info.task == "detection":

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from crossformer_vision.data.images import EXTENSIONS, error_summary, files_below
+from crossformer_vision.data.rasters import RGB, PixelFormat
 from crossformer_vision.devices import count_cores
 from crossformer_vision.errors import UserError, counted
 from crossformer_vision.inference import video
@@ -89,10 +90,17 @@ class ImagePrefetcher:
         pool: Threads.
         batch_size: Images per batch.
         files: Files and their names.
+        pixel_format: Format of the images.
     """
 
-    def __init__(self, pool: ThreadPoolExecutor, batch_size: int, files: Iterable[tuple[Path, Path]]) -> None:
-        self.pool, self.batch_size = pool, batch_size
+    def __init__(
+        self,
+        pool: ThreadPoolExecutor,
+        batch_size: int,
+        files: Iterable[tuple[Path, Path]],
+        pixel_format: PixelFormat = RGB,
+    ) -> None:
+        self.pool, self.batch_size, self.pixel_format = pool, batch_size, pixel_format
         self.files = iter(files)
         self.pending: deque[tuple[Path, Path, Future[NamedImage | UserError | None]]] = deque()
 
@@ -100,7 +108,7 @@ class ImagePrefetcher:
         """Batches of file, name, and image or error; ``None`` for a video, which is read frame by frame."""
         while True:
             while len(self.pending) < 2 * self.batch_size and (item := next(self.files, None)):
-                self.pending.append((*item, self.pool.submit(read_file, item[0])))
+                self.pending.append((*item, self.pool.submit(read_file, item[0], self.pixel_format)))
             if not self.pending:
                 return
             count = min(self.batch_size, len(self.pending))
@@ -108,13 +116,14 @@ class ImagePrefetcher:
             yield [(file, name, future.result()) for file, name, future in batch]
 
 
-def read_file(file: Path) -> NamedImage | UserError | None:
+def read_file(file: Path, pixel_format: PixelFormat = RGB) -> NamedImage | UserError | None:
     """An image and its name, an error, or ``None`` for a video."""
     if file.suffix.lower() in video.EXTENSIONS:
         return None
     try:
-        warn_about_pages(file)
-        return open_image(file)
+        if pixel_format.is_rgb:
+            warn_about_pages(file)
+        return open_image(file, pixel_format)
     except Exception as error:  # decoders raise errors of any kind
         return as_user_error(error, file)
 
@@ -304,7 +313,7 @@ def predict_files(
         writer = ResultWriter(pool, output_dir, draw_pictures, print_json, ids)
         with Progress(transient=True, console=console) as bar:
             progress = bar.add_task("predicting", total=len(files))
-            for batch in ImagePrefetcher(pool, predictor.batch_size, files):
+            for batch in ImagePrefetcher(pool, predictor.batch_size, files, predictor.info.pixel_format):
                 images = [image for _, _, image in batch if isinstance(image, tuple)]
                 results = iter(predict_batch(predictor, images))
                 for file, name, image in batch:

@@ -8,8 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torchvision import tv_tensors
 
-from crossformer_vision.data.images import load_image
+from crossformer_vision.data.images import error_summary, load_image, open_upright, to_pixels
+from crossformer_vision.data.rasters import RGB, AnyImage, PixelFormat, Pixels, image_size
 from crossformer_vision.errors import UserError
 from crossformer_vision.models.grouping import ceil_div
 
@@ -17,15 +19,16 @@ ImageInput = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[n
 MAX_CROPS = 8  # maximum number of crops of an elongated image
 
 
-def open_image(image: ImageInput) -> tuple[Image.Image, str]:
+def open_image(image: ImageInput, pixel_format: PixelFormat = RGB) -> tuple[Pixels, str]:
     """Read an image.
 
     Args:
         image: Path, bytes of a file, open file, PIL image, array of shape ``(H, W, 3)`` or ``(H, W)``, or
             tensor of shape ``(3, H, W)``, with integers in 0..255 or floats in 0..1.
+        pixel_format: Format that the image must have, unless it is RGB: then any image is converted.
 
     Returns:
-        The image upright in RGB, and its name or ``image``.
+        The image upright, and its name or ``image``.
 
     Raises:
         UserError: If it cannot be read.
@@ -34,9 +37,32 @@ def open_image(image: ImageInput) -> tuple[Image.Image, str]:
     name = str(path or "image")
     if isinstance(image, bytes):
         image = io.BytesIO(image)
+    if not pixel_format.is_rgb:
+        return _open_raster(image, pixel_format, name), name
     if isinstance(image, (np.ndarray, Tensor)):
         image = _from_array(image)
     return load_image(image, name), name
+
+
+def _open_raster(
+    image: str | os.PathLike[str] | BinaryIO | Image.Image | NDArray[np.generic] | Tensor,
+    pixel_format: PixelFormat,
+    name: str,
+) -> Pixels:
+    """Read an image that is not a photograph."""
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().numpy()
+        image = image.transpose(1, 2, 0) if image.ndim == 3 else image
+    if isinstance(image, np.ndarray):
+        opened: AnyImage = image[..., None] if image.ndim == 2 else image
+    elif isinstance(image, Image.Image):
+        opened = image
+    else:
+        try:
+            opened = open_upright(image)
+        except Exception as error:
+            raise UserError(f"{name}: cannot read this image ({error_summary(error)})") from error
+    return to_pixels(opened, pixel_format, name)
 
 
 def _from_array(pixels: NDArray[np.generic] | Tensor) -> Image.Image:
@@ -61,13 +87,27 @@ def _from_array(pixels: NDArray[np.generic] | Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels, dtype=np.uint8))
 
 
-def square_crops(image: Image.Image) -> list[Image.Image]:
+def square_crops(image: Pixels) -> list[Pixels]:
     """Up to eight square crops along an image that is at least twice as long as wide; else the image."""
-    short, long = sorted(image.size)
+    width, height = image_size(image)
+    short, long = sorted((width, height))
     if long < 2 * short:
         return [image]
     count = min(MAX_CROPS, ceil_div(long, short))
     starts = [round(n * (long - short) / (count - 1)) for n in range(count)]
-    if image.width > image.height:
-        return [image.crop((start, 0, start + short, short)) for start in starts]
-    return [image.crop((0, start, short, start + short)) for start in starts]
+    if width > height:
+        return [crop(image, (start, 0, start + short, short)) for start in starts]
+    return [crop(image, (0, start, short, start + short)) for start in starts]
+
+
+def crop(image: Pixels, region: tuple[int, int, int, int]) -> Pixels:
+    """A region of an image.
+
+    Args:
+        image: Photograph, or tensor ``(C, H, W)``.
+        region: Left, top, right and bottom in pixels.
+    """
+    if isinstance(image, Image.Image):
+        return image.crop(region)
+    left, top, right, bottom = region
+    return tv_tensors.wrap(image[:, top:bottom, left:right], like=image)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from crossformer_vision.data.images import EXTENSIONS
+from crossformer_vision.data.rasters import PixelFormat
 from crossformer_vision.errors import UserError, check_range
 from crossformer_vision.inference.exported import load_exported
 from crossformer_vision.inference.predictor import (
@@ -130,6 +131,8 @@ def restore_model(checkpoint: Checkpoint, source: str) -> tuple[nn.Module, Model
         category_ids=checkpoint.get("category_ids") or None,
         values=checkpoint.get("values") or None,
         test_scales=tuple(options.get("test_scales") or (1.0,)),
+        pixel_format=PixelFormat(**checkpoint.get("pixel_format") or {}),
+        display_channels=checkpoint.get("display_channels"),
     )
     if info.task == "segmentation":
         info.test = {

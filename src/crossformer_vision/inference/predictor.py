@@ -2,7 +2,6 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, cast, overload
 
@@ -12,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
+from crossformer_vision.data.rasters import RGB, PixelFormat, Pixels, image_size
 from crossformer_vision.devices import emulation_note
 from crossformer_vision.errors import UserError, error_line
 from crossformer_vision.inference.inputs import ImageInput, open_image, square_crops
@@ -21,16 +21,17 @@ from crossformer_vision.inference.results import (
     Result,
     SegmentationResult,
 )
-from crossformer_vision.inference.tiling import detect_in_tiles
+from crossformer_vision.inference.tiling import detect_in_tiles, detector_input
 from crossformer_vision.models.dense.masks import paste_binary_masks
 from crossformer_vision.models.dense.transform import return_mask_crops
 from crossformer_vision.models.dense.windows import predict_class_map
+from crossformer_vision.plotting.drawing import stretch
 from crossformer_vision.types import Kwargs
 
 log = logging.getLogger("crossformer_vision")
 
-NamedImage = tuple[Image.Image, str]
-"""An upright RGB image and its name."""
+NamedImage = tuple[Pixels, str]
+"""An upright image as transforms take it, and its name."""
 AnyImage = TypeVar("AnyImage", bound=ImageInput)
 
 
@@ -49,6 +50,8 @@ class ModelInfo:
         test: Windows and flips of segmenters.
         test_scales: Image scales of segmenters.
         min_score: Minimum score of objects that an exported detector returns.
+        pixel_format: Channels and values of the images.
+        display_channels: Channels that plots show, for images that are not photographs.
     """
 
     task: str
@@ -61,6 +64,8 @@ class ModelInfo:
     test: Kwargs = field(default_factory=dict)
     test_scales: tuple[float, ...] = (1.0,)
     min_score: float = 0.0
+    pixel_format: PixelFormat = RGB
+    display_channels: list[int] | None = None
 
 
 class Predictor(ABC):
@@ -136,6 +141,7 @@ class Predictor(ABC):
         Args:
             image: Path, bytes of a file, open file, PIL image, array of shape ``(H, W, 3)`` or ``(H, W)``, or
                 tensor of shape ``(3, H, W)``, with integers in 0..255 or floats in 0..1; or a list of these.
+                For a network of other images, arrays and tensors have its channels and values.
 
         Returns:
             A result, or a list of results.
@@ -144,17 +150,28 @@ class Predictor(ABC):
             UserError: If an image cannot be read.
         """
         if not isinstance(image, list):
-            return self.predict([open_image(image)])[0]
-        opened = [open_image(one) for one in image]
+            return self.predict([self.open(image)])[0]
+        opened = [self.open(one) for one in image]
         batches = (opened[n : n + self.batch_size] for n in range(0, len(opened), self.batch_size))
         return [result for batch in batches for result in self.predict(batch)]
+
+    def open(self, image: ImageInput) -> NamedImage:
+        """Read an image in the network's format, see ``open_image``."""
+        return open_image(image, self.info.pixel_format)
+
+    def picture(self, image: Pixels) -> Image.Image:
+        """An image as RGB picture, for plots."""
+        if isinstance(image, Image.Image):
+            return image
+        pixels = stretch(image.numpy(), self.info.display_channels)
+        return Image.fromarray((pixels * 255).round().astype(np.uint8))
 
     @torch.inference_mode()
     def predict(self, images: list[NamedImage]) -> list[Result]:
         """Predict images that are already loaded.
 
         Args:
-            images: Upright RGB images and their names.
+            images: Images of ``open`` and their names.
         """
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self._predict(images)
@@ -171,9 +188,9 @@ class ClassificationPredictor(Predictor):
 
     def __init__(self, net: nn.Module, info: ModelInfo, device: torch.device) -> None:
         super().__init__(net, info, device)
-        from timm.data import create_transform
+        from crossformer_vision.data.classification_transforms import evaluation_transform
 
-        self.transform: Callable[[Image.Image], Tensor] = create_transform(**info.image)
+        self.transform = evaluation_transform(info.image, info.pixel_format.is_rgb)
         self.use_crops = info.image.get("crop_mode") != "squash"
 
     @override
@@ -187,7 +204,7 @@ class ClassificationPredictor(Predictor):
             if not torch.isfinite(image_logits).all():
                 raise UserError(f"{name}: the network's output is NaN in {self.dtype}. Use float32")
             probabilities = image_logits.softmax(1).mean(0).cpu().numpy()
-            results.append(ClassificationResult(name, image, self.classes, probabilities))
+            results.append(ClassificationResult(name, self.picture(image), self.classes, probabilities))
         return results
 
 
@@ -205,10 +222,12 @@ class SegmentationPredictor(Predictor):
         results: list[Result] = []
         for image, name in images:
             views = [self.transform(image, scale)[None].to(self.device) for scale in self.info.test_scales]
-            size = (image.height, image.width)
+            width, height = image_size(image)
+            size = (height, width)
             class_map = predict_class_map(self.net, views, size, **self.info.test)[0].cpu().numpy()
             class_map = class_map.astype(np.uint8)
-            results.append(SegmentationResult(name, image, self.classes, class_map, self.info.values))
+            picture = self.picture(image)
+            results.append(SegmentationResult(name, picture, self.classes, class_map, self.info.values))
         return results
 
 
@@ -248,8 +267,8 @@ class DetectionPredictor(Predictor):
     def _predict(self, images: list[NamedImage]) -> list[Result]:
         return [self._predict_image(image, name) for image, name in images]
 
-    def _predict_image(self, image: Image.Image, name: str) -> Result:
-        if self.tile_size and max(image.size) > self.tile_size:
+    def _predict_image(self, image: Pixels, name: str) -> Result:
+        if self.tile_size and max(image_size(image)) > self.tile_size:
             objects = detect_in_tiles(self.net, image, self.tile_size, self.score_threshold, self.device)
         else:
             objects = self._detect(image)
@@ -257,17 +276,18 @@ class DetectionPredictor(Predictor):
         boxes, labels, scores = (objects[key].float().numpy() for key in ("boxes", "labels", "scores"))
         labels = labels.astype(np.int64)
         ids = self.info.category_ids
-        return DetectionResult(name, image, self.classes, boxes, labels, scores, masks, ids)
+        picture = self.picture(image)
+        return DetectionResult(name, picture, self.classes, boxes, labels, scores, masks, ids)
 
-    def _detect(self, image: Image.Image) -> dict[str, Tensor]:
+    def _detect(self, image: Pixels) -> dict[str, Tensor]:
         """Objects in a whole image, on the CPU, with masks as large as the image."""
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(self.device) / 255
+        pixels = detector_input(image).to(self.device)
         with return_mask_crops(self.net):
             objects = self._detect_above_threshold(pixels)
         is_kept = objects["scores"] >= self.score_threshold
         objects = {key: value[is_kept].cpu() for key, value in objects.items()}
         if "mask_crops" in objects:
-            size = (image.height, image.width)
+            size = (pixels.shape[1], pixels.shape[2])
             objects["masks"] = paste_binary_masks(objects["mask_crops"], objects["boxes"], size)
         elif "masks" in objects:  # from an exported detector
             objects["masks"] = objects["masks"].squeeze(1) > 0.5

@@ -6,7 +6,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as VF
 
+from crossformer_vision.data.rasters import Pixels, image_size
+from crossformer_vision.inference.inputs import crop
 from crossformer_vision.models.dense.windows import window_starts
 
 TILE_OVERLAP = 0.2  # overlap of adjacent tiles, relative to the side of a tile
@@ -42,7 +45,7 @@ class View:
 
 
 def detect_in_tiles(
-    net: nn.Module, image: Image.Image, side: int, score_threshold: float, device: torch.device
+    net: nn.Module, image: Pixels, side: int, score_threshold: float, device: torch.device
 ) -> dict[str, Tensor]:
     """Detect objects in the tiles of an image, and in the whole image resized to a tile.
 
@@ -51,7 +54,7 @@ def detect_in_tiles(
 
     Args:
         net: Detector of this library.
-        image: RGB image.
+        image: RGB photograph, or tensor.
         side: Side of the square tiles in pixels.
         score_threshold: Minimum score of objects.
         device: Device of the network.
@@ -60,7 +63,7 @@ def detect_in_tiles(
         ``boxes`` ``(n, 4)`` in pixels of the image, ``labels``, ``scores`` and, from Mask R-CNN, boolean
         ``masks`` ``(n, H, W)``, on the CPU, highest score first.
     """
-    W, H = image.size
+    W, H = image_size(image)
     step = round(side * (1 - TILE_OVERLAP))
     regions = [(0, 0, W, H)]
     for y in window_starts(H, side, step):
@@ -83,9 +86,28 @@ def detect_in_tiles(
     return objects
 
 
+def detector_input(image: Pixels) -> Tensor:
+    """Input of a detector, shape ``(C, H, W)``, of photographs with values in 0..1."""
+    if isinstance(image, Image.Image):
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    return image.as_subclass(Tensor)
+
+
+def shrink(image: Pixels, side: int) -> Pixels:
+    """Resize an image whose longer side exceeds a length, keeping its aspect ratio."""
+    if isinstance(image, Image.Image):
+        image = image.copy()
+        image.thumbnail((side, side), Image.Resampling.BICUBIC)
+        return image
+    width, height = image_size(image)
+    factor = min(1.0, side / max(width, height))
+    size = [max(1, round(height * factor)), max(1, round(width * factor))]
+    return VF.resize(image, size, VF.InterpolationMode.BICUBIC, antialias=True)
+
+
 def detect_in_region(
     net: nn.Module,
-    image: Image.Image,
+    image: Pixels,
     region: tuple[int, int, int, int],
     side: int,
     score_threshold: float,
@@ -95,24 +117,22 @@ def detect_in_region(
 
     Args:
         net: Detector of this library.
-        image: RGB image.
+        image: RGB photograph, or tensor.
         region: Left, top, right and bottom.
         side: Maximum length of the longer side of the detector's input, in pixels.
         score_threshold: Minimum score of objects.
         device: Device of the network.
     """
-    left, top, right, bottom = region
-    crop = image.crop(region)
-    width, height = crop.size
-    crop.thumbnail((side, side), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).to(device) / 255
+    (W, H), (left, top, right, bottom) = image_size(image), region
+    width, height = right - left, bottom - top
+    pixels = detector_input(shrink(crop(image, region), side)).to(device)
     objects = {name: value.cpu() for name, value in net([pixels])[0].items()}
     objects = {name: value[objects["scores"] >= score_threshold] for name, value in objects.items()}
-    scale = torch.tensor([width / crop.width, height / crop.height] * 2)
+    scale = torch.tensor([width / pixels.shape[2], height / pixels.shape[1]] * 2)
     boxes = objects["boxes"].float() * scale
     x1, y1, x2, y2 = boxes.unbind(1)
-    is_cut = ((x1 < CUT_MARGIN) & (left > 0)) | ((x2 > width - CUT_MARGIN) & (right < image.width))
-    is_cut |= ((y1 < CUT_MARGIN) & (top > 0)) | ((y2 > height - CUT_MARGIN) & (bottom < image.height))
+    is_cut = ((x1 < CUT_MARGIN) & (left > 0)) | ((x2 > width - CUT_MARGIN) & (right < W))
+    is_cut |= ((y1 < CUT_MARGIN) & (top > 0)) | ((y2 > height - CUT_MARGIN) & (bottom < H))
     boxes = boxes + torch.tensor([left, top, left, top])
     masks = objects["masks"].squeeze(1) > 0.5 if "masks" in objects else None
     return View(*region, boxes, objects["labels"], objects["scores"].float(), masks, is_cut)

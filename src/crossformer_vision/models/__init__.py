@@ -97,3 +97,8 @@ def drop_path_kwargs(model: str, rate: float) -> Kwargs:
             raise
         raise UserError(f"model '{model}' has no stochastic depth. Leave drop_path_rate at 0") from None
     return {"drop_path_rate": rate}
+
+
+def in_chans_kwargs(channels: int) -> Kwargs:
+    """Arguments that build a timm model for images with other than three channels."""
+    return {} if channels == 3 else {"in_chans": channels}

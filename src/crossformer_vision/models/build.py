@@ -3,8 +3,8 @@
 import timm
 from torch import nn
 
-from crossformer_vision.models import img_size_kwargs
-from crossformer_vision.models.dense.detectors import create_detector
+from crossformer_vision.models import img_size_kwargs, in_chans_kwargs
+from crossformer_vision.models.dense.detectors import create_detector, normalization_arguments
 from crossformer_vision.models.dense.segmenters import create_segmenter
 from crossformer_vision.types import Kwargs
 
@@ -20,7 +20,7 @@ def build_model(task: str, options: Kwargs) -> nn.Module:
         UserError: If the options are invalid or the model does not accept them.
     """
     backbone, num_classes = options["backbone"], options["num_classes"]
-    model_args = options.get("model_args") or {}
+    model_args = {**in_chans_kwargs(options.get("in_chans", 3)), **(options.get("model_args") or {})}
     if task == "classification":
         size = img_size_kwargs(backbone, options.get("image_size"))
         return timm.create_model(backbone, num_classes=num_classes, **{**size, **model_args})
@@ -35,6 +35,7 @@ def build_model(task: str, options: Kwargs) -> nn.Module:
         num_classes,
         backbone_args=model_args,
         **given,
+        **normalization_arguments(options.get("image_mean"), options.get("image_std")),
         **(options.get("detector_args") or {}),
     )
 

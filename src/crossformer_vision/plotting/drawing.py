@@ -184,3 +184,38 @@ def add_legend(picture: Image.Image, class_map: NDArray[np.integer], classes: Se
             (x + round(1.4 * size), y + size // 2), names[k], fill="black", font=text_font, anchor="lm"
         )
     return page
+
+
+def denormalize(
+    image: NDArray[np.float32], mean: Sequence[float], std: Sequence[float]
+) -> NDArray[np.float32]:
+    """Convert a network's input of a photograph to an RGB image with values from 0 to 1.
+
+    Args:
+        image: Input, ``(3, H, W)``.
+        mean: Mean that the channels were normalized by.
+        std: Standard deviation that the channels were normalized by.
+
+    Returns:
+        Image, ``(H, W, 3)``.
+    """
+    values = image * np.array(std, np.float32)[:, None, None] + np.array(mean, np.float32)[:, None, None]
+    return values.transpose(1, 2, 0).clip(0, 1)
+
+
+def stretch(image: NDArray[np.float32], channels: Sequence[int] | None = None) -> NDArray[np.float32]:
+    """Convert an image with any channels to RGB, scaled from the 2nd to the 98th percentile of each channel.
+
+    Args:
+        image: Image, ``(C, H, W)``.
+        channels: Channels to show as red, green and blue. ``None`` for the first three, or the first one in
+            gray.
+
+    Returns:
+        Image, ``(H, W, 3)`` with values from 0 to 1.
+    """
+    chosen = channels or ((0, 1, 2) if len(image) >= 3 else (0, 0, 0))
+    values = image[list(chosen)].transpose(1, 2, 0)
+    low, high = np.percentile(values, (2, 98), axis=(0, 1)).astype(np.float32)
+    stretched: NDArray[np.float32] = ((values - low) / np.maximum(high - low, 1e-6)).clip(0, 1)
+    return stretched

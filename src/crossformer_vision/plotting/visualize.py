@@ -61,30 +61,6 @@ def _legend(owner: "Axes | Figure", handles: "Sequence[Artist]", names: Sequence
         text.set_text(shorten(name, MAX_NAME_LENGTH))
 
 
-def denormalize(
-    image: NDArray[np.float32],
-    mean: Sequence[float],
-    std: Sequence[float],
-    channels: tuple[int, int, int] = (0, 1, 2),
-) -> NDArray[np.float32]:
-    """Convert a network's input to an RGB image with values from 0 to 1.
-
-    Args:
-        image: Input, ``(C, H, W)``. If it does not have three channels, it is min-max scaled.
-        mean: Mean that three channels were normalized by.
-        std: Standard deviation that three channels were normalized by.
-        channels: Channels to show if there are more than three. With fewer than three, the first is shown.
-
-    Returns:
-        Image, ``(H, W, 3)``.
-    """
-    if len(image) == 3:
-        image = image * np.array(std, np.float32)[:, None, None] + np.array(mean, np.float32)[:, None, None]
-        return image.transpose(1, 2, 0).clip(0, 1)
-    image = image[list(channels if len(image) > 3 else (0, 0, 0))].transpose(1, 2, 0)
-    return (image - image.min()) / max(float(np.ptp(image)), 1e-6)
-
-
 def plot_curves(rows: Sequence[dict[str, float]], path: Path | None, monitor: str) -> "Figure":
     """Plot losses, validation metrics and learning rate by epoch.
 

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities.types import LRSchedulerTypeUnion
+from numpy.typing import NDArray
 from timm.scheduler.scheduler import Scheduler
+from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import Self, override
@@ -16,8 +19,11 @@ from typing_extensions import Self, override
 from crossformer_vision.compat import batch_progress, epochs_started, get_trainer, setup_fit_data
 from crossformer_vision.data.randomness import RandomStates, get_rng_state, mix_seed, seed_all, set_rng_state
 from crossformer_vision.errors import UserError, check_choice, check_names, check_range
+from crossformer_vision.models import find_model
 from crossformer_vision.models.dense.base import DenseModel
+from crossformer_vision.models.dense.detectors import normalization_kwargs
 from crossformer_vision.models.grouping import ceil_div
+from crossformer_vision.plotting.drawing import denormalize, stretch
 from crossformer_vision.tasks.finetuning import (
     Freeze,
     freeze_parameters,
@@ -66,8 +72,6 @@ class Task(L.LightningModule):
     monitor_mode: Literal["max", "min"] = "max"
     printed_metrics: tuple[str, ...] = ("val_loss",)
     """Metrics that are printed each epoch in addition to ``monitor``."""
-    rgb_channels: tuple[int, int, int] = (0, 1, 2)
-    """Channels that plots show as red, green and blue, for images with more than three."""
     net: Any
     initial_weights = ""
     """Description of the initial weights in one line."""
@@ -165,6 +169,27 @@ class Task(L.LightningModule):
     def _backbone_options(self) -> tuple[str, Kwargs]:
         """Name and arguments of the model or backbone."""
         return self.hparams["backbone"], self.hparams["model_args"] or {}
+
+    @property
+    def normalization(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel, by which images are normalized."""
+        options = self.hparams
+        own = normalization_kwargs(find_model(options["backbone"]), options["in_chans"])
+        return options["image_mean"] or own["image_mean"], options["image_std"] or own["image_std"]
+
+    def displayed(self, image: Tensor, is_normalized: bool = True) -> NDArray[np.float32]:
+        """An image for plots, ``(H, W, 3)`` with values from 0 to 1.
+
+        Args:
+            image: Image of a batch, ``(C, H, W)``.
+            is_normalized: Whether it is normalized.
+        """
+        pixels = image.float().cpu().numpy()
+        is_photograph = getattr(getattr(self._data_module, "pixel_format", None), "is_rgb", True)
+        if is_photograph and len(pixels) == 3:
+            mean, std = self.normalization if is_normalized else ([0.0] * 3, [1.0] * 3)
+            return denormalize(pixels, mean, std)
+        return stretch(pixels, getattr(self._data_module, "display_channels", None))
 
     @property
     def _data_module(self) -> object:

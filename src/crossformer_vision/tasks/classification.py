@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from crossformer_vision.errors import UserError, check_choice, check_range, error_line
 from crossformer_vision.files import write_csv
-from crossformer_vision.models import drop_path_kwargs, find_model, img_size_kwargs
+from crossformer_vision.models import drop_path_kwargs, find_model, img_size_kwargs, in_chans_kwargs
 from crossformer_vision.models.grouping import ceil_div
 from crossformer_vision.plotting import visualize
 from crossformer_vision.tasks.base import Task
@@ -38,6 +38,10 @@ class Classification(Task):
         checkpoint: Start from this file instead, published or own. A classifier for another number of classes
             is initialized anew.
         model_args: Further arguments of the model, such as ``{embed_dim: 48}``.
+        in_chans: Number of channels of the images. The command takes it from the data.
+        image_mean: Mean of each channel, by which images are normalized; null for the backbone's. The command
+            takes it from the data.
+        image_std: Standard deviation of each channel, as ``image_mean``.
         image_size: Side of the images, for models with a fixed input size; null for the model's own. The
             command takes it from the data.
         drop_path_rate: Stochastic depth rate.
@@ -66,6 +70,9 @@ class Classification(Task):
         pretrained: bool | None = False,
         checkpoint: str | None = None,
         model_args: Kwargs | None = None,
+        in_chans: int = 3,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
         image_size: int | None = None,
         drop_path_rate: float = 0.0,
         label_smoothing: float = 0.1,
@@ -86,7 +93,7 @@ class Classification(Task):
             pretrained=published,
             num_classes=num_classes,
             **drop_path_kwargs(backbone, drop_path_rate),
-            **{**img_size_kwargs(backbone, image_size), **(model_args or {})},
+            **{**img_size_kwargs(backbone, image_size), **in_chans_kwargs(in_chans), **(model_args or {})},
         )
         if image_size and not self.net.pretrained_cfg.get("fixed_input_size"):
             self._check_size(image_size)
@@ -140,7 +147,7 @@ class Classification(Task):
         weight = next(self.net.parameters())
         if side == own or weight.is_meta:
             return
-        channels = (self.hparams["model_args"] or {}).get("in_chans", 3)
+        channels = (self.hparams["model_args"] or {}).get("in_chans", self.hparams["in_chans"])
         self.net.eval()
         try:
             with torch.no_grad():
@@ -221,6 +228,7 @@ class Classification(Task):
     def describe(self) -> JsonObject:
         """Classes and preprocessing for a checkpoint."""
         image = resolve_model_data_config(self.net)
+        image["mean"], image["std"] = self.normalization
         if side := self.hparams["image_size"]:
             image["input_size"] = (image["input_size"][0], side, side)
         return {**super().describe(), "image": {k: v for k, v in image.items() if k != "crop_mode"}}
@@ -282,15 +290,9 @@ class Classification(Task):
     def plot(self, plot_dir: Path, classes: list[str]) -> None:
         """Write ``confusion_matrix.png``, ``predictions.png`` and ``classes.csv``."""
         write_csv(plot_dir / "classes.csv", self.class_table(classes))
-        cfg = self.net.pretrained_cfg
         visualize.plot_confusion_matrix(self.matrix.numpy(), classes, plot_dir / "confusion_matrix.png")
         rows = [
-            (
-                visualize.denormalize(image.numpy(), cfg["mean"], cfg["std"], self.rgb_channels),
-                classes[true],
-                classes[predicted],
-                p,
-            )
+            (self.displayed(image), classes[true], classes[predicted], p)
             for image, true, predicted, p in self.plotted
         ]
         visualize.plot_predictions(rows, plot_dir / "predictions.png")

@@ -10,8 +10,8 @@ from torchvision.transforms import v2
 
 from crossformer_vision.data.detection import Batch
 from crossformer_vision.files import write_csv
-from crossformer_vision.models import drop_path_kwargs
-from crossformer_vision.models.dense.detectors import MaskRCNN, create_detector
+from crossformer_vision.models import drop_path_kwargs, in_chans_kwargs
+from crossformer_vision.models.dense.detectors import MaskRCNN, create_detector, normalization_arguments
 from crossformer_vision.models.dense.masks import paste_binary_masks
 from crossformer_vision.models.dense.transform import return_mask_crops
 from crossformer_vision.plotting import visualize
@@ -41,6 +41,10 @@ class Detection(Task):
             another number of classes are initialized anew.
         model_args: Further arguments of the backbone, such as ``{group_size: [14, 14, 7, 7]}``.
         detector_args: Further arguments of torchvision's detector, such as ``{box_score_thresh: 0.01}``.
+        in_chans: Number of channels of the images. The command takes it from the data.
+        image_mean: Mean of each channel, by which images are normalized; null for the backbone's. The command
+            takes it from the data.
+        image_std: Standard deviation of each channel, as ``image_mean``.
         drop_path_rate: Stochastic depth rate of the backbone.
         width: Channels of the pyramid and the heads.
         anchor_scale: Side of a level's smallest anchor, in strides; null for 4 (RetinaNet) or 8 (Mask R-CNN).
@@ -65,6 +69,9 @@ class Detection(Task):
         checkpoint: str | None = None,
         model_args: Kwargs | None = None,
         detector_args: Kwargs | None = None,
+        in_chans: int = 3,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
         drop_path_rate: float = 0.0,
         width: int = 256,
         anchor_scale: float | None = None,
@@ -86,8 +93,13 @@ class Detection(Task):
             max_detections=max_detections,
             min_size=min_size,
             max_size=max_size,
-            backbone_args={**drop_path_kwargs(backbone, drop_path_rate), **(model_args or {})},
+            backbone_args={
+                **drop_path_kwargs(backbone, drop_path_rate),
+                **in_chans_kwargs(in_chans),
+                **(model_args or {}),
+            },
             skip_resize=True,  # in training, the data module resizes
+            **normalization_arguments(image_mean, image_std),
             **(detector_args or {}),
         )
         report = load_checkpoint(self.net, checkpoint) if checkpoint else None
@@ -192,9 +204,7 @@ class Detection(Task):
         )
         rows = []
         for image, truth, predicted in self.plotted:
-            pixels = visualize.denormalize(
-                image.float().cpu().numpy(), (0, 0, 0), (1, 1, 1), self.rgb_channels
-            )
+            pixels = self.displayed(image, is_normalized=False)
             rows.append((pixels, _arrays(truth), _arrays(predicted)))
         visualize.plot_detections(rows, classes, plot_dir / "predictions.png")
 

@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from crossformer_vision.data.class_lists import IGNORED
 from crossformer_vision.errors import UserError
 from crossformer_vision.files import write_csv
-from crossformer_vision.models import drop_path_kwargs, find_model
+from crossformer_vision.models import drop_path_kwargs, in_chans_kwargs
 from crossformer_vision.models.dense.segmenters import UPerNet, create_segmenter
 from crossformer_vision.models.dense.windows import class_map, log_prob_at, segment, view_logits
 from crossformer_vision.plotting import visualize
@@ -41,6 +41,10 @@ class Segmentation(Task):
         checkpoint: Start from this file instead: a segmenter or a backbone, published or own. Layers for
             another number of classes are initialized anew.
         model_args: Further arguments of the backbone, such as ``{group_size: [14, 14, 7, 7]}``.
+        in_chans: Number of channels of the images. The command takes it from the data.
+        image_mean: Mean of each channel, by which images are normalized; null for the backbone's. The command
+            takes it from the data.
+        image_std: Standard deviation of each channel, as ``image_mean``.
         drop_path_rate: Stochastic depth rate of the backbone.
         width: Channels of the pyramid; null for 256 (Semantic FPN) or 512 (UPerNet).
         dropout: Dropout before the classifier.
@@ -71,6 +75,9 @@ class Segmentation(Task):
         pretrained: bool | None = False,
         checkpoint: str | None = None,
         model_args: Kwargs | None = None,
+        in_chans: int = 3,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
         drop_path_rate: float = 0.0,
         width: int | None = None,
         dropout: float = 0.1,
@@ -93,7 +100,11 @@ class Segmentation(Task):
             pretrained=published,
             width=width,
             dropout=dropout,
-            backbone_args={**drop_path_kwargs(backbone, drop_path_rate), **(model_args or {})},
+            backbone_args={
+                **drop_path_kwargs(backbone, drop_path_rate),
+                **in_chans_kwargs(in_chans),
+                **(model_args or {}),
+            },
         )
         report = load_checkpoint(self.net, checkpoint) if checkpoint else None
         self._freeze()
@@ -175,9 +186,9 @@ class Segmentation(Task):
 
     def describe(self) -> JsonObject:
         """Classes and preprocessing for a checkpoint."""
-        cfg = find_model(self.hparams["backbone"])
         sizes = dict(short_side=None, long_side=None, size_divisor=1)
-        return {**super().describe(), "image": dict(mean=list(cfg.mean), std=list(cfg.std), **sizes)}
+        mean, std = self.normalization
+        return {**super().describe(), "image": dict(mean=mean, std=std, **sizes)}
 
     def on_validation_epoch_start(self) -> None:
         """Clear the images of the last validation."""
@@ -235,13 +246,8 @@ class Segmentation(Task):
         ]
         write_csv(plot_dir / "classes.csv", rows)
         visualize.plot_class_bars(classes, iou.numpy(), "IoU", plot_dir / "class_iou.png")
-        cfg = find_model(self.hparams["backbone"])
         rows_plotted = [
-            (
-                visualize.denormalize(image.numpy(), cfg.mean, cfg.std, self.rgb_channels),
-                true.numpy(),
-                predicted.numpy(),
-            )
+            (self.displayed(image), true.numpy(), predicted.numpy())
             for image, true, predicted in self.plotted
         ]
         visualize.plot_segmentations(rows_plotted, classes, plot_dir / "predictions.png")

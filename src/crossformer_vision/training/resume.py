@@ -102,14 +102,17 @@ def _validation_list(run_dir: str) -> JsonObject:
 
 
 def _checkpoint_overrides(checkpoint: Path) -> JsonObject:
-    """Overrides that take weights and class names from the checkpoint."""
-    return {"model.pretrained": False, "model.checkpoint": None, **class_names(checkpoint)}
+    """Overrides that take weights, class names and normalization from the checkpoint."""
+    return {"model.pretrained": False, "model.checkpoint": None, **data_options(checkpoint)}
 
 
-def class_names(checkpoint: Path) -> dict[str, list[str]]:
-    """Class names in a checkpoint of a run, as an option of the data module."""
-    classes = read_checkpoint(checkpoint).get("classes")
-    return {"data.classes": list(classes)} if classes else {}
+def data_options(checkpoint: Path) -> JsonObject:
+    """Class names and normalization in a checkpoint of a run, as options of the data module."""
+    content = read_checkpoint(checkpoint)
+    options = {f"data.{name}": content[name] for name in ("classes", "mean", "std") if content.get(name)}
+    if content.get("pixel_format"):
+        options["data.channels"] = content["pixel_format"]["channels"]
+    return options
 
 
 def _without_augmentation(config: str) -> str:

@@ -170,6 +170,8 @@ def _print_start(
         f"precision: {trainer.precision} on {trainer.strategy.root_device.type}",
         flush=True,
     )
+    if not data.pixel_format.is_rgb:
+        print(f"images have {data.pixel_format}", flush=True)
     if not resume and task.initial_weights:
         print(task.initial_weights, flush=True)
     if line := task.describe_frozen():

@@ -125,7 +125,8 @@ def test_any_timm_backbone_trains(name, backbone):
     assert all(result["boxes"].dtype == torch.float32 for result in low)
 
 
-@pytest.mark.parametrize("name", ["retinanet", pytest.param("mask_rcnn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn"])
 def test_overfits_one_image(name):
     torch.manual_seed(0)
     detector = create_detector(name, "crossformer_nano", **SMALL).train()

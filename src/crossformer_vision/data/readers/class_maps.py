@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crossformer_vision.data.class_lists import UNKNOWN, ClassList
-from crossformer_vision.data.images import EXTENSIONS, apply_orientation, error_summary, files_below
+from crossformer_vision.data.images import EXTENSIONS, error_summary, files_below, open_upright
+from crossformer_vision.data.rasters import AnyImage, image_size
 from crossformer_vision.errors import UserError
 from crossformer_vision.models.grouping import ceil_div
 
@@ -61,14 +62,13 @@ class ClassMapImages:
         """Path of an image."""
         return str(self.pairs[index][0])
 
-    def read(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
+    def read(self, index: int) -> tuple[AnyImage, NDArray[np.uint8]]:
         """An upright image and its class map, shape ``(H, W)``.
 
         Raises:
             UserError: If the class map cannot be read, has another size or colors, or has an invalid value.
         """
         path, label = self.pairs[index]
-        image: Image.Image = Image.open(path)
         try:
             class_map = Image.open(label)
             values = self._values_of_colors(class_map, label) if self.colors else stored_values(class_map)
@@ -81,10 +81,11 @@ class ClassMapImages:
                 f"{label}: a class map has one class index per pixel (grayscale or palette), not "
                 f"{class_map.mode}. For classes in colors, list colors in classes.json"
             )
-        image = apply_orientation(image, label_size=class_map.size)
-        if class_map.size != image.size:
+        image = open_upright(path, label_size=class_map.size)
+        if class_map.size != image_size(image):
             raise UserError(
-                f"{label}: has {_format_size(class_map)} pixels, its image {path} {_format_size(image)} "
+                f"{label}: has {_format_size(class_map.size)} pixels, its image {path} "
+                f"{_format_size(image_size(image))} "
                 "(after EXIF orientation)"
             )
         is_wrong = ~((values >= 0) & (values <= 255) & (values == np.floor(values)))  # NaN too
@@ -129,8 +130,8 @@ def stored_values(class_map: Image.Image) -> NDArray[np.number]:
     return values.astype(np.uint8) if class_map.mode == "1" else values
 
 
-def _format_size(image: Image.Image) -> str:
-    return f"{image.width}x{image.height}"
+def _format_size(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
 def uses_0_and_255(pairs: list[tuple[Path, Path]], classes: ClassList) -> bool:

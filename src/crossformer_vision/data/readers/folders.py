@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from crossformer_vision.data.images import EXTENSIONS, StringArray, apply_orientation, is_hidden, names_below
+from crossformer_vision.data.images import EXTENSIONS, StringArray, is_hidden, names_below, open_upright
 from crossformer_vision.data.randomness import mix_seed
+from crossformer_vision.data.rasters import AnyImage
 from crossformer_vision.errors import UserError, counted
 
 log = logging.getLogger("crossformer_vision")
@@ -36,9 +36,9 @@ class LabeledImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[AnyImage, int]:
         """An upright image and its class index."""
-        return apply_orientation(Image.open(self.name(index))), int(self.labels[index])
+        return open_upright(self.name(index)), int(self.labels[index])
 
     def name(self, index: int) -> str:
         """Path of an image."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from crossformer_vision.data.images import names_below, orientation_of
+from crossformer_vision.data.rasters import raster_size
 
 
 def find_listed_images(names: Sequence[str], folder: Path) -> list[str | None]:
@@ -63,6 +64,8 @@ def stored_size(path: Path) -> tuple[int, int]:
     Raises:
         OSError: If the file is missing or is not an image.
     """
+    if (size := raster_size(path)) is not None:
+        return size
     with Image.open(path) as image:
         width, height = image.size
         return (height, width) if orientation_of(image) >= 5 else (width, height)
@@ -72,5 +75,5 @@ def header_size(path: Path) -> tuple[int, int]:
     """``stored_size``, or 0 and 0 for a file that cannot be read, which is reported when it is used."""
     try:
         return stored_size(path)
-    except OSError:
+    except Exception:  # decoders raise errors of any kind
         return 0, 0

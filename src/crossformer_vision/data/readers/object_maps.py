@@ -2,9 +2,9 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from crossformer_vision.data.class_lists import IGNORED
+from crossformer_vision.data.rasters import AnyImage, image_size
 from crossformer_vision.data.readers.objects import ObjectImages
 from crossformer_vision.errors import UserError
 
@@ -55,10 +55,11 @@ class ObjectMaps:
         """Path of an image."""
         return self.objects.name(index)
 
-    def read(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
+    def read(self, index: int) -> tuple[AnyImage, NDArray[np.uint8]]:
         """An upright image and its class map, shape ``(H, W)``."""
         image, target = self.objects.read(index)
-        class_map = np.full((image.height, image.width), self.table[0], np.uint8)
+        width, height = image_size(image)
+        class_map = np.full((height, width), self.table[0], np.uint8)
         masks = target["masks"].astype(bool)
         for n in np.argsort(-masks.sum((1, 2)), kind="stable"):
             class_map[masks[n]] = IGNORED if target["iscrowd"][n] else self.table[target["labels"][n]]

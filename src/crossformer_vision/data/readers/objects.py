@@ -13,9 +13,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from crossformer_vision.data.images import StringArray, apply_orientation
+from crossformer_vision.data.images import StringArray, open_upright
+from crossformer_vision.data.rasters import AnyImage, image_size
 from crossformer_vision.data.readers.coco_masks import decode_mask
 from crossformer_vision.errors import UserError, counted
 from crossformer_vision.types import CocoId, JsonObject, ObjectTarget, Polygons
@@ -213,7 +213,7 @@ class ObjectImages:
         """File with the labels of an image."""
         return self.annotations
 
-    def read(self, index: int) -> tuple[Image.Image, ObjectTarget]:
+    def read(self, index: int) -> tuple[AnyImage, ObjectTarget]:
         """Read an image and its objects.
 
         Args:
@@ -228,10 +228,11 @@ class ObjectImages:
         """
         width, height = self.sizes[index].tolist()
         path = self.folder / self.names[index]
-        image = apply_orientation(Image.open(path), label_size=(width, height))
-        if image.size != (width, height):
+        image = open_upright(path, label_size=(width, height))
+        found = image_size(image)
+        if found != (width, height):
             raise UserError(
-                f"{path}: is {image.size[0]}x{image.size[1]} (after its EXIF orientation is applied), but "
+                f"{path}: is {found[0]}x{found[1]} (after its EXIF orientation is applied), but "
                 f"{width}x{height} in {self.label_file(index)}"
             )
         rows = slice(self.first[index], self.first[index + 1])

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from crossformer_vision.data.images import EXTENSIONS, StringArray, apply_orientation, is_hidden
+from crossformer_vision.data.images import EXTENSIONS, StringArray, is_hidden, open_upright
+from crossformer_vision.data.rasters import AnyImage
 from crossformer_vision.errors import UserError
 
 
@@ -55,12 +55,12 @@ class TarImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[AnyImage, int]:
         """An upright image and its label."""
         with open(self.path, "rb") as file:
             file.seek(int(self.offsets[index]))
             content = file.read(int(self.sizes[index]))
-        return apply_orientation(Image.open(io.BytesIO(content))), int(self.labels[index])
+        return open_upright(io.BytesIO(content)), int(self.labels[index])
 
     def name(self, index: int) -> str:
         """Path of an image, for messages."""

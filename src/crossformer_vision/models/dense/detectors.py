@@ -298,6 +298,11 @@ def normalization_kwargs(cfg: PretrainedCfg, channels: int) -> dict[str, list[fl
     return {name: [sum(values) / len(values)] * channels for name, values in kwargs.items()}
 
 
+def normalization_arguments(mean: list[float] | None, std: list[float] | None) -> Kwargs:
+    """Arguments of a detector for a mean and standard deviation other than the backbone's, if given."""
+    return {} if mean is None or std is None else {"image_mean": mean, "image_std": std}
+
+
 DETECTORS = {"retinanet": RetinaNet, "mask_rcnn": MaskRCNN}
 
 
@@ -337,7 +342,7 @@ def create_detector(
             ``box_score_thresh``, ``image_mean`` and ``image_std`` (default: the backbone's).
 
     Returns:
-        A module that takes a list of images ``(3, H, W)`` with values from 0 to 1, of any sizes. In training
+        A module that takes a list of images ``(C, H, W)`` with values from 0 to 1, of any sizes. In training
         it also takes a list of targets (``boxes`` ``(n, 4)`` in pixels, ``labels`` ``(n,)``, ``masks``
         ``(n, H, W)``) and returns a dictionary of losses. In evaluation it returns a list of dictionaries
         with ``boxes``, ``labels``, ``scores`` and, from Mask R-CNN, ``masks`` ``(n, 1, H, W)`` as
