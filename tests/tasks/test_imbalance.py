@@ -1,4 +1,4 @@
-"""Tests for class weights, balanced sampling and the focal loss of classifiers."""
+"""Tests for class weights, balanced sampling and the focal loss."""
 
 import csv
 
@@ -6,13 +6,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from label_formats import write_yolo
 from PIL import Image
 from small_runs import CLASSIFICATION
+from spectral_images import write_detection, write_segmentation
 
-from crossformer_vision import Classification, ClassificationData, UserError
+from crossformer_vision import (
+    Classification,
+    ClassificationData,
+    DetectionData,
+    Segmentation,
+    SegmentationData,
+    UserError,
+    create_detector,
+)
 from crossformer_vision.cli import main
 from crossformer_vision.data.sampling import EpochBatches, sampling_weights
-from crossformer_vision.tasks.classification import focal_loss
+from crossformer_vision.tasks.class_weights import create_class_weights
+from crossformer_vision.tasks.classification_losses import focal_loss
 
 OWN_DATA = [o for o in CLASSIFICATION if o not in ("--data.train_images", "--data.val_images", "64", "20")]
 COUNTS = {"cat": 24, "dog": 6, "owl": 2}
@@ -39,7 +50,9 @@ def drawn(root, **options):
 def test_balanced_sampling_draws_classes_equally(root):
     labels = np.repeat([0, 1, 2], [900, 90, 10])
     for power, shares in ((1.0, [1 / 3] * 3), (0.5, [0.699, 0.221, 0.0737])):
-        batches = EpochBatches(1000, 10, 0, True, weights=sampling_weights(labels, power))
+        batches = EpochBatches(
+            1000, 10, 0, True, weights=sampling_weights(labels[:, None] == np.arange(3), power)
+        )
         chosen = np.bincount([labels[i] for batch in batches for _, i in batch]) / 1000
         np.testing.assert_allclose(chosen, shares, atol=0.05)
     assert drawn(root).count(0) == 24
@@ -47,7 +60,7 @@ def test_balanced_sampling_draws_classes_equally(root):
 
 
 def test_balanced_sampling_is_the_same_for_two_processes():
-    weights = sampling_weights(np.arange(40) % 3, 1.0)
+    weights = sampling_weights(np.arange(40)[:, None] % 3 == np.arange(3), 1.0)
     one = EpochBatches(40, 8, 5, True, weights=weights)
     both = [EpochBatches(40, 4, 5, True, rank, 2, weights=weights) for rank in range(2)]
     for batches in (one, *both):
@@ -111,3 +124,56 @@ def test_invalid_options(options, message):
 def test_digits_cannot_be_balanced(capsys):
     assert main(["train", *CLASSIFICATION, "--data.sampling", "balanced"]) == 1
     assert "the bundled digits: balancing classes needs class folders" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "mask_rcnn"])
+def test_class_weights_of_detectors(detector, tmp_path):
+    torch.manual_seed(0)
+    net = create_detector(detector, "crossformer_nano", 2, width=16, min_size=64, max_size=64).train()
+    images = [torch.rand(3, 64, 64) for _ in range(2)]
+    target = {"boxes": torch.tensor([[4.0, 4, 40, 40]]), "masks": torch.ones(1, 64, 64, dtype=torch.uint8)}
+    targets = [{**target, "labels": torch.tensor([label])} for label in (1, 2)]
+
+    def losses(weights):
+        net.set_class_weights(None if weights is None else torch.tensor(weights))
+        torch.manual_seed(0)
+        return net(images, targets)
+
+    name = "classification" if detector == "retinanet" else "loss_classifier"
+    plain, ones, doubled = losses(None), losses([1.0, 1.0]), losses([1.0, 9.0])
+    for key, value in plain.items():
+        torch.testing.assert_close(ones[key], value)
+        assert (doubled[key] > value) == (key == name)
+
+
+def test_balancing_of_objects_and_pixels(tmp_path):
+    write_yolo(tmp_path / "yolo")
+    data = DetectionData(root=str(tmp_path / "yolo"), sampling="balanced", num_workers=0, batch_size=2)
+    counts = data.class_counts()
+    source = data.open("train").source
+    assert counts.sum() == len(source.labels) and counts[source.labels[0] - 1] > 0
+    data.train_dataloader()
+    root = write_segmentation(tmp_path / "maps")
+    maps = SegmentationData(root=str(root), sampling="sqrt", num_workers=0, crop_size=32)
+    assert maps.class_counts().tolist() == [4 * (40 * 48 - 600), 4 * 600]
+    maps.train_dataloader()
+    task = Segmentation(num_classes=2, class_weights="balanced", in_chans=4)
+    weights = create_class_weights(task.class_weights, maps)
+    assert float(weights @ torch.tensor([1320.0, 600]) / 1920) == pytest.approx(1)
+    task.loss_weights = weights
+    logits, labels = torch.randn(1, 2, 4, 4), torch.randint(0, 2, (1, 4, 4))
+    expected = (F.cross_entropy(logits, labels, reduction="none") * weights[labels]).mean()
+    torch.testing.assert_close(task.compute_loss(logits, labels), expected)
+    with pytest.raises(UserError, match="bundled digits"):
+        DetectionData(sampling="balanced").train_dataloader()
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_runs_of_dense_tasks_with_balanced_classes(task, tmp_path):
+    root = {"detection": write_detection, "segmentation": write_segmentation}[task](tmp_path / "data")
+    sizes = {"detection": "--model.min_size 64 --model.max_size 64", "segmentation": "--data.crop_size 48"}
+    options = f"""--trainer.max_epochs 1 --data.num_workers 0 --data.batch_size 2 {sizes[task]}
+      --model.width 16 --model.class_weights balanced --data.sampling sqrt --run.dir {tmp_path}/run""".split()
+    assert main(["train", str(root), *options]) == 0
+    columns = next(csv.reader((tmp_path / "run/classes.csv").open()))
+    assert ("objects" if task == "detection" else "pixels") in columns

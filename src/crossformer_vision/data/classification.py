@@ -20,21 +20,24 @@ from crossformer_vision.data.classification_transforms import (
 from crossformer_vision.data.loader import SeededLoader
 from crossformer_vision.data.module import SYNONYMS, BaseDataModule
 from crossformer_vision.data.rasters import Pixels
-from crossformer_vision.data.readers.csv_labels import CsvImages
+from crossformer_vision.data.readers.csv_labels import MultiLabelImages, read_csv, select_split
 from crossformer_vision.data.readers.digits import DigitImages
 from crossformer_vision.data.readers.folders import FolderImages, LabeledImages, hold_out
 from crossformer_vision.data.readers.named_datasets import HuggingFaceImages, TimmImages
 from crossformer_vision.data.readers.shards import ShardImages, find_shards
 from crossformer_vision.data.readers.tar import TarImages
-from crossformer_vision.data.sampling import ReadImages, Source, sampling_weights
+from crossformer_vision.data.sampling import SAMPLING_POWERS, ReadImages, Source, sampling_weights
 from crossformer_vision.errors import NoSuchSplit, UserError, check_choice, check_range
 from crossformer_vision.models import find_model
 from crossformer_vision.types import JsonObject, Kwargs
 
 log = logging.getLogger("crossformer_vision")
 
-SAMPLING_POWERS = {"none": 0.0, "sqrt": 0.5, "balanced": 1.0}
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random")
+
+
+Label = int | NDArray[np.float32]
+"""Index of the class of an image, or 1 for each of its classes, ``(num_classes,)``."""
 
 
 class LabeledSource(Source, Protocol):
@@ -47,7 +50,7 @@ class LabeledSource(Source, Protocol):
     classes: list[str]
 
 
-def _transform_image(transform: Transform, image: Pixels, label: int) -> tuple[Tensor, int]:
+def _transform_image(transform: Transform, image: Pixels, label: Label) -> tuple[Tensor, Label]:
     """Apply a transform to the image of a sample."""
     return transform(image), label
 
@@ -95,6 +98,8 @@ class ClassificationData(BaseDataModule):
         sampling: How often classes occur in training: ``none`` for each image once per epoch, ``balanced``
             for all classes equally often, ``sqrt`` in between. Images are then drawn with replacement.
         skip_corrupt: Skip and count unreadable images instead of stopping at the first.
+        multi_label: CSV only: classes are independent, even if each image has one. Always so if an image has
+            several.
         seed: Seed of order, augmentation and digits.
         **pixels: See ``BaseDataModule``.
 
@@ -131,6 +136,7 @@ class ClassificationData(BaseDataModule):
         seed: int = 0,
         image_column: str | None = None,
         label_column: str | None = None,
+        multi_label: bool = False,
         **pixels: Any,
     ) -> None:
         super().__init__(
@@ -148,6 +154,7 @@ class ClassificationData(BaseDataModule):
                     f"--data.{name} {column}: only for a Hugging Face dataset (--data.dataset hfds/NAME)"
                 )
         self.val_share, self.val_list, self.sampling = val_share, val_list, sampling
+        self.multi_label = multi_label
         self.held_out: list[str] = []  # validation images of a folder without splits
         self.model_cfg = find_model(backbone)
         self.dataset, self.download = dataset, download
@@ -164,7 +171,7 @@ class ClassificationData(BaseDataModule):
         if not isinstance(source, (LabeledImages, TarImages, ShardImages)) and source.classes != self.classes:
             name = self.dataset or "the digits"
             raise UserError(f"{name}: has other classes than the run: {', '.join(self.classes[:5])}, …")
-        if len(self.classes) < 2:
+        if len(self.classes) < 2 and not isinstance(source, MultiLabelImages):
             source_name = self.root or self.dataset
             raise UserError(
                 f"{source_name}: has one class, '{self.classes[0]}'; a classifier needs two or more"
@@ -285,12 +292,18 @@ class ClassificationData(BaseDataModule):
             raise UserError(
                 f"{file}: no such file. --data.root needs a CSV file with the columns path and label"
             )
-        images = CsvImages(file, self.classes)
+        images, splits = read_csv(file, self.classes, self.multi_label)
         self.label_format = "CSV"
-        if not images.splits:
+        if not splits:
             return self._part(images, file, stage)
         self.note_split(stage, file)
-        return images.select_split(self.split_names(stage))
+        return select_split(file, images, splits, self.split_names(stage))
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether images have any number of classes. Opens the data."""
+        self._open_any()
+        return any(isinstance(images.source, MultiLabelImages) for images in self.images.values())
 
     def _size(self) -> int:
         return self.image_size or self.model_cfg.input_size[-1]
@@ -322,26 +335,30 @@ class ClassificationData(BaseDataModule):
     def training_size(self) -> tuple[int, int]:
         return self._size(), self._size()
 
-    def _training_labels(self) -> NDArray[np.int32]:
-        """Class index of each training image.
+    def _training_presence(self) -> NDArray[np.bool_]:
+        """Whether each training image has each class, ``(images, classes)``.
 
         Raises:
-            UserError: If they are only known after the images are read.
+            UserError: If it is only known after the images are read.
         """
         source = self.open("train").source
         if not isinstance(source, (LabeledImages, TarImages, ShardImages)):
             name = self.dataset or "the bundled digits"
             raise UserError(f"{name}: balancing classes needs class folders, tar files, shards or a CSV file")
-        return source.labels
+        if isinstance(source, MultiLabelImages):
+            return source.presence
+        return source.labels[:, None] == np.arange(self.num_classes)
 
+    @override
     def class_counts(self) -> NDArray[np.int64]:
         """Number of training images of each class."""
-        return np.bincount(self._training_labels(), minlength=self.num_classes)
+        counts: NDArray[np.int64] = self._training_presence().sum(0)
+        return counts
 
     def train_dataloader(self) -> SeededLoader:
         """Loader of the training images."""
         power = SAMPLING_POWERS[self.sampling]
-        weights = sampling_weights(self._training_labels(), power) if power else None
+        weights = sampling_weights(self._training_presence(), power) if power else None
         return self.create_loader("train", weights=weights)
 
     @override

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -22,7 +23,7 @@ from crossformer_vision.data.readers.digits import DigitObjects
 from crossformer_vision.data.readers.objects import ObjectImages
 from crossformer_vision.data.readers.voc import VocImages, find_voc_split
 from crossformer_vision.data.readers.yolo import YoloImages, find_yolo_images, read_yolo_dataset
-from crossformer_vision.data.sampling import ReadImages
+from crossformer_vision.data.sampling import SAMPLING_POWERS, ReadImages, sampling_weights
 from crossformer_vision.errors import UserError, check_choice
 from crossformer_vision.types import CocoId, JsonObject
 
@@ -72,6 +73,9 @@ class DetectionData(BaseDataModule):
         image_size: Digits only: side of the images in pixels.
         train_images: Digits only: images per epoch.
         val_images: Digits only: validation images.
+        sampling: How often classes occur in training: ``none`` for each image once per epoch, ``balanced``
+            to draw images by the rarest of their classes, all equally often, ``sqrt`` in between. Images are
+            then drawn with replacement.
         skip_corrupt: Skip and count unreadable images instead of stopping at the first.
         classes: Class names in the order of their labels; null for those of the training file, in the order
             of their ids. The command takes those of a run that it resumes or validates.
@@ -102,6 +106,7 @@ class DetectionData(BaseDataModule):
         image_size: int = 128,
         train_images: int = 1000,
         val_images: int = 200,
+        sampling: Literal["none", "balanced", "sqrt"] = "none",
         skip_corrupt: bool = False,
         classes: list[str] | None = None,
         seed: int = 0,
@@ -112,6 +117,8 @@ class DetectionData(BaseDataModule):
         )
         if format is not None:
             check_choice("format", format, tuple(FORMATS))
+        check_choice("sampling", sampling, tuple(SAMPLING_POWERS))
+        self.sampling = sampling
         self.format = format
         self.masks = detector == "mask_rcnn"
         self.min_sizes = [min_size] if isinstance(min_size, int) else list(min_size)
@@ -214,12 +221,39 @@ class DetectionData(BaseDataModule):
     def training_size(self) -> tuple[int, int]:
         return self.min_sizes[-1], self.max_size
 
+    def _training_objects(self) -> ObjectImages:
+        """Training images with objects.
+
+        Raises:
+            UserError: If these are the bundled digits.
+        """
+        source = self.open("train").source
+        if not isinstance(source, ObjectImages):
+            raise UserError("the bundled digits: balancing classes needs data of your own (--data.root)")
+        return source
+
+    @override
+    def class_counts(self) -> NDArray[np.int64]:
+        source = self._training_objects()
+        return np.bincount(source.labels[source.iscrowd == 0] - 1, minlength=self.num_classes)
+
+    def _sampling_weights(self) -> NDArray[np.float64] | None:
+        """Sampling weight of each training image."""
+        if not (power := SAMPLING_POWERS[self.sampling]):
+            return None
+        source = self._training_objects()
+        presence = np.zeros((len(source), self.num_classes), bool)
+        presence[source.image, source.labels - 1] = True
+        return sampling_weights(presence, power)
+
     def train_dataloader(self) -> SeededLoader:
         """Loader of the training images, in batches that are all wide or all tall."""
         source = self.open("train").source
         assert isinstance(source, (ObjectImages, DigitObjects))
         is_tall = [int(height > width) for width, height in np.asarray(source.sizes).tolist()]
-        return self.create_loader("train", collate=collate_detection, kinds=is_tall)
+        return self.create_loader(
+            "train", collate=collate_detection, kinds=is_tall, weights=self._sampling_weights()
+        )
 
     @override
     def val_dataloader(self) -> SeededLoader:

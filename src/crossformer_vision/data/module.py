@@ -222,6 +222,10 @@ class BaseDataModule(L.LightningDataModule):
         split, common = self.splits[stage], SYNONYMS[stage]
         return (split, *common) if split in common else (split,)
 
+    def class_counts(self) -> NDArray[np.int64]:
+        """Number of training images, objects or pixels of each class."""
+        raise NotImplementedError
+
     def describe(self) -> JsonObject:
         """Metadata for checkpoints: class names and preprocessing."""
         raise NotImplementedError

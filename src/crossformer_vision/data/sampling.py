@@ -120,16 +120,21 @@ class SeededDataset(Dataset[object]):
         return samples
 
 
-def sampling_weights(labels: NDArray[np.integer], power: float) -> NDArray[np.float64]:
-    """Sampling weight of each sample, from the number of samples of its class.
+SAMPLING_POWERS = {"none": 0.0, "sqrt": 0.5, "balanced": 1.0}
+"""Exponents of ``sampling_weights``."""
+
+
+def sampling_weights(presence: NDArray[np.bool_], power: float) -> NDArray[np.float64]:
+    """Sampling weight of each sample, from the number of samples of its rarest class.
 
     Args:
-        labels: Class index of each sample.
-        power: Exponent of the number: 1 draws all classes equally often, 0.5 is a compromise with 0, their
-            natural frequencies.
+        presence: Whether each sample has each class, ``(samples, classes)``. Samples without a class count as
+            one more class.
+        power: Exponent of the number: 1 draws all classes equally often if each sample has one, 0.5 is a
+            compromise with 0, their natural frequencies.
     """
-    counts = np.bincount(labels).clip(1)
-    weights: NDArray[np.float64] = counts[labels] ** -power
+    presence = np.column_stack([presence, ~presence.any(1)])
+    weights: NDArray[np.float64] = (presence * presence.sum(0).clip(1) ** -power).max(1)
     return weights
 
 

@@ -1,10 +1,13 @@
 """Data module of semantic segmentation."""
 
 import logging
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
+from rich.progress import track
 from torchvision.datasets import Cityscapes
 from typing_extensions import override
 
@@ -18,7 +21,7 @@ from crossformer_vision.data.readers.coco import CocoImages, find_coco_split
 from crossformer_vision.data.readers.digits import DigitMaps
 from crossformer_vision.data.readers.object_maps import ObjectMaps
 from crossformer_vision.data.readers.yolo import YoloImages, find_yolo_images, read_yolo_dataset
-from crossformer_vision.data.sampling import ReadImages
+from crossformer_vision.data.sampling import SAMPLING_POWERS, ReadImages, sampling_weights
 from crossformer_vision.data.segmentation_transforms import ToInput, TrainingTransform, ValidationTransform
 from crossformer_vision.errors import NoSuchSplit, UserError, check_choice, error_line
 from crossformer_vision.models import find_model
@@ -67,6 +70,9 @@ class SegmentationData(BaseDataModule):
         num_workers: Processes that read images; null for one less than the number of cores, at most 8.
         train_images: Digits only: images per epoch.
         val_images: Digits only: validation images.
+        sampling: How often classes occur in training: ``none`` for each image once per epoch, ``balanced``
+            to draw images by the rarest of their classes, all equally often, ``sqrt`` in between. Images are
+            then drawn with replacement.
         skip_corrupt: Skip and count unreadable images instead of stopping at the first.
         classes: Class names in their order; null for those of the data. The command takes those of a run that
             it resumes or validates.
@@ -98,6 +104,7 @@ class SegmentationData(BaseDataModule):
         num_workers: int | None = None,
         train_images: int = 1000,
         val_images: int = 200,
+        sampling: Literal["none", "balanced", "sqrt"] = "none",
         skip_corrupt: bool = False,
         classes: list[str] | None = None,
         seed: int = 0,
@@ -108,6 +115,8 @@ class SegmentationData(BaseDataModule):
         )
         if format is not None:
             check_choice("format", format, ("maps", "coco", "yolo"))
+        check_choice("sampling", sampling, tuple(SAMPLING_POWERS))
+        self.sampling = sampling
         self.format = format
         self.model_cfg = find_model(backbone)
         self.sides = short_side, long_side, size_divisor
@@ -207,9 +216,31 @@ class SegmentationData(BaseDataModule):
     def training_size(self) -> tuple[int, int]:
         return self.crop_size, self.crop_size
 
+    @cached_property
+    def _training_pixels(self) -> NDArray[np.int64]:
+        """Pixels of each class in each training image, ``(images, classes)``, counted in all class maps."""
+        source: Any = self.open("train").source
+        counts = np.zeros((len(source), self.num_classes), np.int64)
+        for n in track(range(len(source)), "counting pixels of each class", transient=True):
+            try:
+                _, class_map = source.read(n)
+            except UserError:
+                raise
+            except Exception:  # the image cannot be read, which is reported when it is used
+                continue
+            counts[n] = np.bincount(class_map.ravel(), minlength=256)[: self.num_classes]
+        return counts
+
+    @override
+    def class_counts(self) -> NDArray[np.int64]:
+        counts: NDArray[np.int64] = self._training_pixels.sum(0)
+        return counts
+
     def train_dataloader(self) -> SeededLoader:
         """Loader of the training crops."""
-        return self.create_loader("train")
+        power = SAMPLING_POWERS[self.sampling]
+        weights = sampling_weights(self._training_pixels > 0, power) if power else None
+        return self.create_loader("train", weights=weights)
 
     @override
     def val_dataloader(self) -> SeededLoader:

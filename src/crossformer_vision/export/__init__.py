@@ -184,6 +184,8 @@ def export_metadata(predictor: Predictor) -> JsonObject:
         "values": info.values,
         "image": info.image,
     }
+    if info.thresholds is not None:
+        metadata["thresholds"] = info.thresholds
     if not info.pixel_format.is_rgb:
         metadata["pixel_format"] = asdict(info.pixel_format)
         metadata["display_channels"] = info.display_channels

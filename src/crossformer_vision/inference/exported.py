@@ -157,6 +157,7 @@ def load_exported(path: Path) -> tuple[nn.Module, ModelInfo]:
         min_score=content.get("min_score") or 0.0,
         pixel_format=PixelFormat(**content.get("pixel_format") or {}),
         display_channels=content.get("display_channels"),
+        thresholds=content.get("thresholds"),
     )
     size = content.get("size")
     if info.task == "detection":

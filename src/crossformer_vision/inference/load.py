@@ -133,6 +133,7 @@ def restore_model(checkpoint: Checkpoint, source: str) -> tuple[nn.Module, Model
         test_scales=tuple(options.get("test_scales") or (1.0,)),
         pixel_format=PixelFormat(**checkpoint.get("pixel_format") or {}),
         display_channels=checkpoint.get("display_channels"),
+        thresholds=checkpoint.get("thresholds"),
     )
     if info.task == "segmentation":
         info.test = {

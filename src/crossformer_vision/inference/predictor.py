@@ -18,6 +18,7 @@ from crossformer_vision.inference.inputs import ImageInput, open_image, square_c
 from crossformer_vision.inference.results import (
     ClassificationResult,
     DetectionResult,
+    MultiLabelResult,
     Result,
     SegmentationResult,
 )
@@ -51,6 +52,7 @@ class ModelInfo:
         test_scales: Image scales of segmenters.
         min_score: Minimum score of objects that an exported detector returns.
         pixel_format: Channels and values of the images.
+        thresholds: Minimum probability of each class, for images with any number of classes.
         display_channels: Channels that plots show, for images that are not photographs.
     """
 
@@ -66,6 +68,7 @@ class ModelInfo:
     min_score: float = 0.0
     pixel_format: PixelFormat = RGB
     display_channels: list[int] | None = None
+    thresholds: list[float] | None = None
 
 
 class Predictor(ABC):
@@ -203,8 +206,13 @@ class ClassificationPredictor(Predictor):
         for (image, name), image_logits in zip(images, logits.split(counts), strict=True):
             if not torch.isfinite(image_logits).all():
                 raise UserError(f"{name}: the network's output is NaN in {self.dtype}. Use float32")
-            probabilities = image_logits.softmax(1).mean(0).cpu().numpy()
-            results.append(ClassificationResult(name, self.picture(image), self.classes, probabilities))
+            picture, thresholds = self.picture(image), self.info.thresholds
+            if thresholds is None:
+                probabilities = image_logits.softmax(1).mean(0).cpu().numpy()
+                results.append(ClassificationResult(name, picture, self.classes, probabilities))
+            else:
+                probabilities = image_logits.sigmoid().mean(0).cpu().numpy()
+                results.append(MultiLabelResult(name, picture, self.classes, probabilities, thresholds))
         return results
 
 

@@ -77,6 +77,43 @@ class ClassificationResult(ResultMixin):
 
 
 @dataclass(repr=False, eq=False)
+class MultiLabelResult(ResultMixin):
+    """Classes of an image, any number of which it may have.
+
+    Attributes:
+        name: File name of the image.
+        image: RGB image.
+        classes: Names of the classes.
+        probabilities: Probability of each class, ``(classes,)``.
+        thresholds: Minimum probability of each class.
+    """
+
+    name: str
+    image: Image.Image
+    classes: Sequence[str]
+    probabilities: NDArray[np.float32]
+    thresholds: Sequence[float]
+
+    def labels(self) -> list[tuple[str, float]]:
+        """The classes that reach their threshold and their probabilities, highest first."""
+        order = np.argsort(-self.probabilities)
+        is_found = self.probabilities >= np.array(self.thresholds, np.float32)
+        return [(self.classes[i], float(self.probabilities[i])) for i in order if is_found[i]]
+
+    def __str__(self) -> str:
+        return f"{self.name}: " + (", ".join(f"{name} {p:.1%}" for name, p in self.labels()) or "no class")
+
+    def plot(self) -> Image.Image:
+        """The image with its classes as a caption."""
+        captions = [f"{name} {p:.1%}" for name, p in self.labels()]
+        return drawing.add_caption(self.image, captions or ["no class"])
+
+    def to_dict(self) -> JsonObject:
+        """The classes, as written to ``predictions.json``."""
+        return {"image": self.name, "classes": [{"class": c, "probability": p} for c, p in self.labels()]}
+
+
+@dataclass(repr=False, eq=False)
 class DetectionResult(ResultMixin):
     """Objects detected in an image.
 
@@ -201,4 +238,4 @@ class SegmentationResult(ResultMixin):
         return {"image": self.name, "width": self.image.width, "height": self.image.height, "areas": areas}
 
 
-Result = ClassificationResult | DetectionResult | SegmentationResult
+Result = ClassificationResult | MultiLabelResult | DetectionResult | SegmentationResult

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # matplotlib is imported only when a plot is drawn
     from matplotlib.figure import Figure
 
 MAX_NAME_LENGTH = 24  # characters of a class name in a plot
-METRIC_LABELS = {"miou": "mIoU", "accuracy_top5": "top-5 accuracy"}
+METRIC_LABELS = {"miou": "mIoU", "map": "mAP", "f1": "F1", "accuracy_top5": "top-5 accuracy"}
 
 
 def metric_label(metric: str) -> str:

@@ -396,6 +396,9 @@ class Task(L.LightningModule):
             **kwargs,
         )
 
+    def use_thresholds(self, thresholds: list[float]) -> None:
+        """Validate at the thresholds of a checkpoint instead of choosing them. Does nothing by default."""
+
     def plot(self, plot_dir: Path, classes: list[str]) -> None:
         """Plot the results of the last validation.
 

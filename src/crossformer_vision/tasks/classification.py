@@ -1,5 +1,6 @@
 """Image classification: loss, metrics and plots."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,19 +11,21 @@ import torch.nn.functional as F
 from timm.data import Mixup, resolve_model_data_config
 from timm.data.mixup import mixup_target
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 from typing_extensions import override
 
 from crossformer_vision.errors import UserError, check_choice, check_range, error_line
-from crossformer_vision.files import write_csv
 from crossformer_vision.models import drop_path_kwargs, find_model, img_size_kwargs, in_chans_kwargs
 from crossformer_vision.models.grouping import ceil_div
 from crossformer_vision.plotting import visualize
 from crossformer_vision.tasks.base import Task
+from crossformer_vision.tasks.class_weights import ClassWeights, check_class_weights, create_class_weights
+from crossformer_vision.tasks.classification_losses import asymmetric_loss, focal_loss
+from crossformer_vision.tasks.classification_metrics import MultiLabelMetrics, SingleLabelMetrics
 from crossformer_vision.tasks.initial_weights import describe_initial_weights, use_published_weights
-from crossformer_vision.types import JsonObject, Kwargs
+from crossformer_vision.types import Checkpoint, JsonObject, Kwargs
 from crossformer_vision.weights.loading import load_checkpoint
+
+log = logging.getLogger("crossformer_vision")
 
 PLOTTED = 24  # validation images in predictions.png
 
@@ -45,15 +48,19 @@ class Classification(Task):
         image_size: Side of the images, for models with a fixed input size; null for the model's own. The
             command takes it from the data.
         drop_path_rate: Stochastic depth rate.
+        multi_label: Classes are independent, and an image may have any number of them. The command takes it
+            from the data.
         label_smoothing: Label smoothing of the cross-entropy.
         mixup: Alpha of mixup, 0 to disable it.
         cutmix: Alpha of CutMix, 0 to disable it.
         mix_prob: Probability that a batch is mixed.
         loss: ``cross_entropy``, or ``focal`` (arXiv 1708.02002), which gives less weight to images that are
-            classified well.
+            classified well. With several classes per image ``bce``, binary cross-entropy, or ``asymmetric``
+            (arXiv 2009.14119), which gives less weight to absent classes. Null for the first of the two.
         focal_gamma: Exponent of the focal loss.
         class_weights: Weight of each class in the loss: ``none``; ``balanced``, in inverse proportion to its
-            number of training images, 1 on average over the images; or a list.
+            number of training images, 1 on average over the images; or a list. With several classes per
+            image, the weight of the images that have the class: ``balanced`` makes both sides equal.
         **optimization: See ``Task``.
 
     Raises:
@@ -61,7 +68,6 @@ class Classification(Task):
     """
 
     name = "classification"
-    monitor = "val_accuracy"
 
     def __init__(
         self,
@@ -75,13 +81,14 @@ class Classification(Task):
         image_std: list[float] | None = None,
         image_size: int | None = None,
         drop_path_rate: float = 0.0,
+        multi_label: bool = False,
         label_smoothing: float = 0.1,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         mix_prob: float = 1.0,
-        loss: Literal["cross_entropy", "focal"] = "cross_entropy",
+        loss: Literal["cross_entropy", "focal", "bce", "asymmetric"] | None = None,
         focal_gamma: float = 2.0,
-        class_weights: Literal["none", "balanced"] | list[float] = "none",
+        class_weights: ClassWeights = "none",
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
@@ -103,39 +110,31 @@ class Classification(Task):
         for name, value in (("label_smoothing", label_smoothing), ("mix_prob", mix_prob)):
             check_range(name, value, 0, 1)
         self.label_smoothing = label_smoothing
-        check_choice("loss", loss, ("cross_entropy", "focal"))
+        self.multi_label, self.focal_gamma = multi_label, focal_gamma
+        losses = ("bce", "asymmetric") if multi_label else ("cross_entropy", "focal")
+        self.loss = loss or losses[0]
+        check_choice("loss", self.loss, losses)
         check_range("focal_gamma", focal_gamma, 0)
-        self.focal_gamma = focal_gamma if loss == "focal" else None
-        self.class_weights = _check_weights(class_weights, num_classes)
+        self.class_weights = check_class_weights(class_weights, num_classes)
         self.loss_weights: Tensor | None
         self.register_buffer("loss_weights", None, persistent=False)
         self.mix = None
-        if mixup or cutmix:
+        if multi_label and (mixup or cutmix):
+            log.warning("mixup and cutmix need one class per image; they are not used")
+        elif mixup or cutmix:
             self.mix = Mixup(
                 mixup, cutmix, prob=mix_prob, label_smoothing=label_smoothing, num_classes=num_classes
             )
-        # Lightning's own mean is wrong if processes have different numbers of images.
-        self.loss = MeanMetric()
-        self.accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.accuracy_top5 = (
-            MulticlassAccuracy(num_classes, average="micro", top_k=5) if num_classes > 5 else None
-        )
-        self.confusion = MulticlassConfusionMatrix(num_classes)
-        # Image, class, predicted class and its probability.
-        self.plotted: list[tuple[Tensor, int, int, float]] = []
+        self.metrics = MultiLabelMetrics(num_classes) if multi_label else SingleLabelMetrics(num_classes)
+        self.monitor = "val_map" if multi_label else "val_accuracy"
+        self.plotted: list[tuple[Tensor, Tensor, Tensor]] = []  # image, target, probabilities
 
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if stage == "fit" and self.class_weights != "none":
-            weights = self.class_weights
-            if weights == "balanced":
-                count_classes = getattr(self._data_module, "class_counts", None)
-                if count_classes is None:
-                    raise UserError("class_weights='balanced': the data module has no class_counts()")
-                counts = count_classes()
-                weights = counts.sum() / (len(counts) * counts.clip(1))
-            self.loss_weights = torch.as_tensor(weights, dtype=torch.float32, device=self.device)
+        if stage == "fit":
+            weights = create_class_weights(self.class_weights, self._data_module, self.multi_label)
+            self.loss_weights = None if weights is None else weights.to(self.device)
 
     def _check_size(self, side: int) -> None:
         """Try images of a size that is not the model's own.
@@ -186,10 +185,14 @@ class Classification(Task):
         Args:
             logits: Shape ``(B, num_classes)``.
             targets: Class indices, shape ``(B,)``, or smoothed probabilities of mixed images, shape
-                ``(B, num_classes)``.
+                ``(B, num_classes)``; with several classes per image, 1 for these, shape ``(B, num_classes)``.
         """
+        if self.loss == "asymmetric":
+            return asymmetric_loss(logits, targets, self.loss_weights)
+        if self.loss == "bce":
+            return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=self.loss_weights)
         smoothing = self.label_smoothing if targets.dim() == 1 else 0.0
-        if self.focal_gamma is not None:
+        if self.loss == "focal":
             if targets.dim() == 1:
                 targets = mixup_target(targets, logits.shape[1], smoothing=smoothing)
             return focal_loss(logits, targets, self.focal_gamma, self.loss_weights)
@@ -203,7 +206,11 @@ class Classification(Task):
         """Class probabilities, shape ``(B, num_classes)``, of images or of a batch with images first."""
         if batch is None:
             return None
-        return self(batch if isinstance(batch, Tensor) else batch[0]).float().softmax(1)
+        return self.probabilities(self(batch if isinstance(batch, Tensor) else batch[0]))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Class probabilities, shape ``(B, num_classes)``, of logits of this shape."""
+        return logits.float().sigmoid() if self.multi_label else logits.float().softmax(1)
 
     def apply_mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Apply mixup or CutMix to pairs of images. The last image of an odd batch is not mixed.
@@ -243,84 +250,53 @@ class Classification(Task):
             return
         images, labels = batch
         logits = self(images).float()
-        self.loss(F.cross_entropy(logits, labels), len(images))
-        self.accuracy(logits, labels)
-        self.confusion(logits, labels)
-        n = len(images)
-        if self.accuracy_top5 is not None:
-            self.accuracy_top5(logits, labels)
+        self.metrics.update(logits, labels)
         # Some images of every n-th batch, because images may be ordered by class.
         batches = self.evaluation_batches
         count = ceil_div(PLOTTED, batches) if batch_idx % max(1, batches // PLOTTED) == 0 else 0
-        for i in range(min(n, count)):
+        probabilities = self.probabilities(logits)
+        for i in range(min(len(images), count)):
             if len(self.plotted) < PLOTTED:
-                probability, predicted = logits[i].softmax(0).max(0)
-                self.plotted.append(
-                    (images[i].float().cpu(), int(labels[i]), int(predicted), float(probability))
-                )
+                self.plotted.append((images[i].float().cpu(), labels[i].cpu(), probabilities[i].cpu()))
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of all processes, including those without images."""
-        metrics: dict[str, Metric] = {"loss": self.loss, "accuracy": self.accuracy}
-        if self.accuracy_top5 is not None:
-            metrics["accuracy_top5"] = self.accuracy_top5
-        for name, metric in metrics.items():
-            self.log(f"val_{name}", metric.compute(), prog_bar=name == "accuracy")
-            metric.reset()
-        self.matrix = self.confusion.compute().cpu()
-        self.confusion.reset()
+        for name, value in self.metrics.compute().items():
+            self.log(
+                f"val_{name}", value.to(self.device, torch.float32), prog_bar=f"val_{name}" == self.monitor
+            )
 
-    def class_table(self, classes: list[str]) -> list[dict[str, str | int | float]]:
-        """Images, precision, recall and F1 score of each class in the last validation, one row per class."""
-        correct, true, predicted = self.matrix.diagonal(), self.matrix.sum(1), self.matrix.sum(0)
-        scores = {
-            "precision": correct / predicted.clamp(min=1),
-            "recall": correct / true.clamp(min=1),
-            "f1": 2 * correct / (true + predicted).clamp(min=1),
-        }
-        return [
-            {
-                "class": name,
-                "images": int(true[k]),
-                **{key: round(float(values[k]), 4) for key, values in scores.items()},
-            }
-            for k, name in enumerate(classes)
-        ]
+    @override
+    def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if isinstance(self.metrics, MultiLabelMetrics):
+            checkpoint["thresholds"] = self.metrics.thresholds
+
+    @override
+    def use_thresholds(self, thresholds: list[float]) -> None:
+        if isinstance(self.metrics, MultiLabelMetrics):
+            self.metrics.thresholds, self.metrics.keep_thresholds = thresholds, True
 
     def plot(self, plot_dir: Path, classes: list[str]) -> None:
-        """Write ``confusion_matrix.png``, ``predictions.png`` and ``classes.csv``."""
-        write_csv(plot_dir / "classes.csv", self.class_table(classes))
-        visualize.plot_confusion_matrix(self.matrix.numpy(), classes, plot_dir / "confusion_matrix.png")
+        """Write ``predictions.png``, ``classes.csv`` and a plot of the classes."""
+        self.metrics.plot(plot_dir, classes)
         rows = [
-            (self.displayed(image), classes[true], classes[predicted], p)
-            for image, true, predicted, p in self.plotted
+            (self.displayed(image), *self._describe_prediction(target, probabilities, classes))
+            for image, target, probabilities in self.plotted
         ]
         visualize.plot_predictions(rows, plot_dir / "predictions.png")
 
-
-def _check_weights(
-    weights: Literal["none", "balanced"] | list[float], num_classes: int
-) -> Literal["none", "balanced"] | list[float]:
-    """Check the weights of classes."""
-    if isinstance(weights, str):
-        check_choice("class_weights", weights, ("none", "balanced"))
-        return weights
-    if len(weights) != num_classes:
-        raise UserError(f"class_weights has {len(weights)} values, but there are {num_classes} classes")
-    for weight in weights:
-        check_range("class_weights", weight, 0)
-    return weights
-
-
-def focal_loss(logits: Tensor, targets: Tensor, gamma: float, weights: Tensor | None = None) -> Tensor:
-    """Focal loss (arXiv 1708.02002) of mutually exclusive classes, averaged over the batch.
-
-    Args:
-        logits: Shape ``(B, num_classes)``.
-        targets: Class probabilities, shape ``(B, num_classes)``.
-        gamma: Exponent; 0 is the cross-entropy.
-        weights: Weight of each class, shape ``(num_classes,)``.
-    """
-    log_probabilities = logits.float().log_softmax(1)
-    losses = -targets * (1 - log_probabilities.exp()) ** gamma * log_probabilities
-    return (losses if weights is None else losses * weights).sum(1).mean()
+    def _describe_prediction(
+        self, target: Tensor, probabilities: Tensor, classes: list[str]
+    ) -> tuple[str, str, float]:
+        """True classes, predicted classes, and the lowest probability of the latter."""
+        if not isinstance(self.metrics, MultiLabelMetrics):
+            probability, predicted = probabilities.max(0)
+            return classes[int(target)], classes[int(predicted)], float(probability)
+        is_found = probabilities >= torch.tensor(self.metrics.thresholds)
+        names = [
+            [classes[k] for k in chosen.nonzero().flatten().tolist()] for chosen in (target > 0.5, is_found)
+        ]
+        lowest = float(probabilities[is_found].min()) if is_found.any() else float(1 - probabilities.max())
+        true, found = (", ".join(chosen) or "no class" for chosen in names)
+        return true, found, lowest

@@ -1,16 +1,17 @@
 """COCO's average precision, computed by faster-coco-eval."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
 from torch import Tensor
 
 from crossformer_vision.models.dense.masks import paste_binary_masks
+from crossformer_vision.tasks.distributed import gather_lists
 from crossformer_vision.types import JsonObject
 
 # IoU threshold (None: mean of 0.5 to 0.95) and index of COCO's area range (all, small, medium, large).
@@ -78,10 +79,18 @@ class CocoMetrics:
 
     def gather(self) -> None:
         """Gather the images of all processes in each process."""
-        for name in ("detections", "ground_truth"):
-            gathered: list[list[Arrays]] = [[]] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(gathered, getattr(self, name))
-            setattr(self, name, [image for images in gathered for image in images])
+        self.detections = gather_lists(self.detections)
+        self.ground_truth = gather_lists(self.ground_truth)
+
+    def count_objects(self) -> dict[int, int]:
+        """Number of true objects by label, without crowds."""
+        labels = [
+            label
+            for image in self.ground_truth
+            for label, crowd in zip(image["labels"].tolist(), image["iscrowd"].tolist(), strict=True)
+            if not crowd
+        ]
+        return dict(Counter(labels))
 
     def compute(self) -> tuple[dict[str, float], dict[int, dict[str, NDArray[np.float64]]]]:
         """Compute average precision over all classes and precision of each class, then reset.

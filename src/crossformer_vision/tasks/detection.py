@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
+from typing_extensions import override
 
 from crossformer_vision.data.detection import Batch
 from crossformer_vision.files import write_csv
@@ -16,6 +17,7 @@ from crossformer_vision.models.dense.masks import paste_binary_masks
 from crossformer_vision.models.dense.transform import return_mask_crops
 from crossformer_vision.plotting import visualize
 from crossformer_vision.tasks.base import Task
+from crossformer_vision.tasks.class_weights import ClassWeights, check_class_weights, create_class_weights
 from crossformer_vision.tasks.coco_metrics import CocoMetrics
 from crossformer_vision.tasks.initial_weights import describe_initial_weights, use_published_weights
 from crossformer_vision.types import Kwargs
@@ -52,6 +54,8 @@ class Detection(Task):
         min_size: Images are resized so that the shorter side has this many pixels. From a list, training
             chooses one at random and validation uses the last.
         max_size: Maximum longer side of resized images, in pixels.
+        class_weights: Weight of each class in the loss of the classifier: ``none``; ``balanced``, in inverse
+            proportion to its number of training objects, 1 on average over these; or a list.
         **optimization: See ``Task``.
 
     Raises:
@@ -78,6 +82,7 @@ class Detection(Task):
         max_detections: int = 100,
         min_size: int | list[int] = 800,
         max_size: int = 1333,
+        class_weights: ClassWeights = "none",
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
@@ -105,6 +110,7 @@ class Detection(Task):
         report = load_checkpoint(self.net, checkpoint) if checkpoint else None
         self._freeze()
         self.initial_weights = describe_initial_weights(backbone, num_classes, published, checkpoint, report)
+        self.class_weights = check_class_weights(class_weights, num_classes)
         self.kinds = ["box", "mask"] if isinstance(self.net, MaskRCNN) else ["box"]
         self.monitor = f"val_{self.kinds[-1]}_ap"
         self.printed_metrics = (f"{self.monitor}50", *(f"val_{kind}_ap" for kind in self.kinds[:-1]))
@@ -113,6 +119,14 @@ class Detection(Task):
         self.plotted: list[tuple[Tensor, Objects, Objects]] = []
         # Precision by label and by kind (box or mask), from the last validation.
         self.precisions: dict[int, dict[str, np.ndarray]] = {}
+        self.counts: dict[int, int] = {}  # of objects by label
+
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            weights = create_class_weights(self.class_weights, self._data_module)
+            self.net.set_class_weights(None if weights is None else weights.to(self.device))
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         """Detect objects.
@@ -171,8 +185,8 @@ class Detection(Task):
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of all processes."""
-        if self.trainer.world_size > 1:
-            self.metric.gather()
+        self.metric.gather()
+        self.counts = self.metric.count_objects()
         metrics, self.precisions = self.metric.compute()
         for name, value in metrics.items():
             if name.endswith("_ap") or value >= 0:  # -1 if there are no objects of this size
@@ -183,8 +197,11 @@ class Detection(Task):
                 )
 
     def class_table(self, classes: list[str]) -> list[dict[str, str | float]]:
-        """AP and AP50 of each class in the last validation, one row per class."""
-        rows: list[dict[str, str | float]] = [{"class": name} for name in classes]
+        """Objects, AP and AP50 of each class in the last validation, one row per class."""
+        rows: list[dict[str, str | float]] = [
+            {"class": name, "objects": self.counts.get(label, 0)}
+            for label, name in enumerate(classes, start=1)
+        ]
         for label, by_kind in self.precisions.items():
             for kind, precision in by_kind.items():
                 for name, values in (("ap", precision), ("ap50", precision[:1])):

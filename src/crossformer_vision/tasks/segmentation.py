@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
+from typing_extensions import override
 
 from crossformer_vision.data.class_lists import IGNORED
 from crossformer_vision.errors import UserError
@@ -19,6 +20,7 @@ from crossformer_vision.models.dense.segmenters import UPerNet, create_segmenter
 from crossformer_vision.models.dense.windows import class_map, log_prob_at, segment, view_logits
 from crossformer_vision.plotting import visualize
 from crossformer_vision.tasks.base import Task
+from crossformer_vision.tasks.class_weights import ClassWeights, check_class_weights, create_class_weights
 from crossformer_vision.tasks.initial_weights import describe_initial_weights, use_published_weights
 from crossformer_vision.types import JsonObject, Kwargs
 from crossformer_vision.weights.loading import load_checkpoint
@@ -51,6 +53,8 @@ class Segmentation(Task):
         auxiliary_weight: Weight of the loss of UPerNet's auxiliary head.
         avg_non_ignore: Divide the loss by the number of labeled pixels. False divides by the number of all
             pixels, as in the training of the published segmenters.
+        class_weights: Weight of each class in the loss: ``none``; ``balanced``, in inverse proportion to
+            its number of training pixels, 1 on average over these; or a list.
         dice: Weight of a Dice loss beside the cross-entropy.
         test_scales: Image scales whose probabilities validation and prediction average.
         test_flip: Also average with the mirrored image.
@@ -83,6 +87,7 @@ class Segmentation(Task):
         dropout: float = 0.1,
         auxiliary_weight: float = 0.4,
         avg_non_ignore: bool = True,
+        class_weights: ClassWeights = "none",
         dice: float = 0.0,
         test_scales: tuple[float, ...] = (1.0,),
         test_flip: bool = False,
@@ -112,6 +117,9 @@ class Segmentation(Task):
         if isinstance(self.net, UPerNet) and not auxiliary_weight:
             # Otherwise DDP waits for gradients of these unused parameters.
             self.net.auxiliary_head.requires_grad_(False)
+        self.class_weights = check_class_weights(class_weights, num_classes)
+        self.loss_weights: Tensor | None
+        self.register_buffer("loss_weights", None, persistent=False)
         self.auxiliary_weight, self.dice, self.avg_non_ignore = auxiliary_weight, dice, avg_non_ignore
         self.test_scales = test_scales
         self.test: Kwargs = dict(flip=test_flip, window=window, stride=window_stride)
@@ -120,6 +128,13 @@ class Segmentation(Task):
         # Confusion matrix of the last validation: true class, predicted class.
         self.matrix = torch.zeros(num_classes, num_classes)
         self.plotted: list[tuple[Tensor, Tensor, Tensor]] = []  # image, true and predicted class map
+
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            weights = create_class_weights(self.class_weights, self._data_module)
+            self.loss_weights = None if weights is None else weights.to(self.device)
 
     def configure_model(self) -> None:
         """Synchronize batch norms of several GPUs. torch has no synchronized batch norm on CPUs."""
@@ -151,7 +166,7 @@ class Segmentation(Task):
             raise UserError("upernet has batch norms, which need --data.batch_size 2 or more")
         if isinstance(self.net, UPerNet) and self.auxiliary_weight:
             logits, auxiliary = self.net.forward_auxiliary(images)
-            auxiliary_loss = cross_entropy(auxiliary, labels, self.avg_non_ignore)
+            auxiliary_loss = cross_entropy(auxiliary, labels, self.avg_non_ignore, self.loss_weights)
             self.log("train_auxiliary_loss", auxiliary_loss, **log)
             loss = self.compute_loss(logits, labels) + self.auxiliary_weight * auxiliary_loss
         else:
@@ -173,7 +188,7 @@ class Segmentation(Task):
             logits: Shape ``(B, num_classes, H, W)``.
             labels: Class indices, shape ``(B, H, W)``, 255 for ignored pixels.
         """
-        return cross_entropy(logits, labels, self.avg_non_ignore)
+        return cross_entropy(logits, labels, self.avg_non_ignore, self.loss_weights)
 
     def predict_step(self, batch: Tensor | Batch | None, batch_idx: int) -> Tensor | None:
         """Class maps, shape ``(B, H, W)``, of normalized images or of a validation batch."""
@@ -238,10 +253,14 @@ class Segmentation(Task):
     def plot(self, plot_dir: Path, classes: list[str]) -> None:
         """Write ``predictions.png``, ``class_iou.png`` and ``classes.csv``."""
         iou, accuracy = class_scores(self.matrix)
-        share = self.matrix.sum(1) / self.matrix.sum().clamp(min=1)
-        columns = {"iou": iou, "accuracy": accuracy, "share": share}
+        pixels = self.matrix.sum(1)
+        columns = {"iou": iou, "accuracy": accuracy, "share": pixels / pixels.sum().clamp(min=1)}
         rows: list[dict[str, str | float]] = [
-            {"class": name, **{key: round(float(values[k]), 4) for key, values in columns.items()}}
+            {
+                "class": name,
+                "pixels": int(pixels[k]),
+                **{key: round(float(values[k]), 4) for key, values in columns.items()},
+            }
             for k, name in enumerate(classes)
         ]
         write_csv(plot_dir / "classes.csv", rows)
@@ -253,7 +272,9 @@ class Segmentation(Task):
         visualize.plot_segmentations(rows_plotted, classes, plot_dir / "predictions.png")
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, avg_non_ignore: bool = True) -> Tensor:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, avg_non_ignore: bool = True, weights: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy of labeled pixels; 0 if there are none.
 
     Args:
@@ -261,8 +282,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, avg_non_ignore: bool = True) -
         labels: Class indices, shape ``(B, H, W)``, 255 for ignored pixels.
         avg_non_ignore: Divide the sum over labeled pixels by their number; if false, by the number of all
             pixels.
+        weights: Weight of each class, shape ``(num_classes,)``.
     """
-    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    total = F.cross_entropy(logits.float(), labels, weights, ignore_index=IGNORED, reduction="sum")
     return total / ((labels != IGNORED).sum().clamp(min=1) if avg_non_ignore else labels.numel())
 
 

@@ -356,7 +356,8 @@ def _draw_class_activation(predictor: Predictor, images: Tensor, page: _Page, ax
         page.photo(axes[0], "photo")
         return ""
     with torch.no_grad():
-        probabilities = predictor.net(images)[0].float().softmax(0)
+        logits = predictor.net(images)[0].float()
+    probabilities = logits.softmax(0) if predictor.info.thresholds is None else logits.sigmoid()
     label = int(probabilities.argmax())
     name = predictor.classes[label]
     with use_fonts_for([name]):

@@ -183,6 +183,7 @@ def _build_parser(command: Command, task: str, defaults: Sequence[str]) -> Light
         parser.link_arguments(f"model.{option}", f"data.{option}")
     if task == "classification":
         parser.link_arguments("data.image_size", "model.image_size")
+        parser.link_arguments("data.is_multi_label", "model.multi_label", apply_on="instantiate")
     for name in ("num_classes", "in_chans", "image_mean", "image_std"):
         parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
     for path in filter(has_base, defaults):  # for --help with such a configuration

@@ -45,7 +45,7 @@ from crossformer_vision.training.interruption import StopOnNonFiniteLoss, StopOn
 from crossformer_vision.training.progress import MetricsWriter, Throughput
 from crossformer_vision.training.run_directory import RunDirectory
 from crossformer_vision.types import Checkpoint, JsonObject
-from crossformer_vision.weights.loading import load_checkpoint
+from crossformer_vision.weights.loading import load_weights
 from crossformer_vision.weights.reading import read_checkpoint
 
 CallbackType = TypeVar("CallbackType", bound=Callback)
@@ -217,10 +217,16 @@ def validate(
         Metrics, the monitored one first; empty if there are no validation images.
     """
     is_parallel = distributed.is_available() and distributed.is_initialized()
+    thresholds: list[float] | None = None
     if checkpoint is not None and (trainer.is_global_zero or not is_parallel):
-        load_checkpoint(task.net, checkpoint, adapt_classifier=False)
+        content = read_checkpoint(checkpoint)
+        load_weights(task.net, content, str(checkpoint), adapt_classifier=False)
+        thresholds = content.get("thresholds")
     if checkpoint is not None and is_parallel:  # other machines may not have the file
         task.net.load_state_dict(trainer.strategy.broadcast(task.net.state_dict()))
+        thresholds = trainer.strategy.broadcast(thresholds)
+    if thresholds is not None:
+        task.use_thresholds(thresholds)
     outputs = trainer.validate(task, data, verbose=False)
     metrics = dict(outputs[0]) if outputs else {}
     metrics = {**{k: v for k, v in metrics.items() if k == task.monitor}, **metrics}

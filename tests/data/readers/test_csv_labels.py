@@ -71,7 +71,6 @@ def test_run_validates_and_resumes_with_the_same_images(root, capsys):
         (["images/1.png,a", "images/2.png,"], "path,label", "labels.csv: line 3 has no label"),
         (["images/1.png,a", "", "images/2.png,"], "path,label", "labels.csv: line 4 has no label"),
         (["images/1.png,a", ",b"], "path,label", "labels.csv: line 3 has no path"),
-        (["images/1.png,a", "images/2.png,a;b"], "path,label", "line 3 has several classes"),
         (["images/1.png,a", "images/99.png,b"], "path,label", "line 3: images/99.png does not exist"),
         (["images/1.png,a", "../1.png,b"], "path,label", "line 3: ../1.png lies outside"),
         (

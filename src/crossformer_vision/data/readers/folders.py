@@ -130,7 +130,7 @@ def hold_out(images: LabeledImages, share: float, seed: int) -> list[str]:
     """Choose validation images: the same share of each class at random, at least one of two.
 
     Args:
-        images: All images.
+        images: All images. Those with several classes are not divided by class.
         share: Share to hold out, from 0 to 1.
         seed: Seed of the choice.
 

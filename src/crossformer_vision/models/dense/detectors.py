@@ -26,6 +26,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import sigmoid_focal_loss
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from typing_extensions import override
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["MaskRCNN", "RetinaNet", "create_detector"]
 
 Objects = list[dict[str, Tensor]]  # of each image
+BETWEEN_THRESHOLDS = -2  # torchvision's match of anchors that do not count
 
 
 class RetinaNet(DenseModel, detection.RetinaNet):
@@ -71,6 +73,7 @@ class RetinaNet(DenseModel, detection.RetinaNet):
     heads = ("backbone.fpn.", "backbone.body.scales.", "head.")
     class_layers = ("head.classification_head.cls_logits.",)
     published_names = RETINANET_KEYS
+    class_weights: Tensor | None = None
 
     def __init__(
         self,
@@ -123,7 +126,19 @@ class RetinaNet(DenseModel, detection.RetinaNet):
             "labels": torch.cat([target["labels"] for target in targets]) - 1,  # no background class
         }
         outputs = {name: x.flatten(0, 1)[None] for name, x in head_outputs.items()}
-        return self.head.compute_loss([joined], outputs, [torch.cat(anchors)], [torch.cat(matches)])
+        losses: dict[str, Tensor] = self.head.compute_loss(
+            [joined], outputs, [torch.cat(anchors)], [torch.cat(matches)]
+        )
+        if self.class_weights is not None:
+            logits, matched = outputs["cls_logits"][0], torch.cat(matches)
+            losses["classification"] = weighted_focal_loss(
+                logits, joined["labels"], matched, self.class_weights
+            )
+        return losses
+
+    def set_class_weights(self, weights: Tensor | None) -> None:
+        """Set the weight of each class in the loss of the classifier, ``(num_classes,)``; ``None`` for 1."""
+        self.class_weights = weights
 
     @override
     def postprocess_detections(
@@ -230,6 +245,13 @@ class MaskRCNN(DenseModel, GeneralizedRCNN):
         check_labels(targets, self.num_classes)
         return super().forward(images, targets)
 
+    def set_class_weights(self, weights: Tensor | None) -> None:
+        """Set the weight of each class in the loss of the classifier, ``(num_classes,)``; ``None`` for 1."""
+        assert isinstance(self.roi_heads, RoIHeads)
+        if weights is not None:
+            weights = torch.cat([weights.new_ones(1), weights])  # background first
+        self.roi_heads.class_weights = weights
+
     @override
     def rename_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         # torchvision's background class comes first, not last, and also has boxes and masks.
@@ -245,6 +267,23 @@ class MaskRCNN(DenseModel, GeneralizedRCNN):
                     if (value := renamed.get(name)) is not None:  # Faster R-CNN has no masks
                         renamed[name] = torch.cat([value.new_zeros(rows, *value.shape[1:]), value])
         return renamed
+
+
+def weighted_focal_loss(logits: Tensor, labels: Tensor, matches: Tensor, weights: Tensor) -> Tensor:
+    """RetinaNet's classification loss with a weight for each class.
+
+    Args:
+        logits: Logits of all anchors, ``(anchors, classes)``.
+        labels: Class index of each object, ``(objects,)``.
+        matches: Index of the object of each anchor, -1 for the background, -2 for anchors that do not count.
+        weights: Weight of each class, ``(classes,)``.
+    """
+    is_positive = matches >= 0
+    targets = torch.zeros_like(logits)
+    targets[is_positive, labels[matches[is_positive]]] = 1
+    is_used = matches != BETWEEN_THRESHOLDS
+    losses = sigmoid_focal_loss(logits[is_used], targets[is_used], reduction="none") * weights
+    return losses.sum() / is_positive.sum().clamp(min=1)
 
 
 def _create_box_head(width: int, num_classes: int) -> tuple[nn.Module, nn.Module]:

@@ -58,7 +58,13 @@ class RoIAlign(MultiScaleRoIAlign):
 
 
 class RoIHeads(roi_heads.RoIHeads):
-    """torchvision's RoI heads with L1 loss and with masks sampled at pixel centers."""
+    """torchvision's RoI heads with L1 loss and with masks sampled at pixel centers.
+
+    Attributes:
+        class_weights: Weight of each class in the loss, from the background on. ``None`` for 1.
+    """
+
+    class_weights: Tensor | None = None
 
     @override
     def forward(
@@ -87,7 +93,9 @@ class RoIHeads(roi_heads.RoIHeads):
     ) -> dict[str, Tensor]:
         proposals, matched, labels, regression = self.select_training_samples(proposals, targets)
         logits, deltas = self._predict_boxes(features, proposals, image_shapes)
-        losses = compute_box_losses(logits, deltas, torch.cat(labels), torch.cat(regression))
+        losses = compute_box_losses(
+            logits, deltas, torch.cat(labels), torch.cat(regression), self.class_weights
+        )
         is_positive = [label > 0 for label in labels]
         rois = [boxes[chosen] for boxes, chosen in zip(proposals, is_positive, strict=True)]
         objects = [index[chosen] for index, chosen in zip(matched, is_positive, strict=True)]
@@ -110,7 +118,9 @@ class RoIHeads(roi_heads.RoIHeads):
         return pool(features, rois, image_shapes).to(next(self.parameters()).dtype)
 
 
-def compute_box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def compute_box_losses(
+    logits: Tensor, deltas: Tensor, labels: Tensor, targets: Tensor, class_weights: Tensor | None = None
+) -> dict[str, Tensor]:
     """Cross-entropy of all RoIs and L1 loss of positive ones, both divided by the number of RoIs.
 
     Args:
@@ -118,6 +128,7 @@ def compute_box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, targets: 
         deltas: Box deltas of each class, ``(n, 4 * classes)``.
         labels: Label of each RoI, ``(n,)``; 0 is the background.
         targets: Deltas of the matched objects, ``(n, 4)``.
+        class_weights: Weight of each class in the cross-entropy, ``(classes,)``.
 
     Returns:
         ``loss_classifier`` and ``loss_box_reg``.
@@ -125,7 +136,8 @@ def compute_box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, targets: 
     positive = torch.where(labels > 0)[0]
     class_deltas = deltas.unflatten(1, (-1, 4))[positive, labels[positive]]
     box_loss = F.l1_loss(class_deltas, targets[positive], reduction="sum") / max(1, len(labels))
-    return {"loss_classifier": F.cross_entropy(logits, labels), "loss_box_reg": box_loss}
+    class_loss = F.cross_entropy(logits, labels, class_weights, reduction="sum") / max(1, len(labels))
+    return {"loss_classifier": class_loss, "loss_box_reg": box_loss}
 
 
 def compute_mask_loss(
