@@ -1,13 +1,27 @@
 """Tests for frozen stages, layer-wise learning rates and linear probes."""
 
+import json
+
 import pytest
 import timm
 import torch
-from small_runs import CLASSIFICATION, DETECTION, read_weights
+from small_runs import CLASSIFICATION, DETECTION, SEGMENTATION, read_weights
 
-from crossformer_vision import Classification, Detection, Segmentation, UserError
+from crossformer_vision import (
+    Classification,
+    Detection,
+    Segmentation,
+    UserError,
+    load_checkpoint,
+    load_predictor,
+)
 from crossformer_vision.cli import main
-from crossformer_vision.tasks.finetuning import freeze_parameters, layer_ids, set_frozen_to_eval
+from crossformer_vision.tasks.finetuning import (
+    freeze_parameters,
+    head_parameters,
+    layer_ids,
+    set_frozen_to_eval,
+)
 
 SMALL = {"depths": (1, 1, 1, 1)}
 
@@ -113,3 +127,41 @@ def test_invalid_options(options, message):
     with pytest.raises(UserError, match=message):
         task = Classification("crossformer_nano", model_args=dict(SMALL), **options)
         freeze_parameters(task.net, task.freeze_stages, "crossformer_nano", {})
+
+
+@pytest.mark.parametrize(
+    "model", ["crossformer_nano", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"]
+)
+def test_merged_adapters_equal_unmerged_ones(model):
+    torch.manual_seed(0)
+    task = Classification(model, num_classes=5, lora=4).eval()
+    trained = {name for name, p in task.net.named_parameters() if p.requires_grad}
+    assert trained and all(".lora_" in name or name in head_parameters(task.net) for name in trained)
+    for name, parameter in task.net.named_parameters():
+        if ".lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    images = torch.rand(2, 3, 224, 224)
+    unmerged = task(images)
+    plain = Classification(model, num_classes=5).eval()
+    assert not torch.allclose(plain(images), unmerged, atol=1e-3)
+    load_checkpoint(plain.net, {"state_dict": task.state_dict()})  # merged when it is read
+    torch.testing.assert_close(plain(images), unmerged, atol=1e-5, rtol=1e-5)
+    task.merge_adapters()
+    assert task.net.state_dict().keys() == plain.net.state_dict().keys()
+    torch.testing.assert_close(task(images), unmerged, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("task", [CLASSIFICATION, DETECTION, SEGMENTATION])
+def test_run_with_adapters(task, tmp_path):
+    run, options = tmp_path / "run", ["--model.lora", "2", "--model.layer_decay", "0.9"]
+    assert main(["train", *task, "--trainer.max_epochs", "1", *options, "--run.dir", str(run)]) == 0
+    assert main(["train", "--resume", str(run), "--trainer.max_epochs", "2"]) == 0
+    assert main(["validate", str(run), "--run.dir", str(tmp_path / "again")]) == 0
+    before, after = (json.loads((path / "results.json").read_text()) for path in (run, tmp_path / "again"))
+    assert after[before["metric"]] == pytest.approx(before[before["metric"]], abs=1e-5)
+    assert not any("lora" in name for name in load_predictor(run, "cpu").net.state_dict())
+
+
+def test_adapters_and_frozen_stages_exclude_each_other():
+    with pytest.raises(UserError, match="--model.lora freezes the backbone itself"):
+        Classification(lora=4, freeze=2)

@@ -26,8 +26,10 @@ from crossformer_vision.models.grouping import ceil_div
 from crossformer_vision.plotting.drawing import denormalize, stretch
 from crossformer_vision.tasks.finetuning import (
     Freeze,
+    add_lora,
     freeze_parameters,
     learning_rate_scales,
+    merge_lora,
     set_frozen_to_eval,
 )
 from crossformer_vision.tasks.optimizers import DecayOn, ScheduleOptions, check_optimizer, create_optimizer
@@ -56,6 +58,8 @@ class Task(L.LightningModule):
         layer_decay: Layer-wise learning-rate decay, as in timm: factor from one layer of the backbone to the
             previous one; 1 for none.
         backbone_lr_scale: Factor of the learning rate of the backbone.
+        lora: Rank of adapters (LoRA, arXiv 2106.09685) that are trained instead of the backbone's weights,
+            and merged into these for prediction; 0 for none.
         grad_checkpointing: Recompute activations in the backward pass to save memory.
         compile: Use ``torch.compile`` in training and validation; for dense models, on the backbone.
         seed: Seed of the random numbers of a step; ``None`` for the seed of ``seed_everything``.
@@ -92,6 +96,7 @@ class Task(L.LightningModule):
         freeze: Freeze = 0,
         layer_decay: float = 1.0,
         backbone_lr_scale: float = 1.0,
+        lora: int = 0,
         grad_checkpointing: bool = False,
         compile: bool = False,
         seed: int | None = None,
@@ -106,6 +111,9 @@ class Task(L.LightningModule):
             check_range("freeze", freeze, 0)
         check_range("layer_decay", layer_decay, 0, 1)
         check_range("backbone_lr_scale", backbone_lr_scale, 0)
+        check_range("lora", lora, 0)
+        if lora and freeze:
+            raise UserError("--model.lora freezes the backbone itself. Leave --model.freeze at 0")
         check_names("classes", classes or ())
         self.optimizer, self.lr = optimizer, lr
         self.weight_decay, self.decay_on = weight_decay, decay_on
@@ -113,6 +121,7 @@ class Task(L.LightningModule):
             schedule, milestones, power, warmup_epochs, warmup_steps, warmup_lr, min_lr
         )
         self.freeze_stages, self.layer_decay, self.backbone_lr_scale = freeze, layer_decay, backbone_lr_scale
+        self.lora = lora
         self.grad_checkpointing, self.use_compile, self.seed = grad_checkpointing, compile, seed
         self.class_names = classes
         self.images_seen = 0  # in training; counts batches if the data module is not of this library
@@ -122,14 +131,20 @@ class Task(L.LightningModule):
         self._configured_lr = lr
 
     def _freeze(self) -> None:
-        """Freeze the first stages. Subclasses call it when ``net`` exists."""
+        """Freeze the first stages, or add adapters. Subclasses call it when ``net`` has its weights."""
         if self.freeze_stages:
             freeze_parameters(self.net, self.freeze_stages, *self._backbone_options)
-            self.train(self.training)
+        elif self.lora:
+            add_lora(self.net, self.lora)
+        self.train(self.training)
+
+    def merge_adapters(self) -> None:
+        """Merge the adapters of ``lora`` into the weights, which cannot be trained afterwards."""
+        merge_lora(self.net)
 
     def describe_frozen(self) -> str:
-        """How many parameters are frozen, in one line; empty without ``freeze``."""
-        if not self.freeze_stages:
+        """How many parameters are frozen, in one line; empty without ``freeze`` and ``lora``."""
+        if not (self.freeze_stages or self.lora):
             return ""
         counts = [p.numel() for p in self.net.parameters() if not p.requires_grad]
         total = sum(p.numel() for p in self.net.parameters())
@@ -161,7 +176,7 @@ class Task(L.LightningModule):
     @override
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        if mode and self.freeze_stages:
+        if mode and (self.freeze_stages or self.lora):
             set_frozen_to_eval(self.net)
         return self
 

@@ -7,7 +7,7 @@ from timm.models import FeatureListNet
 from torch import nn
 
 from crossformer_vision.compat import group_parameters
-from crossformer_vision.errors import UserError
+from crossformer_vision.errors import UserError, missing_extra
 from crossformer_vision.models import create_on_meta
 from crossformer_vision.models.dense.base import DenseModel
 from crossformer_vision.types import Kwargs
@@ -85,6 +85,44 @@ def head_parameters(net: Any) -> set[str]:
     heads = heads if isinstance(heads, tuple) else (heads,)
     classifier = {id(parameter) for head in heads for parameter in head.parameters()}
     return {name for name, parameter in net.named_parameters() if id(parameter) in classifier}
+
+
+def add_lora(net: nn.Module, rank: int) -> None:
+    """Add low-rank adapters (LoRA, arXiv 2106.09685) to the backbone. Only they and the heads are trained.
+
+    The product of each adapter is added unscaled to the output of a linear layer. Position biases get none.
+
+    Args:
+        net: Classifier, detector or segmenter.
+        rank: Rank of the adapters.
+
+    Raises:
+        UserError: If the backbone has no linear layers, or peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "lora") from None
+    trained = head_parameters(net)
+    targets = [
+        name
+        for name, module in net.named_modules()
+        if isinstance(module, nn.Linear) and f"{name}.weight" not in trained and "position_bias" not in name
+    ]
+    if not targets:
+        raise UserError("--model.lora: this backbone has no linear layers. Use --model.freeze or layer_decay")
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), net)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name in trained or ".lora_" in name)
+
+
+def merge_lora(net: nn.Module) -> None:
+    """Merge adapters of ``add_lora`` into the weights, and remove them."""
+    for name, module in list(net.named_modules()):
+        if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(net.get_submodule(parent), child, module.get_base_layer())
 
 
 def set_frozen_to_eval(net: nn.Module) -> None:

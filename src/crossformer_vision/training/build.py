@@ -52,8 +52,8 @@ def build(options: Options, is_resumed: bool = False) -> RunObjects:
     objects = instantiate(options.parser, config)
     callbacks: list[Callback] = []
     if options.command == "train":
-        use_tensorboard = objects.trainer.logger is not False
-        callbacks = run_callbacks(objects.run, objects.model, options.to_yaml(), is_resumed, use_tensorboard)
+        use_logger = objects.trainer.logger is not False
+        callbacks = run_callbacks(objects.run, objects.model, options.to_yaml(), is_resumed, use_logger)
     return RunObjects(objects.model, objects.data, build_trainer(objects.trainer, callbacks))
 
 

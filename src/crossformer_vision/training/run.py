@@ -3,7 +3,8 @@
 A run directory contains:
 
 - ``config.yaml``: resolved configuration; ``val_list.txt``: held-out validation images, if any
-- ``metrics.csv``: one row per epoch, plotted in ``curves.png``; ``tensorboard/``: the same for TensorBoard
+- ``metrics.csv``: one row per epoch, plotted in ``curves.png``
+- ``tensorboard/``: the same for TensorBoard, unless ``--run.logger`` is another tracker
 - ``best.ckpt``: epoch with the best validation (averaged weights if ``--run.ema`` is set)
 - ``last.ckpt``: state to resume from
 - ``results.json``: metrics of the best checkpoint, and how they were obtained
@@ -21,7 +22,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import lightning as L
 import torch
@@ -31,7 +32,7 @@ from torch import distributed
 from crossformer_vision.compat import epochs_started
 from crossformer_vision.data.loader import SeededLoader
 from crossformer_vision.data.module import BaseDataModule
-from crossformer_vision.errors import UserError, check_range, counted
+from crossformer_vision.errors import UserError, check_choice, check_range, counted
 from crossformer_vision.files import create_run_dir, write_json
 from crossformer_vision.tasks.base import Task
 from crossformer_vision.training.checkpointing import (
@@ -42,6 +43,7 @@ from crossformer_vision.training.checkpointing import (
 )
 from crossformer_vision.training.cluster import init_restarted_process_group
 from crossformer_vision.training.interruption import StopOnNonFiniteLoss, StopOnSignal, Stopped
+from crossformer_vision.training.loggers import LoggerName, check_logger
 from crossformer_vision.training.progress import MetricsWriter, Throughput
 from crossformer_vision.training.run_directory import RunDirectory
 from crossformer_vision.types import Checkpoint, JsonObject
@@ -61,21 +63,25 @@ class RunOptions:
             the weights; 0 for none. The decay rises to this value as (1 + steps) / (10 + steps).
         patience: Stop after this many epochs without a better validation; 0 to train to the end.
         save_every: Also save ``last.ckpt`` every n steps; 0 to save it at the end of each epoch only.
+        logger: Experiment tracker: ``tensorboard``, or ``wandb``, ``mlflow`` or ``comet`` if that library is
+            installed. ``--trainer.logger false`` disables it.
     """
 
     dir: str | None = None
     ema: float = 0.0
     patience: int = 0
     save_every: int = 0
+    logger: LoggerName = "tensorboard"
 
     def __post_init__(self) -> None:
         check_range("--run.ema", self.ema, 0, 1)
         check_range("--run.patience", self.patience, 0)
         check_range("--run.save_every", self.save_every, 0)
+        check_choice("--run.logger", self.logger, get_args(LoggerName))
 
 
 def run_callbacks(
-    options: RunOptions, task: Task, config: str, is_resumed: bool = False, use_tensorboard: bool = True
+    options: RunOptions, task: Task, config: str, is_resumed: bool = False, use_logger: bool = True
 ) -> list[Callback]:
     """Create the callbacks that turn a training of Lightning's Trainer into a run.
 
@@ -84,9 +90,12 @@ def run_callbacks(
         task: Task that is trained.
         config: Configuration to save, as YAML.
         is_resumed: Whether the run is resumed in an existing run directory.
-        use_tensorboard: Whether to log to TensorBoard.
+        use_logger: Whether to use the logger of the options.
     """
-    run_directory = RunDirectory(options.dir, config, is_resumed, use_tensorboard)
+    if use_logger:
+        check_logger(options.logger)
+    logger = options.logger if use_logger else None
+    run_directory = RunDirectory(options.dir, config, is_resumed, logger)
     throughput = Throughput()
     callbacks: list[Callback] = [AverageWeights(options.ema)] if options.ema else []
     callbacks += [
@@ -217,6 +226,7 @@ def validate(
         Metrics, the monitored one first; empty if there are no validation images.
     """
     is_parallel = distributed.is_available() and distributed.is_initialized()
+    task.merge_adapters()
     thresholds: list[float] | None = None
     if checkpoint is not None and (trainer.is_global_zero or not is_parallel):
         content = read_checkpoint(checkpoint)

@@ -11,7 +11,6 @@ from typing import TextIO
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
 from crossformer_vision.errors import UserError
@@ -19,6 +18,7 @@ from crossformer_vision.files import create_run_dir, write_text
 from crossformer_vision.tasks.base import Task
 from crossformer_vision.training.cluster import LOCK, current_job
 from crossformer_vision.training.command import command_name
+from crossformer_vision.training.loggers import LoggerName, create_logger
 
 log = logging.getLogger("crossformer_vision")
 
@@ -41,7 +41,7 @@ class RunDirectory(Callback):
         path: Run directory. ``None`` for a new ``runs/<task>-<backbone>``, numbered if it exists.
         config: Configuration to save, as YAML.
         is_resumed: Whether the run is resumed in an existing directory.
-        use_tensorboard: Whether to log to TensorBoard.
+        logger: Name of the logger. ``None`` for none.
 
     Attributes:
         path: Run directory, known after ``setup``.
@@ -49,10 +49,14 @@ class RunDirectory(Callback):
     """
 
     def __init__(
-        self, path: str | None, config: str, is_resumed: bool = False, use_tensorboard: bool = True
+        self,
+        path: str | None,
+        config: str,
+        is_resumed: bool = False,
+        logger: LoggerName | None = "tensorboard",
     ) -> None:
         self.chosen_path = path
-        self.config, self.is_resumed, self.use_tensorboard = config, is_resumed, use_tensorboard
+        self.config, self.is_resumed, self.logger = config, is_resumed, logger
         self.path = Path()
         self.has_trained = False
         self.is_created = False
@@ -84,9 +88,8 @@ class RunDirectory(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.path)
-        if self.use_tensorboard and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            logger = TensorBoardLogger(self.path, name=None, version="tensorboard")
-            trainer.loggers = [logger, *trainer.loggers]
+        if self.logger is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.loggers = [create_logger(self.logger, self.path), *trainer.loggers]
 
     def _check_shared(self, trainer: L.Trainer) -> None:
         """Check that a resumed run has the same ``last.ckpt`` on all machines."""

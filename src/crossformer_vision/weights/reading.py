@@ -101,9 +101,24 @@ def _read_shards(index: Path) -> Checkpoint:
 
 
 def select_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """State dict in a checkpoint: averaged weights first, as in timm; or the checkpoint itself."""
+    """State dict in a checkpoint: averaged weights first, as in timm; or the checkpoint itself.
+
+    Adapters (LoRA) of a run are merged into the weights.
+    """
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
             break
-    return {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
+    return _merge_lora({name: value for name, value in checkpoint.items() if isinstance(value, Tensor)})
+
+
+def _merge_lora(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add the products of adapters to the weights of their layers, see ``tasks.finetuning.add_lora``."""
+    merged = {name.replace(".base_layer.", "."): x for name, x in weights.items() if ".lora_" not in name}
+    for name, down in weights.items():
+        if ".lora_A." in name:
+            layer = name.partition(".lora_A.")[0]
+            merged[f"{layer}.weight"] = (
+                merged[f"{layer}.weight"] + weights[name.replace("lora_A", "lora_B")] @ down
+            )
+    return merged
