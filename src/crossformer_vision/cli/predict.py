@@ -18,7 +18,7 @@ def predict(
     output: str = "predictions",
     save: Literal["all", "results", "none"] = "all",
     json: bool = False,
-    score_threshold: float = 0.5,
+    score_threshold: float | None = None,
     tile_size: int | None = None,
     model: str | None = None,
     device: str | None = None,
@@ -33,7 +33,8 @@ def predict(
         output: Folder for pictures and JSON. Those of an earlier call are replaced.
         save: What to write to the output folder: pictures and results, only results, or nothing.
         json: Print results as JSON, one line per image.
-        score_threshold: Minimum score of objects.
+        score_threshold: Minimum score of objects; by default that of each class at which the F1 score was
+            best in validation, or 0.5 for weights without it.
         tile_size: Detectors only: side in pixels of overlapping tiles in which large images are searched for
             small objects. Lifts the limit on the size of images.
         model: Model of a file of published weights: crossformer_small, mask_rcnn_crossformer_small, …

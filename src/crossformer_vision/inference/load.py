@@ -33,7 +33,7 @@ Source = str | os.PathLike[str] | bytes | BinaryIO | Checkpoint
 def load_predictor(
     source: Source,
     device: str | torch.device | None = None,
-    score_threshold: float = 0.5,
+    score_threshold: float | None = None,
     tile_size: int | None = None,
     model: str | None = None,
 ) -> Predictor:
@@ -45,7 +45,8 @@ def load_predictor(
             ``resnet18``, ``mask_rcnn_crossformer_small``); or exported file (``.onnx`` or OpenVINO's
             ``.xml``), which runs on the CPU.
         device: ``cpu``, ``cuda``, …; ``None`` for the best available.
-        score_threshold: Minimum score of objects, for detectors.
+        score_threshold: Minimum score of objects, for detectors. ``None`` for that of each class at which the
+            F1 score was best in validation, or 0.5 for weights without it.
         tile_size: Side in pixels of overlapping tiles in which a detector searches larger images for objects
             that are too small in the whole image. ``None`` for whole images.
         model: Name of the published or timm model, if ``source`` is a file with nothing but its weights.
@@ -57,7 +58,8 @@ def load_predictor(
         UserError: If the source is not a trained network, the device does not exist, or an option does not
             apply.
     """
-    check_range("score_threshold", score_threshold, 0, 1)
+    if score_threshold is not None:
+        check_range("score_threshold", score_threshold, 0, 1)
     if tile_size is not None:
         check_range("tile_size", tile_size, 64)
     if isinstance(source, str) and not source.strip():
@@ -70,7 +72,7 @@ def load_predictor(
         )
     if path and model is None and path.suffix in (".onnx", ".xml") and path.is_file():
         net, info = load_exported(path)
-        if score_threshold < info.min_score:
+        if score_threshold is not None and score_threshold < info.min_score:
             raise UserError(
                 f"{path}: was exported for scores of at least {info.min_score:g}, not {score_threshold:g}"
             )
@@ -147,7 +149,11 @@ def restore_model(checkpoint: Checkpoint, source: str) -> tuple[nn.Module, Model
 
 
 def create_predictor(
-    net: nn.Module, info: ModelInfo, device: torch.device, score_threshold: float, tile_size: int | None
+    net: nn.Module,
+    info: ModelInfo,
+    device: torch.device,
+    score_threshold: float | None,
+    tile_size: int | None,
 ) -> Predictor:
     """Create the predictor of a task.
 
@@ -155,7 +161,7 @@ def create_predictor(
         net: Network of the task.
         info: Task, classes and preprocessing.
         device: Device of the network.
-        score_threshold: Minimum score of objects.
+        score_threshold: Minimum score of objects, ``None`` for the network's own.
         tile_size: Side of tiles in pixels, ``None`` for whole images.
 
     Raises:

@@ -52,7 +52,8 @@ class ModelInfo:
         test_scales: Image scales of segmenters.
         min_score: Minimum score of objects that an exported detector returns.
         pixel_format: Channels and values of the images.
-        thresholds: Minimum probability of each class, for images with any number of classes.
+        thresholds: Minimum probability of each class, for images with any number of classes; for detectors,
+            default score threshold of each class.
         display_channels: Channels that plots show, for images that are not photographs.
     """
 
@@ -250,7 +251,7 @@ class DetectionPredictor(Predictor):
         net: Detector with its weights.
         info: Classes and preprocessing.
         device: Device to compute on.
-        score_threshold: Minimum score of objects.
+        score_threshold: Minimum score of objects. ``None`` for that of each class in ``info``, or 0.5.
         tile_size: Side in pixels of overlapping tiles in which larger images are searched. ``None`` for whole
             images.
     """
@@ -260,7 +261,7 @@ class DetectionPredictor(Predictor):
         net: nn.Module,
         info: ModelInfo,
         device: torch.device,
-        score_threshold: float = 0.5,
+        score_threshold: float | None = None,
         tile_size: int | None = None,
     ) -> None:
         super().__init__(net, info, device)
@@ -269,7 +270,19 @@ class DetectionPredictor(Predictor):
         self.scorer = cast("_Scorer", getattr(self.net, "roi_heads", self.net))
         self.own_threshold: float | None = getattr(self.scorer, "score_thresh", None)
         if self.own_threshold is not None:
-            self.own_threshold = self.scorer.score_thresh = min(self.own_threshold, score_threshold)
+            self.own_threshold = self.scorer.score_thresh = min(self.own_threshold, self.min_score)
+
+    @property
+    def thresholds(self) -> Tensor:
+        """Minimum score of each class, ``(classes,)``."""
+        if self.score_threshold is not None:
+            return torch.full((len(self.classes),), self.score_threshold)
+        return torch.tensor(self.info.thresholds or [0.5] * len(self.classes))
+
+    @property
+    def min_score(self) -> float:
+        """The lowest of these scores."""
+        return float(self.thresholds.min())
 
     @override
     def _predict(self, images: list[NamedImage]) -> list[Result]:
@@ -277,7 +290,9 @@ class DetectionPredictor(Predictor):
 
     def _predict_image(self, image: Pixels, name: str) -> Result:
         if self.tile_size and max(image_size(image)) > self.tile_size:
-            objects = detect_in_tiles(self.net, image, self.tile_size, self.score_threshold, self.device)
+            objects = detect_in_tiles(self.net, image, self.tile_size, self.min_score, self.device)
+            is_kept = objects["scores"] >= self.thresholds[objects["labels"] - 1]
+            objects = {key: value[is_kept] for key, value in objects.items()}
         else:
             objects = self._detect(image)
         masks = objects["masks"].numpy().astype(np.uint8) if "masks" in objects else None
@@ -292,7 +307,7 @@ class DetectionPredictor(Predictor):
         pixels = detector_input(image).to(self.device)
         with return_mask_crops(self.net):
             objects = self._detect_above_threshold(pixels)
-        is_kept = objects["scores"] >= self.score_threshold
+        is_kept = objects["scores"] >= self.thresholds.to(self.device)[objects["labels"] - 1]
         objects = {key: value[is_kept].cpu() for key, value in objects.items()}
         if "mask_crops" in objects:
             size = (pixels.shape[1], pixels.shape[2])
@@ -305,7 +320,7 @@ class DetectionPredictor(Predictor):
         """Run the detector with the score threshold, so that it computes no masks of dropped objects."""
         if self.own_threshold is None:
             return self.net([pixels])[0]
-        self.scorer.score_thresh = max(self.own_threshold, self.score_threshold - 1e-6)
+        self.scorer.score_thresh = max(self.own_threshold, self.min_score - 1e-6)
         try:
             return self.net([pixels])[0]
         finally:

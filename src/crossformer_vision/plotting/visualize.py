@@ -111,7 +111,9 @@ def plot_curves(rows: Sequence[dict[str, float]], path: Path | None, monitor: st
     return figure
 
 
-def plot_confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], path: Path) -> None:
+def plot_confusion_matrix(
+    matrix: NDArray[np.int64], classes: Sequence[str], path: Path, diagonal: str = "accuracy"
+) -> None:
     """Plot how often each true class (row) was predicted as each class (column).
 
     Counts and names are written for up to 30 classes.
@@ -120,12 +122,15 @@ def plot_confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], pat
         matrix: Number of images by true and predicted class, ``(classes, classes)``.
         classes: Names of the classes.
         path: PNG file to write.
+        diagonal: Name of the share of the diagonal, for the title.
     """
     with use_fonts_for(classes):
-        _plot_confusion_matrix(matrix, [shorten(name, MAX_NAME_LENGTH) for name in classes], path)
+        _plot_confusion_matrix(matrix, [shorten(name, MAX_NAME_LENGTH) for name in classes], path, diagonal)
 
 
-def _plot_confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], path: Path) -> None:
+def _plot_confusion_matrix(
+    matrix: NDArray[np.int64], classes: Sequence[str], path: Path, diagonal: str
+) -> None:
     n = len(classes)
     side = max(4.5, min(12.0, 1.5 + 0.5 * n))
     figure, [[axis]] = subplots(side, side)
@@ -134,7 +139,7 @@ def _plot_confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], pa
         axis.imshow(shares, vmin=0, vmax=1, cmap="Blues"), shrink=0.7, label="share of the true class"
     )
     axis.set(
-        xlabel="predicted", ylabel="true", title=f"accuracy {np.trace(matrix) / max(1, matrix.sum()):.2%}"
+        xlabel="predicted", ylabel="true", title=f"{diagonal} {np.trace(matrix) / max(1, matrix.sum()):.2%}"
     )
     if n <= 30:
         axis.set_xticks(range(n), classes, rotation=90)

@@ -19,8 +19,9 @@ from crossformer_vision.plotting import visualize
 from crossformer_vision.tasks.base import Task
 from crossformer_vision.tasks.class_weights import ClassWeights, check_class_weights, create_class_weights
 from crossformer_vision.tasks.coco_metrics import CocoMetrics
+from crossformer_vision.tasks.detection_matching import best_score_thresholds, confusion_matrix
 from crossformer_vision.tasks.initial_weights import describe_initial_weights, use_published_weights
-from crossformer_vision.types import Kwargs
+from crossformer_vision.types import Checkpoint, Kwargs
 from crossformer_vision.weights.loading import load_checkpoint
 
 PLOTTED = 8  # validation images in predictions.png
@@ -120,6 +121,11 @@ class Detection(Task):
         # Precision by label and by kind (box or mask), from the last validation.
         self.precisions: dict[int, dict[str, np.ndarray]] = {}
         self.counts: dict[int, int] = {}  # of objects by label
+        self.thresholds = [0.5] * num_classes  # scores at which F1 is best in the last validation
+        self.keep_thresholds = False
+        self.matrix = np.zeros(
+            (num_classes + 1, num_classes + 1), np.int64
+        )  # of objects, see confusion_matrix
 
     @override
     def setup(self, stage: str) -> None:
@@ -187,6 +193,10 @@ class Detection(Task):
         """Log the metrics of all processes."""
         self.metric.gather()
         self.counts = self.metric.count_objects()
+        images = self.metric.detections, self.metric.ground_truth
+        if not self.keep_thresholds:
+            self.thresholds = best_score_thresholds(*images, self.hparams["num_classes"])
+        self.matrix = confusion_matrix(*images, self.thresholds)
         metrics, self.precisions = self.metric.compute()
         for name, value in metrics.items():
             if name.endswith("_ap") or value >= 0:  # -1 if there are no objects of this size
@@ -196,10 +206,23 @@ class Detection(Task):
                     prog_bar=f"val_{name}" == self.monitor,
                 )
 
+    @override
+    def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["thresholds"] = self.thresholds
+
+    @override
+    def use_thresholds(self, thresholds: list[float]) -> None:
+        self.thresholds, self.keep_thresholds = thresholds, True
+
     def class_table(self, classes: list[str]) -> list[dict[str, str | float]]:
-        """Objects, AP and AP50 of each class in the last validation, one row per class."""
+        """Objects, score threshold, AP and AP50 of each class in the last validation, one row per class."""
         rows: list[dict[str, str | float]] = [
-            {"class": name, "objects": self.counts.get(label, 0)}
+            {
+                "class": name,
+                "objects": self.counts.get(label, 0),
+                "score_threshold": round(self.thresholds[label - 1], 4),
+            }
             for label, name in enumerate(classes, start=1)
         ]
         for label, by_kind in self.precisions.items():
@@ -210,8 +233,11 @@ class Detection(Task):
         return rows
 
     def plot(self, plot_dir: Path, classes: list[str]) -> None:
-        """Write ``predictions.png``, ``precision_recall.png`` and ``classes.csv``."""
+        """Write ``predictions.png``, ``precision_recall.png``, ``confusion_matrix.png``, ``classes.csv``."""
         write_csv(plot_dir / "classes.csv", self.class_table(classes))
+        visualize.plot_confusion_matrix(
+            self.matrix, [*classes, "background"], plot_dir / "confusion_matrix.png", "objects found"
+        )
         visualize.plot_precision_recall(
             {
                 kind: {classes[label - 1]: by_kind[kind][0] for label, by_kind in self.precisions.items()}
