@@ -10,6 +10,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 from typing_extensions import override
 
+from crossformer_vision.data.albumentations_adapter import AlbumentationsPipeline, is_albumentations
 from crossformer_vision.errors import UserError
 from crossformer_vision.types import Kwargs
 
@@ -19,7 +20,13 @@ Steps = Augmentation | list[Augmentation]
 
 def compose_checked(steps: Steps, is_rgb: bool = True) -> Augmentation:
     """Compose a user-defined augmentation, a callable or a list of them, and check images that are RGB."""
-    composed = steps if callable(steps) else v2.Compose(steps)
+    listed = [steps] if callable(steps) else list(steps)
+    if any(is_albumentations(step) for step in listed):
+        if not all(is_albumentations(step) for step in listed):
+            raise UserError("data.augmentation mixes Albumentations with other steps. Use one of them")
+        composed: Augmentation = AlbumentationsPipeline(listed)
+    else:
+        composed = steps if callable(steps) else v2.Compose(steps)
     return CheckedAugmentation(composed) if is_rgb else composed
 
 

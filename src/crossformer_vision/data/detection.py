@@ -18,13 +18,14 @@ from crossformer_vision.data.detection_transforms import ToTensors, object_label
 from crossformer_vision.data.layout import FORMATS, find_label_format
 from crossformer_vision.data.loader import SeededLoader
 from crossformer_vision.data.module import BaseDataModule
+from crossformer_vision.data.mosaic import MosaicImages
 from crossformer_vision.data.readers.coco import CocoImages, find_coco_split
 from crossformer_vision.data.readers.digits import DigitObjects
 from crossformer_vision.data.readers.objects import ObjectImages
 from crossformer_vision.data.readers.voc import VocImages, find_voc_split
 from crossformer_vision.data.readers.yolo import YoloImages, find_yolo_images, read_yolo_dataset
 from crossformer_vision.data.sampling import SAMPLING_POWERS, ReadImages, sampling_weights
-from crossformer_vision.errors import UserError, check_choice
+from crossformer_vision.errors import UserError, check_choice, check_range
 from crossformer_vision.types import CocoId, JsonObject
 
 log = logging.getLogger("crossformer_vision")
@@ -64,6 +65,7 @@ class DetectionData(BaseDataModule):
         vflip: Probability of a vertical flip.
         scale_jitter: Minimum and maximum scale before a crop of ``min_size`` squared; null to resize without
             a crop.
+        mosaic: Probability that a training image becomes a mosaic with three others.
         photometric: Distort brightness, contrast, saturation and hue.
         augmentation: Your own training augmentation instead of the four above and the resizing: a callable,
             or list of callables, from an image and its target as torchvision's ``transforms.v2`` take them
@@ -100,6 +102,7 @@ class DetectionData(BaseDataModule):
         hflip: float = 0.5,
         vflip: float = 0.0,
         scale_jitter: tuple[float, float] | None = None,
+        mosaic: float = 0.0,
         photometric: bool = False,
         augmentation: Steps | None = None,
         skip_empty: bool = False,
@@ -118,7 +121,8 @@ class DetectionData(BaseDataModule):
         if format is not None:
             check_choice("format", format, tuple(FORMATS))
         check_choice("sampling", sampling, tuple(SAMPLING_POWERS))
-        self.sampling = sampling
+        check_range("mosaic", mosaic, 0, 1)
+        self.sampling, self.mosaic = sampling, mosaic
         self.format = format
         self.masks = detector == "mask_rcnn"
         self.min_sizes = [min_size] if isinstance(min_size, int) else list(min_size)
@@ -146,6 +150,10 @@ class DetectionData(BaseDataModule):
         max_size = max(1, int(self.min_sizes[-1] * jitter[0])) if jitter else self.max_size
         crops = bool(jitter or self.augmentation)
         transform = ToTensors(self._transform(stage), stage == "train", crops, max_size)
+        if stage == "train" and self.mosaic:
+            if not self.pixel_format.is_rgb:
+                raise UserError("--data.mosaic is for RGB photographs. Set it to 0")
+            return MosaicImages(source, transform, self.skip_corrupt, self.mosaic)
         return ReadImages(
             source,
             transform,
@@ -175,7 +183,7 @@ class DetectionData(BaseDataModule):
         format = self.format or (found[0] if found else "coco")
         self.label_format = FORMATS[format]
         skip_empty = self.skip_empty and train
-        outlines = self.masks and train and self.augmentation is None
+        outlines = self.masks and train and self.augmentation is None and not self.mosaic
         classes, options = self.classes or None, (self.masks, train, skip_empty, outlines)
         if format == "yolo":
             dataset = read_yolo_dataset(root)

@@ -64,12 +64,16 @@ class ReadImages(Dataset[object]):
     def __len__(self) -> int:
         return len(self.source)
 
+    def read(self, index: int) -> tuple[Pixels, Any]:
+        """An image as transforms take it, and its target."""
+        image, target = self.source.read(index)
+        return to_pixels(image, self.pixel_format, self.source.name(index)), target
+
     def __getitem__(self, index: int) -> object:
         for k in range(len(self)):
             at = (index + k) % len(self)
             try:
-                opened, target = self.source.read(at)
-                image = to_pixels(opened, self.pixel_format, self.source.name(at))
+                image, target = self.read(at)
             except UserError:  # about its labels
                 raise
             except Exception as error:  # decoders raise errors of any kind

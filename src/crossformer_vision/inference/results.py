@@ -3,12 +3,15 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
 from PIL import Image
 
+from crossformer_vision.errors import missing_extra
 from crossformer_vision.plotting import drawing
 from crossformer_vision.plotting.fonts import shorten
 from crossformer_vision.types import JsonObject
@@ -43,6 +46,19 @@ class ResultMixin:
         return content.getvalue()
 
 
+def _import_supervision() -> ModuleType:
+    """Import supervision.
+
+    Raises:
+        UserError: If it is not installed.
+    """
+    try:
+        import supervision
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "supervision") from None
+    return supervision
+
+
 @dataclass(repr=False, eq=False)
 class ClassificationResult(ResultMixin):
     """Class probabilities of an image.
@@ -66,6 +82,11 @@ class ClassificationResult(ResultMixin):
 
     def __str__(self) -> str:
         return f"{self.name}: " + ", ".join(f"{name} {p:.1%}" for name, p in self.top(3))
+
+    def to_supervision(self) -> Any:
+        """Convert to supervision's ``Classifications``, highest probability first."""
+        order = np.argsort(-self.probabilities)
+        return _import_supervision().Classifications(class_id=order, confidence=self.probabilities[order])
 
     def plot(self) -> Image.Image:
         """The image with its three most probable classes as a caption."""
@@ -102,6 +123,13 @@ class MultiLabelResult(ResultMixin):
 
     def __str__(self) -> str:
         return f"{self.name}: " + (", ".join(f"{name} {p:.1%}" for name, p in self.labels()) or "no class")
+
+    def to_supervision(self) -> Any:
+        """Convert the classes that reach their threshold to supervision's ``Classifications``."""
+        class_id = np.array([self.classes.index(name) for name, _ in self.labels()], int)
+        return _import_supervision().Classifications(
+            class_id=class_id, confidence=self.probabilities[class_id]
+        )
 
     def plot(self) -> Image.Image:
         """The image with its classes as a caption."""
@@ -149,6 +177,17 @@ class DetectionResult(ResultMixin):
         if self.masks is not None:
             objects["masks"] = self.masks
         return drawing.draw_objects(self.image, objects, self.classes)
+
+    def to_supervision(self) -> Any:
+        """Convert to supervision's ``Detections``, with class ids from 0 and names in ``class_name``."""
+        class_id = self.labels - 1
+        return _import_supervision().Detections(
+            xyxy=self.boxes,
+            mask=None if self.masks is None else self.masks.astype(bool),
+            confidence=self.scores,
+            class_id=class_id,
+            data={"class_name": np.array([self.classes[k] for k in class_id], str)},
+        )
 
     def to_coco(self, image_id: int = 1, first_id: int = 1) -> list[JsonObject]:
         """Convert to annotations in COCO's format with ``score``; masks are compressed run-length encodings.
@@ -220,6 +259,18 @@ class SegmentationResult(ResultMixin):
         """The image overlaid with the colors of its class map, above a legend."""
         return drawing.add_legend(
             drawing.overlay_class_map(self.image, self.class_map), self.class_map, self.classes
+        )
+
+    def to_supervision(self) -> Any:
+        """Convert to supervision's ``Detections``, one mask for each class that occurs."""
+        class_id = np.unique(self.class_map).astype(int)
+        masks = self.class_map == class_id[:, None, None]
+        supervision = _import_supervision()
+        return supervision.Detections(
+            xyxy=supervision.mask_to_xyxy(masks),
+            mask=masks,
+            class_id=class_id,
+            data={"class_name": np.array([self.classes[k] for k in class_id], str)},
         )
 
     def to_png(self) -> Image.Image:

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
 
-from crossformer_vision.data.images import error_summary, to_pixels
+from crossformer_vision.data.images import error_summary
 from crossformer_vision.data.loader import SeededLoader
 from crossformer_vision.data.module import BaseDataModule
 from crossformer_vision.data.randomness import preserve_rng_state
@@ -73,8 +73,7 @@ def measure_sample_steps(data: BaseDataModule) -> dict[str, float]:
             index = n * len(images) // SAMPLES
             start = time.perf_counter()
             try:
-                opened, target = images.source.read(index)
-                image = to_pixels(opened, images.pixel_format, images.source.name(index))
+                image, target = images.read(index)
             except UserError:  # invalid labels
                 raise
             except Exception as error:  # decoders raise errors of any kind
