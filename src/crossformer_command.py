@@ -9,6 +9,7 @@ usage: crossformer COMMAND [options]      crossformer COMMAND --help lists all o
 
 CrossFormer and CrossFormer++: train, evaluate and apply vision models on your images.
 
+  check           check your data before training: labels, classes, images, duplicates
   train           train a model; without options, a quickstart on bundled handwritten digits
   validate        evaluate a checkpoint and plot its results
   predict         predict images, folders and videos; writes pictures and JSON
@@ -26,6 +27,7 @@ tasks (--task, or inferred from the data): classification, detection, segmentati
 
 examples
   crossformer train
+  crossformer check my_images
   crossformer train my_images --epochs 30
   crossformer train my_images --model.backbone crossformer_small --batch-size 32 --lr 3e-4
   crossformer train --config classification/crossformer_small.yaml --data.root imagenet --trainer.devices 8

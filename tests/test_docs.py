@@ -124,7 +124,11 @@ def test_commands_are_valid(page, desk, monkeypatch, capsys):
             for what in itertools.takewhile(lambda arg: not arg.startswith("-"), args[1:]):
                 parse_spec(what)
             continue
-        if args[0] in ("demo", "benchmark-data"):  # a server, and data of the user; covered by tests/tools
+        if args[0] in (
+            "demo",
+            "benchmark-data",
+            "check",
+        ):  # a server, and data of the user; covered by tests/tools
             continue
         if args[0] == "share":
             if args[-1].startswith("hf:"):

@@ -3,7 +3,9 @@
 import difflib
 import math
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from os import PathLike
 from pathlib import Path
 
@@ -25,6 +27,32 @@ class UserError(ValueError):
 
 class NoSuchSplit(UserError):
     """The folder or file of a split does not exist."""
+
+
+_collected: ContextVar["list[UserError] | None"] = ContextVar("collected", default=None)
+
+
+@contextmanager
+def collect_label_errors() -> Iterator[list[UserError]]:
+    """Within the block, readers skip invalid labels and collect their errors instead of raising the first.
+
+    Yields:
+        List that the errors are added to.
+    """
+    errors: list[UserError] = []
+    token = _collected.set(errors)
+    try:
+        yield errors
+    finally:
+        _collected.reset(token)
+
+
+def raise_or_collect(error: UserError) -> None:
+    """Raise the error of one label, or add it to the list of ``collect_label_errors``."""
+    errors = _collected.get()
+    if errors is None:
+        raise error
+    errors.append(error)
 
 
 def error_line(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from crossformer_vision.cli.process import keep_freed_memory, replace_unencodabl
 from crossformer_vision.errors import did_you_mean, error_line
 
 COMMANDS = (
+    "check",
     "train",
     "validate",
     "predict",

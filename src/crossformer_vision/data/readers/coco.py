@@ -28,7 +28,7 @@ from crossformer_vision.data.readers.coco_json import (
 from crossformer_vision.data.readers.coco_masks import check_segmentation, polygons_have_pixels
 from crossformer_vision.data.readers.listed_images import find_listed_images, header_size, is_outside
 from crossformer_vision.data.readers.objects import ObjectBuffer, ObjectImages
-from crossformer_vision.errors import NoSuchSplit, UserError, check_names, counted
+from crossformer_vision.errors import NoSuchSplit, UserError, check_names, counted, raise_or_collect
 from crossformer_vision.types import CocoId, JsonObject
 
 log = logging.getLogger("crossformer_vision")
@@ -210,12 +210,16 @@ class CocoImages(ObjectImages):
         for entry in annotations:
             if self._append_plain(objects, entry, image_index, label_of, sizes):
                 continue
-            annotation = self._decode(entry)
-            image, label = self._look_up(annotation, image_index, label_of, names, has_own_classes)
-            name = f"{self.annotations}: annotation {annotation.get('id', '?')}"
-            xywh, area, iscrowd = check_numbers(name, annotation)
-            segmentation = annotation.get("segmentation")
-            has_pixels = not self.masks or check_segmentation(name, segmentation, *sizes[image])
+            try:
+                annotation = self._decode(entry)
+                image, label = self._look_up(annotation, image_index, label_of, names, has_own_classes)
+                name = f"{self.annotations}: annotation {annotation.get('id', '?')}"
+                xywh, area, iscrowd = check_numbers(name, annotation)
+                segmentation = annotation.get("segmentation")
+                has_pixels = not self.masks or check_segmentation(name, segmentation, *sizes[image])
+            except UserError as error:
+                raise_or_collect(error)
+                continue
             if angle := rotation_of(annotation):
                 xywh, num_rotated = enclosing_box(xywh, angle), num_rotated + 1
             objects.append(image, label, annotation.get("id"), xywh, area, iscrowd)

@@ -12,7 +12,7 @@ from crossformer_vision.data.class_lists import read_class_names
 from crossformer_vision.data.images import EXTENSIONS, StringArray, names_below
 from crossformer_vision.data.readers.listed_images import header_size
 from crossformer_vision.data.readers.objects import ObjectBuffer, ObjectImages
-from crossformer_vision.errors import NoSuchSplit, UserError
+from crossformer_vision.errors import NoSuchSplit, UserError, raise_or_collect
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -134,6 +134,15 @@ def read_voc_file(path: Path) -> tuple[tuple[int, int], list[VocObject]]:
     return size, objects
 
 
+def _read_or_collect(path: Path) -> tuple[tuple[int, int], list[VocObject]]:
+    """``read_voc_file``, without objects for an invalid file whose error is collected."""
+    try:
+        return read_voc_file(path)
+    except UserError as error:
+        raise_or_collect(error)
+        return (0, 0), []
+
+
 class VocImages(ObjectImages):
     """Images and objects of labels in Pascal VOC's format.
 
@@ -163,7 +172,7 @@ class VocImages(ObjectImages):
     ) -> None:
         super().__init__(split.source, split.folder, masks=False, as_outlines=False)
         self._files = [file for file, _ in split.files]
-        contents = [read_voc_file(file) for file in self._files]
+        contents = [_read_or_collect(file) for file in self._files]
         found = sorted({voc_object.name for _, objects in contents for voc_object in objects})
         names = classes or read_class_names(root) or found
         self.categories = dict(enumerate(names, start=1))
@@ -177,14 +186,19 @@ class VocImages(ObjectImages):
         for index, (_, objects) in enumerate(contents):
             for number, voc_object in enumerate(objects, start=1):
                 if voc_object.name not in names:
-                    raise UserError(
-                        f"{self._files[index]}: object {number} is of class '{voc_object.name}', which is "
-                        f"not among the classes {', '.join(names[:5])}"
-                    )
+                    raise_or_collect(self._unknown_class(index, number, voc_object.name, names))
+                    continue
                 label = names.index(voc_object.name) + 1
                 buffer.append(index, label, number, voc_object.xywh, iscrowd=voc_object.is_difficult)
         self.store(buffer)
         self.skip_unusable(train, skip_empty)
+
+    def _unknown_class(self, index: int, number: int, name: str, names: list[str]) -> UserError:
+        """Error about an object of an unknown class."""
+        return UserError(
+            f"{self._files[index]}: object {number} is of class '{name}', which is not among the classes "
+            f"{', '.join(names[:5])}"
+        )
 
     @override
     def label_file(self, index: int) -> Path:

@@ -20,7 +20,7 @@ from crossformer_vision.data.images import EXTENSIONS, StringArray, files_below
 from crossformer_vision.data.readers.coco_masks import polygons_have_pixels
 from crossformer_vision.data.readers.listed_images import header_size
 from crossformer_vision.data.readers.objects import ObjectBuffer, ObjectImages
-from crossformer_vision.errors import NoSuchSplit, UserError, check_names, counted
+from crossformer_vision.errors import NoSuchSplit, UserError, check_names, counted, raise_or_collect
 
 log = logging.getLogger("crossformer_vision")
 
@@ -231,7 +231,10 @@ class YoloImages(ObjectImages):
         width, height = self.sizes[index].tolist()
         for row, line in enumerate(text.splitlines(), start=1):
             if line.strip():
-                self._read_row(f"{path}: row {row}", row, line, index, (width, height), objects)
+                try:
+                    self._read_row(f"{path}: row {row}", row, line, index, (width, height), objects)
+                except UserError as error:
+                    raise_or_collect(error)
         return True
 
     def _read_row(
