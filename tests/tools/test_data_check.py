@@ -333,6 +333,15 @@ def test_all_label_faults_are_counted_by_kind(tmp_path, capsys):
     assert "row 1 has 4 numbers" in out and "row 2 has class 9" in out and out.count("(3 in all)") == 2
 
 
+def test_data_without_a_training_split_can_be_validated(tmp_path):
+    folders(tmp_path)
+    shutil.rmtree(tmp_path / "train")
+    (finding,) = check_data(str(tmp_path)).findings
+    assert finding.severity == "warning" and "not trained on" in finding.text
+    shutil.rmtree(tmp_path / "val")
+    assert check_data(str(tmp_path)).has_errors
+
+
 def test_output_is_never_written_into_the_data(tmp_path, capsys):
     folders(tmp_path)
     assert main(["check", str(tmp_path), "--output", str(tmp_path / "train/report")]) == 1

@@ -125,8 +125,13 @@ def check_data(
         findings.add("error", str(error))
         result.findings = findings.all()
         return result
+    missing: dict[str, NoSuchSplit] = {}
     for split in ("train", "val"):
-        _check_split(data, split, result, findings, max_images, sheet)
+        _check_split(data, split, result, findings, missing, max_images, sheet)
+    if list(missing) == ["train"] and "val" in result.total:
+        findings.add("warning", f"{root}: can be validated, but not trained on ({missing.pop('train')})")
+    for error in missing.values():
+        findings.add("error", str(error))
     result.classes, result.label_format = list(data.classes), data.label_format
     _compare_splits(result, findings)
     _compare_images(result.images, findings)
@@ -170,14 +175,20 @@ def _collect_warnings(findings: _Findings) -> Iterator[None]:
 
 
 def _check_split(
-    data: BaseDataModule, split: str, result: DataCheck, findings: _Findings, max_images: int, sheet: int
+    data: BaseDataModule,
+    split: str,
+    result: DataCheck,
+    findings: _Findings,
+    missing: dict[str, NoSuchSplit],
+    max_images: int,
+    sheet: int,
 ) -> None:
     """Open a split and read its images."""
     with _collect_warnings(findings), collect_label_errors() as label_errors:
         try:
             images = data.open(split)
         except NoSuchSplit as error:
-            findings.add("error", str(error), f"no {split} split")
+            missing[split] = error
             return
         except UserError as error:
             findings.add("error", str(error))
