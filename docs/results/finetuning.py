@@ -20,8 +20,8 @@ METHODS = {
     "full": [],
     "layer decay": ["--model.layer_decay", "0.75"],
     "frozen": ["--model.freeze", "2"],
-    "linear probe": ["--model.freeze", "all"],
-    "LoRA": ["--model.lora", "8"],
+    "linear probe": ["--model.freeze", "all", "--model.lr", "2e-2"],
+    "LoRA": ["--model.lora", "8", "--model.lr", "1e-2"],
 }
 EPOCHS = {25: 20, 100: 10, 500: 4}  # by images per class
 SEEDS = (0, 1, 2)

@@ -130,8 +130,8 @@ def check_data(
         _check_split(data, split, result, findings, missing, max_images, sheet)
     if list(missing) == ["train"] and "val" in result.total:
         findings.add("warning", f"{root}: can be validated, but not trained on ({missing.pop('train')})")
-    for error in missing.values():
-        findings.add("error", str(error))
+    for missing_split in missing.values():
+        findings.add("error", str(missing_split))
     result.classes, result.label_format = list(data.classes), data.label_format
     _compare_splits(result, findings)
     _compare_images(result.images, findings)
