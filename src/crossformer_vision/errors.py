@@ -25,6 +25,10 @@ class UserError(ValueError):
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in own))
 
 
+class MissingExtra(UserError):
+    """An optional dependency is not installed."""
+
+
 class NoSuchSplit(UserError):
     """The folder or file of a split does not exist."""
 
@@ -84,14 +88,14 @@ def did_you_mean(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
     return f". Did you mean '{close[0]}'?" if close else ""
 
 
-def missing_extra(error: ImportError, extra: str) -> UserError:
+def missing_extra(error: ImportError, extra: str) -> MissingExtra:
     """The error to raise if an optional dependency is not installed.
 
     Args:
         error: What the import raised.
         extra: Extra of this package that installs the dependency.
     """
-    return UserError(f"{error.name} is not installed: pip install 'crossformer-vision[{extra}]'")
+    return MissingExtra(f"{error.name} is not installed: pip install 'crossformer-vision[{extra}]'")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ def is_albumentations(step: object) -> bool:
 class AlbumentationsPipeline:
     """A pipeline with the interface of torchvision's transforms.
 
-    It takes a PIL image; an image and a class map; or an image and the boxes, labels and masks of its
+    It takes an image; an image and a class map; or an image and the boxes, labels and masks of its
     objects, and returns the same. Options of the pipeline for boxes are replaced.
 
     Args:
@@ -49,7 +49,8 @@ class AlbumentationsPipeline:
             return self._augment_objects(pixels, target)
         self.pipeline.set_random_seed(seed)
         if target is None:
-            return Image.fromarray(self.pipeline(image=pixels)["image"])
+            augmented = self.pipeline(image=pixels)["image"]
+            return _to_image(augmented) if isinstance(image, Tensor) else Image.fromarray(augmented)
         found = self.pipeline(image=pixels, mask=target[0].numpy())
         return _to_image(found["image"]), tv_tensors.Mask(torch.from_numpy(found["mask"].copy())[None])
 

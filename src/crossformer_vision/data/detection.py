@@ -61,11 +61,11 @@ class DetectionData(BaseDataModule):
         max_size: Maximum longer side of training images in pixels. The command takes it from the model.
         batch_size: Images per step of each process.
         num_workers: Processes that read images; null for one less than the number of cores, at most 8.
+        mosaic: Probability that a training image becomes a mosaic with three others.
         hflip: Probability of a horizontal flip.
         vflip: Probability of a vertical flip.
         scale_jitter: Minimum and maximum scale before a crop of ``min_size`` squared; null to resize without
             a crop.
-        mosaic: Probability that a training image becomes a mosaic with three others.
         photometric: Distort brightness, contrast, saturation and hue.
         augmentation: Your own training augmentation instead of the four above and the resizing: a callable,
             or list of callables, from an image and its target as torchvision's ``transforms.v2`` take them
@@ -99,10 +99,10 @@ class DetectionData(BaseDataModule):
         max_size: int = 1333,
         batch_size: int = 2,
         num_workers: int | None = None,
+        mosaic: float = 0.0,
         hflip: float = 0.5,
         vflip: float = 0.0,
         scale_jitter: tuple[float, float] | None = None,
-        mosaic: float = 0.0,
         photometric: bool = False,
         augmentation: Steps | None = None,
         skip_empty: bool = False,

@@ -14,7 +14,7 @@ from crossformer_vision.data.rasters import (
     format_of,
 )
 from crossformer_vision.data.sampling import Source
-from crossformer_vision.errors import UserError, counted
+from crossformer_vision.errors import MissingExtra, UserError, counted
 
 MAX_TRIED = 20  # images that are tried if the first ones cannot be read
 MAX_MEASURED = 1000  # images for mean and standard deviation
@@ -34,6 +34,8 @@ def find_pixel_format(source: Source, channels: int | None) -> PixelFormat:
         try:
             image, _ = source.read(index)
             raster = None if channels is None else as_raster(image)
+        except MissingExtra:
+            raise
         except Exception:  # reported when the image is used
             continue
         return _check_channels(image, raster, channels, source.name(index))

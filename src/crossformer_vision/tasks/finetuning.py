@@ -40,13 +40,12 @@ def layer_ids(net: nn.Module, backbone: str, model_args: Kwargs, coarse: bool) -
         return ids
     is_flat = isinstance(net.body, FeatureListNet)  # renames layers.0 to layers_0
     names = {name: re.sub(r"^(\w+)\.(\d+)\.", r"\1_\2.", name) if is_flat else name for name in ids}
-    own = dict(net.named_parameters())
-    found = {}
-    for name, layer in ids.items():
-        for candidate in (net.body_prefix + names[name], net.body_prefix + name):
-            if candidate in own:
-                found[candidate] = layer
-    return found
+    layers = {net.body_prefix + name: layer for name, layer in ids.items()}
+    layers |= {net.body_prefix + names[name]: layer for name, layer in ids.items()}
+    plain = {
+        name: re.sub(r"\.(base_layer|lora_[AB]\.\w+)\.", ".", name) for name, _ in net.named_parameters()
+    }
+    return {name: layers[plain[name]] for name in plain if plain[name] in layers}
 
 
 def freeze_parameters(net: nn.Module, stages: Freeze, backbone: str, model_args: Kwargs) -> None:

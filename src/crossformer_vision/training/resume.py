@@ -27,6 +27,7 @@ FIXED = (
     "model.anchor_scale",
     "model.optimizer",
     "model.freeze",
+    "model.lora",
     "model.layer_decay",
     "model.backbone_lr_scale",
     "model.decay_on",

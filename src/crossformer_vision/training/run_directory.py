@@ -29,7 +29,7 @@ with suppress(ImportError):  # not on Windows
 # Files that a run writes beside config.yaml. In a directory without config.yaml they belong to the user.
 RUN_FILES = {
     "best.ckpt", "last.ckpt", "results.json", "metrics.csv", "classes.csv", "curves.png", "predictions.png",
-    "confusion_matrix.png", "precision_recall.png", "class_iou.png",
+    "confusion_matrix.png", "precision_recall.png", "class_ap.png", "class_iou.png",
 }  # fmt: skip
 VAL_LIST = "val_list.txt"  # in a run directory: validation images held out from an unsplit folder
 

@@ -105,7 +105,7 @@ def select_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
     Adapters (LoRA) of a run are merged into the weights.
     """
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model"):
         if isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
             break
