@@ -1,5 +1,7 @@
 """Network modules match their definitions in the paper."""
 
+import math
+
 import pytest
 import timm
 import torch
@@ -11,6 +13,7 @@ import crossformer_vision
 from crossformer_vision.models import attention as attention_module
 from crossformer_vision.models import crossformer, find_model, grouping, index_cache
 from crossformer_vision.models.crossformer import CrossScaleEmbedding, LongShortAttention, cel_widths
+from crossformer_vision.models.freezing import freeze_position_bias
 from crossformer_vision.models.grouping import (
     Layout,
     group,
@@ -56,9 +59,10 @@ def test_groups_are_adjacent_or_strided():
 def test_docstring_example():
     x = torch.arange(8).view(1, 1, 8, 1) + 1  # 0 is padding
     for layout, letters in (
-        (Layout(1, 2, 1, 4, 1), "aaaabbbb"),  # SDA
-        (Layout(1, 1, 1, 4, 2), "abababab"),  # LDA over the map
-        (Layout(1, 2, 1, 2, 2), "ababcdcd"),  # LDA in regions
+        (Layout(1, 2, 1, 4, 1, 1), "aaaabbbb"),  # SDA
+        (Layout(1, 1, 1, 4, 1, 2), "abababab"),  # LDA over the map
+        (Layout(1, 2, 1, 2, 1, 2), "ababcdcd"),  # LDA in regions
+        (Layout(1, 1, 1, 2, 1, 4), "abcdabcd"),  # LDA by count
     ):
         groups = [g[g > 0].tolist() for g in group(x, layout)]
         drawn = [""] * 8
@@ -310,7 +314,7 @@ def test_incompatible_options_raise():
         timm.create_model("crossformer_small", group_size=(7, [7, 7, 7], 7, 7))
     with pytest.raises(ValueError, match="interval needs one entry for each"):
         timm.create_model("crossformer_small", interval=(8, 4, 2))
-    with pytest.raises(ValueError, match="lda_span must be one of 'map', 'region', not 'regions'"):
+    with pytest.raises(ValueError, match="lda_span must be one of 'map', 'region', 'count', not 'regions'"):
         timm.create_model("crossformer_small", lda_span="regions")
     with pytest.raises(ValueError, match="are smaller than their stride 4"):
         timm.create_model("crossformer_small", patch_sizes=(2, 8))
@@ -329,3 +333,64 @@ def test_nano_is_small():
     model = timm.create_model("crossformer_nano")
     assert sum(p.numel() for p in model.parameters()) <= 3e6
     assert [info["reduction"] for info in model.feature_info] == [4, 8, 16, 32]
+
+
+@pytest.mark.parametrize("size", [(12, 20), (7, 25), (3, 18), (2, 2)])
+def test_lda_by_count(size):
+    """``G x G`` members at intervals of ``H / G`` and ``W / G``, compared with attention of each group."""
+    torch.manual_seed(0)
+    H, W = size
+    attention = LongShortAttention(32, 2, 4, 8, "count").double()
+    x = torch.randn(1, H, W, 32, dtype=torch.float64)
+    output = attention(x)
+    gh, gw = min(4, H), min(4, W)
+    steps = -(-H // gh), -(-W // gw)
+    q, k, v = attention.qkv(x).unflatten(-1, (3, 2, 16)).unbind(-3)
+    table = attention.position_bias(gh, gw, x).view(2, 2 * gh - 1, 2 * gw - 1)
+    expected = torch.zeros_like(x)
+    for i in range(H):
+        for j in range(W):
+            rows, columns = range(i % steps[0], H, steps[0]), range(j % steps[1], W, steps[1])
+            members = [(r, c) for r in rows for c in columns]
+            keys = torch.stack([k[0, r, c] for r, c in members], 1)
+            values = torch.stack([v[0, r, c] for r, c in members], 1)
+            dy = torch.tensor([i // steps[0] - r // steps[0] + gh - 1 for r, _ in members])
+            dx = torch.tensor([j // steps[1] - c // steps[1] + gw - 1 for _, c in members])
+            logits = (keys @ q[0, i, j][:, :, None])[:, :, 0] / 4 + table[:, dy, dx]
+            expected[0, i, j] = attention.proj((logits.softmax(1)[:, None] @ values).flatten())
+    torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize("strides", [(2, 2, 2, 2), (1, 2, 1, 2), (4, 2, 2, 1)])
+def test_strides(strides):
+    options = {"strides": strides, "lda_span": "count", "depths": (2, 2, 2, 2)}
+    model = timm.create_model("crossformer_nano", features_only=True, **options).eval()
+    reductions = [math.prod(strides[: n + 1]) for n in range(4)]
+    assert model.feature_info.reduction() == reductions
+    maps = model(torch.randn(1, 3, 70, 101))
+    assert [tuple(m.shape[2:]) for m in maps] == [(-(-70 // r), -(-101 // r)) for r in reductions]
+    classifier = timm.create_model("crossformer_nano", num_classes=3, **options)
+    classifier(torch.randn(2, 3, 33, 47)).sum().backward()
+    assert all(p.grad is not None for p in classifier.parameters())
+
+
+def test_width_and_heads_of_position_bias():
+    model = timm.create_model("crossformer_nano", position_bias_width=24, position_bias_heads="shared").eval()
+    bias = model.stages[2].blocks[0].attn.position_bias
+    assert bias.proj.out_features == 24 and bias.layers[-1][-1].out_features == 1
+    table = bias(5, 7, torch.zeros(1))
+    assert table.shape == (model.stages[2].blocks[0].attn.num_heads, 9 * 13)
+    assert torch.equal(table[0], table[-1])
+    images = torch.randn(1, 3, 64, 80)
+    plain = model(images)
+    freeze_position_bias(model)
+    torch.testing.assert_close(model(images), plain)
+    for options, message in (
+        ({"strides": (4, 2)}, "strides needs a value of at least 1 for each of 4 stages"),
+        ({"strides": (4, 2, 0, 2)}, "strides needs a value of at least 1"),
+        ({"position_bias_width": 0}, "position_bias_width must be at least 1"),
+        ({"position_bias_heads": "one"}, "position_bias_heads must be one of"),
+        ({"position_bias": "relative", "position_bias_width": 8}, "are for DPB, not 'relative'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            timm.create_model("crossformer_nano", **options)

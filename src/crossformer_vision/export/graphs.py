@@ -105,7 +105,7 @@ def forward_any_layout(attention: LongShortAttention, x: Tensor) -> Tensor:
     """``LongShortAttention.forward`` for graphs: the image size at run time decides the layout of groups.
 
     The layout is chosen by arithmetic because OpenVINO 2026.4 gives wrong outputs for graphs with branches
-    when images become larger. Its five numbers pass through a tensor, so that later shapes do not contain
+    when images become larger. Its numbers pass through a tensor, so that later shapes do not contain
     formulas of height and width.
 
     Args:

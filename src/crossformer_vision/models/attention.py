@@ -81,7 +81,7 @@ def blocked_attention(
     if not is_padded(H, W, layout):
         return _attend_in_blocks(q, k, v, table, layout, None)
     groups_of_masks = cached(groups_by_mask, H, W, layout, q.device)
-    groups = layout.rows * layout.cols * layout.interval**2  # of one map
+    groups = layout.groups
     batch = len(q) // groups
     q, k, v = (t.unflatten(0, (batch, groups)) for t in (q, k, v))
     outputs = []

@@ -11,13 +11,15 @@ named models.
 Shapes: batch size B, map H x W, C channels; N groups of L = gh * gw members; h heads of d channels. Maps are
 channels last, ``(B, H, W, C)``, throughout the model.
 
-``lda_span`` selects one of two published definitions of LDA. They are equal where ``G * I`` is the side of
-the map, as in all published T/S/B/L classifiers at 224 pixels:
+``lda_span`` selects a published definition of LDA. The first two are equal where ``G * I`` is the side of the
+map, as in all published T/S/B/L classifiers at 224 pixels:
 
 - ``"map"``, of the paper and all published T/S/B/L weights: members are ``interval`` apart over the whole
   map, so groups grow with the image;
 - ``"region"``, of the code that trained the CrossFormer++ classifiers: members are ``interval`` apart within
-  regions of ``(G * I) x (G * I)``, so groups have ``G x G`` members.
+  regions of ``(G * I) x (G * I)``, so groups have ``G x G`` members;
+- ``"count"``, of the weather models: ``G x G`` members are spread over the whole map, ``H / G`` and ``W / G``
+  positions apart.
 
 Deviations from the published code:
 
@@ -55,6 +57,7 @@ from crossformer_vision.models.grouping import (
     ceil_div,
     group,
     key_padding_mask,
+    lda_count_layout,
     lda_map_layout,
     lda_region_layout,
     pad_to_multiple,
@@ -67,8 +70,10 @@ from crossformer_vision.models.index_cache import cached
 from crossformer_vision.models.stage_options import (
     add_absolute_position,
     check_options,
+    check_position_bias,
     per_block,
     resolve_group_size,
+    resolve_strides,
 )
 from crossformer_vision.models.timm_interface import StagedClassifier, check_size
 from crossformer_vision.models.tracing import sym_max, sym_min
@@ -171,20 +176,23 @@ class DynamicPositionBias(nn.Module):
     of any size. It is evaluated once for the distinct offsets of a group.
 
     Args:
-        dim: Channels of the stage. The MLP has ``dim // 16`` hidden units.
+        dim: Channels of the stage.
         num_heads: Number of attention heads, h.
+        width: Hidden units of the MLP. ``None`` for ``dim // 16``, as published.
+        is_shared: Use one bias for all heads.
     """
 
     frozen: Tensor | None
     """Biases of shape ``(h, 2 * Gh - 1, 2 * Gw - 1)``, see ``freeze_position_bias``."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, width: int | None = None, is_shared: bool = False) -> None:
         super().__init__()
-        width = dim // 16
+        width = width or dim // 16
+        self.num_heads = num_heads
         self.proj = nn.Linear(2, width)
         self.layers = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, out))
-            for out in (width, width, num_heads)
+            for out in (width, width, 1 if is_shared else num_heads)
         )
         self.register_buffer("frozen", None, persistent=False)
 
@@ -218,7 +226,7 @@ class DynamicPositionBias(nn.Module):
         biases = self.proj(offsets.to(like.dtype))
         for layer in self.layers:
             biases = layer(biases)
-        return biases.t().contiguous()
+        return biases.t().expand(self.num_heads, -1).contiguous()
 
     @override
     def train(self, mode: bool = True) -> "DynamicPositionBias":
@@ -242,8 +250,10 @@ class LongShortAttention(nn.Module):
         group_size: Side of a group in members, G.
         interval: Distance between members of an LDA group, I. 0 for SDA; ``None`` for
             ``ceil(max(H, W) / G)``.
-        lda_span: ``"map"`` or ``"region"``, see the module docstring.
+        lda_span: ``"map"``, ``"region"`` or ``"count"``, see the module docstring.
         position_bias: Name of the position bias, see ``create_position_bias``.
+        bias_width: Hidden units of DPB, see ``DynamicPositionBias``.
+        is_bias_shared: Use one position bias for all heads.
 
     Raises:
         ValueError: If ``num_heads`` does not divide ``dim``.
@@ -257,6 +267,8 @@ class LongShortAttention(nn.Module):
         interval: int | None,
         lda_span: str = "map",
         position_bias: str = "dynamic",
+        bias_width: int | None = None,
+        is_bias_shared: bool = False,
     ) -> None:
         super().__init__()
         if dim % num_heads:
@@ -268,7 +280,9 @@ class LongShortAttention(nn.Module):
         self.fused_attn = use_fused_attn()  # False for hooks on the attention, as in timm's AttentionExtract
         self.attn_drop = nn.Identity()
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.position_bias = create_position_bias(position_bias, dim, num_heads, group_size)
+        self.position_bias = create_position_bias(
+            position_bias, dim, num_heads, group_size, bias_width, is_bias_shared
+        )
         self.proj = nn.Linear(dim, dim)
 
     def layout(self, H: int, W: int) -> Layout:
@@ -277,7 +291,9 @@ class LongShortAttention(nn.Module):
 
     def small_layout(self, H: int, W: int) -> Layout:
         """Layout if a side is at most G: SDA in squares of the shorter side, or one group."""
-        return sda_layout(H, W, sym_min(H, W)) if self.lda_span == "map" else lda_map_layout(H, W, 1)
+        if self.lda_span == "count" and self.interval != 0:
+            return lda_count_layout(H, W, self.group_size)
+        return lda_map_layout(H, W, 1) if self.lda_span == "region" else sda_layout(H, W, sym_min(H, W))
 
     def large_layout(self, H: int, W: int) -> Layout:
         """Layout if both sides exceed G."""
@@ -286,6 +302,8 @@ class LongShortAttention(nn.Module):
             interval = ceil_div(sym_max(H, W), G)
         if interval == 0:
             return sda_layout(H, W, G)
+        if self.lda_span == "count":
+            return lda_count_layout(H, W, G)
         if self.lda_span == "map":
             return lda_map_layout(H, W, interval)
         return lda_region_layout(H, W, G, interval)
@@ -342,8 +360,10 @@ class BlockContext(NamedTuple):
         num_heads: Number of attention heads.
         group_size: G.
         interval: I of LDA.
-        lda_span: ``"map"`` or ``"region"``.
+        lda_span: ``"map"``, ``"region"`` or ``"count"``.
         position_bias: Name of the position bias.
+        bias_width: Hidden units of DPB.
+        is_bias_shared: Whether all heads share a position bias.
     """
 
     stage: int
@@ -354,9 +374,18 @@ class BlockContext(NamedTuple):
     interval: int | None
     lda_span: str
     position_bias: str
+    bias_width: int | None = None
+    is_bias_shared: bool = False
 
 
-def create_position_bias(name: str, dim: int, num_heads: int, group_size: int) -> nn.Module:
+def create_position_bias(
+    name: str,
+    dim: int,
+    num_heads: int,
+    group_size: int,
+    width: int | None = None,
+    is_shared: bool = False,
+) -> nn.Module:
     """Create DPB (``"dynamic"``) or one of the alternatives in ``ablations.POSITION_BIASES``.
 
     Args:
@@ -364,9 +393,11 @@ def create_position_bias(name: str, dim: int, num_heads: int, group_size: int) -
         dim: Channels of the stage.
         num_heads: Number of attention heads.
         group_size: Side of a group.
+        width: Hidden units of DPB.
+        is_shared: Use one bias of DPB for all heads.
     """
     if name == "dynamic":
-        return DynamicPositionBias(dim, num_heads)
+        return DynamicPositionBias(dim, num_heads, width, is_shared)
     from crossformer_vision.models.ablations import POSITION_BIASES
 
     return POSITION_BIASES[name](dim, num_heads, group_size)
@@ -383,6 +414,8 @@ def create_attention(name: str, context: BlockContext) -> nn.Module:
             interval,
             context.lda_span,
             context.position_bias,
+            context.bias_width,
+            context.is_bias_shared,
         )
     from crossformer_vision.models.ablations import ATTENTIONS
 
@@ -520,14 +553,17 @@ class CrossFormer(StagedClassifier):
             ``ablations.GROUP_MODES``.
         interval: I of LDA blocks, per stage or per block. 0 turns a block into SDA; ``None`` is
             ``ceil(max(H, W) / G)``.
-        lda_span: ``"map"`` or ``"region"``, see the module docstring.
-        patch_sizes: Kernels of the first CEL, with stride 4.
-        merge_sizes: Kernels of the later CELs, with stride 2.
+        lda_span: ``"map"``, ``"region"`` or ``"count"``, see the module docstring.
+        patch_sizes: Kernels of the first CEL.
+        merge_sizes: Kernels of the later CELs.
+        strides: Strides of the CELs.
         embed_split: Channels of the kernels of a CEL: ``"halving"`` or ``"equal"``.
         output_stride: 8, 16 or 32. Stages beyond it keep the resolution, for decoders such as DeepLabV3.
         amplitude_cooling: Blocks from one ACL of CrossFormer++ to the next: 3 as published, 0 for none.
         attention: ``"long_short"``, or a name in ``ablations.ATTENTIONS``.
         position_bias: ``"dynamic"``, or a name in ``ablations.POSITION_BIASES``.
+        position_bias_width: Hidden units of DPB in all stages. ``None`` for ``dim // 16``, as published.
+        position_bias_heads: ``"separate"``, or ``"shared"`` for one bias of DPB for all heads.
         mlp_ratio: Hidden channels of the MLPs relative to those of the stage.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth rate of the last block. It rises linearly from 0 over all blocks.
@@ -547,14 +583,17 @@ class CrossFormer(StagedClassifier):
         num_heads: Sequence[int] = (3, 6, 12, 24),
         group_size: Sequence[int | Sequence[int]] | str = (7, 7, 7, 7),
         interval: Sequence[int | Sequence[int | None] | None] = (8, 4, 2, 1),
-        lda_span: Literal["map", "region"] = "map",
+        lda_span: Literal["map", "region", "count"] = "map",
         patch_sizes: Sequence[int] = (4, 8, 16, 32),
         merge_sizes: Sequence[Sequence[int]] = ((2, 4), (2, 4), (2, 4)),
+        strides: Sequence[int] = (4, 2, 2, 2),
         embed_split: Literal["halving", "equal"] = "halving",
         output_stride: Literal[8, 16, 32] = 32,
         amplitude_cooling: int = 0,
         attention: str = "long_short",
         position_bias: str = "dynamic",
+        position_bias_width: int | None = None,
+        position_bias_heads: Literal["separate", "shared"] = "separate",
         mlp_ratio: float = 4.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -562,10 +601,11 @@ class CrossFormer(StagedClassifier):
     ) -> None:
         super().__init__()
         check_options(lda_span, weight_init, embed_split, output_stride, attention, position_bias, group_size)
+        check_position_bias(position_bias, position_bias_width, position_bias_heads)
+        reductions = resolve_strides(strides, depths, output_stride)
         group_sizes = per_block(resolve_group_size(group_size, depths), depths, "group_size")
         intervals = per_block(interval, depths, "interval")
         dims = [embed_dim * 2**i for i in range(len(depths))]
-        reductions = [min(4 * 2**i, output_stride) for i in range(len(depths))]
         rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, [*depths], stagewise=True))
         self.num_classes = num_classes
         self.global_pool = global_pool
@@ -573,13 +613,26 @@ class CrossFormer(StagedClassifier):
         self.stages = nn.ModuleList()
         for i, dim in enumerate(dims):
             if i == 0:
-                embed: nn.Module = CrossScaleEmbedding(in_chans, dim, patch_sizes, 4, False, embed_split)
+                embed: nn.Module = CrossScaleEmbedding(
+                    in_chans, dim, patch_sizes, reductions[0], False, embed_split
+                )
                 embed = add_absolute_position(embed, dim) if position_bias == "absolute" else embed
             else:
                 stride = reductions[i] // reductions[i - 1]
                 embed = CrossScaleEmbedding(dims[i - 1], dim, merge_sizes[i - 1], stride, True, embed_split)
             contexts = [
-                BlockContext(i, k, dim, num_heads[i], size, steps, lda_span, position_bias)
+                BlockContext(
+                    i,
+                    k,
+                    dim,
+                    num_heads[i],
+                    size,
+                    steps,
+                    lda_span,
+                    position_bias,
+                    position_bias_width,
+                    position_bias_heads == "shared",
+                )
                 for k, (size, steps) in enumerate(zip(group_sizes[i], intervals[i], strict=True))
             ]
             attentions = [create_attention(attention, context) for context in contexts]

@@ -7,6 +7,7 @@ A map of eight positions in one dimension. Positions with equal letters form a g
     LDA over the map, I = 2        a b a b a b a b    lda_map_layout: every second position
     LDA in regions, G = 2, I = 2   a b a b c d c d    lda_region_layout: the same within G * I = 4
     LDA of the classifiers         a b a b a b a b    G = 4, I = 2: both, as G * I = 8 is the map
+    LDA by count, G = 2            a b c d a b c d    lda_count_layout: two members, I = 8 / G = 4
 
 The published classifiers have ``G * I`` equal to the side of every map at 224 pixels, so both definitions of
 LDA are the same there. On other maps they differ.
@@ -26,25 +27,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crossformer_vision.models.index_cache import cached
-from crossformer_vision.models.tracing import is_open, may_differ
+from crossformer_vision.models.tracing import is_open, may_differ, sym_min
 
 
 class Layout(NamedTuple):
-    """How a map is partitioned: ``rows x cols`` regions of ``interval**2`` groups with ``gh x gw`` members.
+    """How a map is partitioned: regions, each with groups of ``gh x gw`` members that lie apart.
 
     Attributes:
         rows: Regions from top to bottom.
         cols: Regions from left to right.
         gh: Members of a group from top to bottom.
         gw: Members of a group from left to right.
-        interval: Positions from one member to the next, in both directions.
+        interval_h: Positions from one member to the next, from top to bottom.
+        interval_w: Positions from one member to the next, from left to right.
     """
 
     rows: int
     cols: int
     gh: int
     gw: int
-    interval: int
+    interval_h: int
+    interval_w: int
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of one map."""
+        return self.rows * self.cols * self.interval_h * self.interval_w
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -60,7 +68,7 @@ def sda_layout(H: int, W: int, G: int) -> Layout:
         W: Width of the map.
         G: Group size.
     """
-    return Layout(ceil_div(H, G), ceil_div(W, G), G, G, 1)
+    return Layout(ceil_div(H, G), ceil_div(W, G), G, G, 1, 1)
 
 
 def lda_map_layout(H: int, W: int, interval: int) -> Layout:
@@ -71,7 +79,7 @@ def lda_map_layout(H: int, W: int, interval: int) -> Layout:
         W: Width of the map.
         interval: Distance between members.
     """
-    return Layout(1, 1, ceil_div(H, interval), ceil_div(W, interval), interval)
+    return Layout(1, 1, ceil_div(H, interval), ceil_div(W, interval), interval, interval)
 
 
 def lda_region_layout(H: int, W: int, G: int, interval: int) -> Layout:
@@ -83,12 +91,24 @@ def lda_region_layout(H: int, W: int, G: int, interval: int) -> Layout:
         G: Group size.
         interval: Distance between members.
     """
-    return Layout(ceil_div(H, G * interval), ceil_div(W, G * interval), G, G, interval)
+    return Layout(ceil_div(H, G * interval), ceil_div(W, G * interval), G, G, interval, interval)
+
+
+def lda_count_layout(H: int, W: int, G: int) -> Layout:
+    """LDA by count: ``G`` members along each axis, or all if there are fewer, are spread over the map.
+
+    Args:
+        H: Height of the map.
+        W: Width of the map.
+        G: Group size.
+    """
+    gh, gw = sym_min(G, H), sym_min(G, W)
+    return Layout(1, 1, gh, gw, ceil_div(H, gh), ceil_div(W, gw))
 
 
 def padded_size(layout: Layout) -> tuple[int, int]:
     """Height and width of the map that the groups fill."""
-    return layout.rows * layout.gh * layout.interval, layout.cols * layout.gw * layout.interval
+    return layout.rows * layout.gh * layout.interval_h, layout.cols * layout.gw * layout.interval_w
 
 
 def is_padded(H: int, W: int, layout: Layout) -> bool:
@@ -113,14 +133,14 @@ def group(x: Tensor, layout: Layout) -> Tensor:
     Returns:
         Groups, shape ``(N, L, C)``, with ``L = gh * gw`` members.
     """
-    rows, cols, gh, gw, interval = layout
+    rows, cols, gh, gw, interval_h, interval_w = layout
     B, H, W, C = x.shape
     if is_padded(H, W, layout):
         padded_H, padded_W = padded_size(layout)
         x = F.pad(x, (0, 0, 0, padded_W - W, 0, padded_H - H))
-    x = x.view(B, rows, gh, interval, cols, gw, interval, C)
+    x = x.view(B, rows, gh, interval_h, cols, gw, interval_w, C)
     x = x.permute(0, 1, 4, 3, 6, 2, 5, 7)  # B, row and col of the region, row and col offset, gh, gw, C
-    return x.contiguous().view(B * rows * cols * interval * interval, gh * gw, C)
+    return x.contiguous().view(B * layout.groups, gh * gw, C)
 
 
 def ungroup(x: Tensor, layout: Layout, B: int, H: int, W: int) -> Tensor:
@@ -136,10 +156,10 @@ def ungroup(x: Tensor, layout: Layout, B: int, H: int, W: int) -> Tensor:
     Returns:
         Map without padding, shape ``(B, H, W, C)``.
     """
-    rows, cols, gh, gw, interval = layout
+    rows, cols, gh, gw, interval_h, interval_w = layout
     padded_H, padded_W = padded_size(layout)
     C = x.shape[-1]
-    x = x.view(B, rows, cols, interval, interval, gh, gw, C)
+    x = x.view(B, rows, cols, interval_h, interval_w, gh, gw, C)
     x = x.permute(0, 1, 5, 3, 2, 6, 4, 7)  # B, row, gh, row offset, col, gw, col offset, C
     x = x.contiguous().view(B, padded_H, padded_W, C)
     return crop(x, H, W) if is_padded(H, W, layout) else x
@@ -211,15 +231,15 @@ def groups_by_mask(H: int, W: int, layout: Layout, device: torch.device) -> list
     Returns:
         Pairs of group indices and the mask that these groups share, shape ``(L,)``.
     """
-    rows, cols, gh, gw, interval = layout
+    rows, cols, gh, gw, interval_h, interval_w = layout
 
-    def count_valid(size: int, region: int, offset: int, members: int) -> int:
+    def count_valid(size: int, region: int, offset: int, members: int, interval: int) -> int:
         return max(0, min(members, ceil_div(size - offset, interval) - region * members))
 
     indices: dict[tuple[int, int], list[int]] = {}
-    positions = itertools.product(range(rows), range(cols), range(interval), range(interval))
+    positions = itertools.product(range(rows), range(cols), range(interval_h), range(interval_w))
     for index, (row, col, y, x) in enumerate(positions):
-        counts = count_valid(H, row, y, gh), count_valid(W, col, x, gw)
+        counts = count_valid(H, row, y, gh, interval_h), count_valid(W, col, x, gw, interval_w)
         indices.setdefault(counts, []).append(index)
     return [
         (

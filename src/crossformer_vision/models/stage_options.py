@@ -1,5 +1,6 @@
 """Options of ``CrossFormer`` that vary by stage or block, or that select an ablation by name."""
 
+import math
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -35,7 +36,7 @@ def check_options(
     from crossformer_vision.models.ablations import ATTENTIONS, GROUP_MODES, POSITION_BIASES
 
     for name, value, choices in (
-        ("lda_span", lda_span, ("map", "region")),
+        ("lda_span", lda_span, ("map", "region", "count")),
         ("weight_init", weight_init, ("", "xavier_mlp")),
         ("embed_split", embed_split, ("halving", "equal")),
         ("output_stride", output_stride, (8, 16, 32)),
@@ -45,6 +46,44 @@ def check_options(
     ):
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+
+
+def check_position_bias(position_bias: str, width: int | None, heads: str) -> None:
+    """Check the options of DPB.
+
+    Args:
+        position_bias: See `CrossFormer`.
+        width: See `CrossFormer`.
+        heads: See `CrossFormer`.
+
+    Raises:
+        ValueError: If a value is invalid, or another position bias is used.
+    """
+    if heads not in ("separate", "shared"):
+        raise ValueError(f"position_bias_heads must be one of 'separate', 'shared', not {heads!r}")
+    if width is not None and width < 1:
+        raise ValueError(f"position_bias_width must be at least 1, not {width}")
+    if position_bias != "dynamic" and (width is not None or heads == "shared"):
+        raise ValueError(f"position_bias_width and position_bias_heads are for DPB, not {position_bias!r}")
+
+
+def resolve_strides(strides: Sequence[int], depths: Sequence[int], output_stride: int) -> list[int]:
+    """Stride of each stage's map in pixels of the image.
+
+    Args:
+        strides: Strides of the CELs.
+        depths: Blocks per stage.
+        output_stride: Largest stride, if it is less than 32.
+
+    Raises:
+        ValueError: If there is not one stride of at least 1 for each stage.
+    """
+    if len(strides) < len(depths) or min(strides) < 1:
+        raise ValueError(
+            f"strides needs a value of at least 1 for each of {len(depths)} stages, not {strides}"
+        )
+    reductions = [math.prod(strides[: i + 1]) for i in range(len(depths))]
+    return reductions if output_stride == 32 else [min(reduction, output_stride) for reduction in reductions]
 
 
 def resolve_group_size(group_size: GroupSizes | str, depths: Sequence[int]) -> GroupSizes:
