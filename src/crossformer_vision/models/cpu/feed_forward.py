@@ -36,10 +36,21 @@ def feed_forward(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
 
 def gelu_linear(x: Tensor, linear: nn.Linear) -> Tensor:
     """``linear(gelu(x))`` for ``x`` of shape ``(N, hidden)``; CPU training does not store ``gelu(x)``."""
-    if is_plain(linear) and needs_cpu_grad(x, linear.weight):
+    return linear_of_gelu(x, linear.weight, linear.bias) if is_plain(linear) else linear(F.gelu(x))
+
+
+def linear_of_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``gelu_linear`` for the weights of a layer.
+
+    Args:
+        x: Shape ``(N, hidden)``.
+        weight: Shape ``(C, hidden)``.
+        bias: Shape ``(C,)``.
+    """
+    if needs_cpu_grad(x, weight):
         if not torch.is_autocast_enabled("cpu") or x.dtype == torch.get_autocast_dtype("cpu"):
-            return GeluLinear.apply(x, linear.weight, linear.bias)
-    return linear(F.gelu(x))
+            return GeluLinear.apply(x, weight, bias)
+    return F.linear(F.gelu(x), weight, bias)
 
 
 def is_plain(linear: nn.Linear) -> bool:
