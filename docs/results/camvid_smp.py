@@ -58,7 +58,7 @@ def main(root: str, run_dir: str) -> None:
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         logger=False,
-        callbacks=run.run_callbacks(options, task, "# docs/results/camvid_smp.py\n", use_tensorboard=False),
+        callbacks=run.run_callbacks(options, task, "# docs/results/camvid_smp.py\n", use_logger=False),
     )
     run.train(trainer, task, data)
 

@@ -78,7 +78,7 @@ def test_import_registers_models_and_public_names():
         (
             "fly",
             2,
-            "unknown command 'fly'. Choose from train, validate, predict, inspect, compare, export, share, benchmark, benchmark-data, demo, info, download",
+            "unknown command 'fly'. Choose from check, train, validate, predict, inspect, compare, export, share, benchmark, benchmark-data, demo, info, download",
         ),
         ("train --data.root nowhere", 1, "nowhere: no such folder"),
         (

@@ -6,7 +6,7 @@ from label_formats import write_coco
 from PIL import Image
 
 from crossformer_vision import DetectionData
-from crossformer_vision.data.mosaic import GRAY, combine
+from crossformer_vision.data.mosaic import GRAY, create_mosaic
 
 
 def sample(color, size, box):
@@ -27,7 +27,7 @@ def test_images_meet_in_the_middle_and_objects_follow():
     colors = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)]
     sizes = [(40, 20), (20, 20), (80, 40), (10, 40)]
     samples = [sample(color, size, (0, 0, 10, 10)) for color, size in zip(colors, sizes)]
-    image, target = combine(samples)
+    image, target = create_mosaic(samples)
     assert image.size == (80, 80) and target["image_id"] == 7
     for dx, dy, color in ((-1, -1, 0), (1, -1, 1), (-1, 1, 2), (1, 1, 3)):
         assert image.getpixel((40 + min(dx, 0), 40 + min(dy, 0))) == colors[color]

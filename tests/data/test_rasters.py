@@ -117,7 +117,7 @@ def test_gray_photographs_with_one_channel(tmp_path):
     [
         (RASTER, "has 5 channels of 16 bits, expected 4 channels of 16 bits"),
         (RASTER[..., :4].astype(np.uint8), "has 4 channels of 8 bits, expected 4 channels of 16 bits"),
-        (RASTER[..., :4].astype(np.float32), "has 4 channels of floats or signed integers, expected 4"),
+        (RASTER[..., :4].astype(np.float32), "has 4 channels of another type, expected 4"),
     ],
 )
 def test_other_channels_or_depths_are_refused(values, message, tmp_path):
@@ -170,3 +170,26 @@ def test_detection_crops_are_padded_with_the_mean(tmp_path):
 def test_invalid_display_channels(channels, tmp_path):
     with pytest.raises(UserError, match="must be three channels from 0 to 3"):
         _ = data(write_classification(tmp_path), display_channels=channels).in_chans
+
+
+def test_big_endian_values_are_scaled():
+    assert format_of(RASTER.astype(">u2")) == PixelFormat(5, "uint16")
+
+
+def test_npy_beside_an_image_is_no_image(tmp_path):
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (40, 40)).save(tmp_path / split / name / "0.jpg")
+            np.save(tmp_path / split / name / "0.npy", np.zeros((40, 40, 3), np.uint8))
+    assert len(data(tmp_path).open("train")) == 2
+
+
+def test_chosen_normalization_of_rgb_images_is_stored(tmp_path):
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (40, 40)).save(tmp_path / split / name / "0.png")
+    module = data(tmp_path, mean=[0.1] * 3, std=[0.2] * 3)
+    assert module.in_chans == 3
+    assert module.describe()["mean"] == [0.1] * 3 and module.describe()["image"]["mean"] == (0.1,) * 3

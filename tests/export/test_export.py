@@ -136,7 +136,7 @@ def test_different_outputs_are_detected(tmp_path):
     def call(images):
         return (net(images).detach() * float("nan"),)
 
-    assert difference(net, call, (64, 64)) == (float("inf"), 0)
+    assert difference(net, call, 3, (64, 64)) == (float("inf"), 0)
     predictor = load_predictor(detector_checkpoint("mask_rcnn", "test_resnet"), score_threshold=0.05)
     graph = MaskRCNNGraph(predictor.net)
 
@@ -145,7 +145,7 @@ def test_different_outputs_are_detected(tmp_path):
             boxes, labels, scores, masks = graph(images)
         return boxes, labels, scores, masks.flip(3)
 
-    share, objects = different_objects(predictor.net, other_masks, (64, 96))
+    share, objects = different_objects(predictor.net, other_masks, 3, (64, 96))
     assert objects > 50 and share > 0.5
 
 

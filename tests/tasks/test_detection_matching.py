@@ -70,3 +70,16 @@ def test_run_stores_thresholds_that_predictions_use(tmp_path):
     assert main(["validate", str(run), "--run.dir", str(tmp_path / "again")]) == 0
     before, after = (json.loads((path / "results.json").read_text()) for path in (run, tmp_path / "again"))
     assert after["val_box_ap"] == pytest.approx(before["val_box_ap"], abs=1e-6)
+
+
+def test_missed_objects_do_not_lower_the_threshold():
+    truth = [image([A], [1])] * 10
+    detections = [image([A], [1], [0.9])] + [image([], [], [])] * 9
+    assert best_score_thresholds(detections, truth, 1) == [0.9]
+
+
+def test_detections_in_crowds_do_not_count():
+    truth = [image([A, [40, 40, 80, 80]], [1, 1], iscrowd=[0, 1])]
+    detections = [image([A, FAR], [1, 1], [0.6, 0.9])]
+    assert best_score_thresholds(detections, truth, 1) == [0.6]
+    assert confusion_matrix(detections, truth, [0.5]).tolist() == [[1, 0], [0, 0]]

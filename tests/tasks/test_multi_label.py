@@ -56,7 +56,7 @@ def test_labels_and_columns_give_the_same_classes(root):
         ("path,a,b\nimages/0.png,1,2", "line 2: column b is '2', not 0 or 1"),
         ("path,label\nimages/0.png,a\nimages/1.png,", "line 3 has no label"),
         ("path,label,split\nimages/0.png,a,train\nimages/0.png,a,val", "of line 2, in another split"),
-        ("path,x\nimages/0.png,1", "has no column 'label', but path, x"),
+        ("path,split\nimages/0.png,train", "has no column 'label', but path, split"),
     ],
 )
 def test_invalid_files(text, message, root):

@@ -234,7 +234,7 @@ FAULTS = [
         folders,
         spectral(save_tiff("val/crop/9.tif", np.full((40, 48, 4), np.nan, np.float32))),
         "error",
-        "floats or signed integers, expected",
+        "another type, expected",
     ),
     (csv_file, write("labels.csv", "path,label\n"), "error", "lists no images"),
     (csv_file, write("labels.csv", "file,label\n0.png,a\n"), "error", "has no column 'path'"),

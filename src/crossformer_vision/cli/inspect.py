@@ -43,10 +43,9 @@ def inspect(
     check_output("--output", output, image, source, compare_with)
     other = (compare_with, load_predictor(compare_with, device)) if compare_with else None
     predictor = load_predictor(source, device)
-    if not predictor.info.pixel_format.is_rgb:
-        raise UserError(
-            f"{source}: inspect shows networks of RGB images, not of {predictor.info.pixel_format}"
-        )
+    predictor.require_rgb("inspect")
+    if other is not None:
+        other[1].require_rgb("inspect")
     line = draw_page(
         predictor,
         load_image(image, image),

@@ -91,7 +91,8 @@ def print_summary(objects: RunObjects, results: JsonObject) -> None:
     print(f"\n{score} after {timedelta(seconds=round(60 * results['minutes']))}")
     print(f"  checkpoint  {results['checkpoint']}")
     print(f"  plots       {plots} in {run_dir}")
-    print(f"  metrics     results.json, metrics.csv; tensorboard --logdir {run_dir}")
+    tensorboard = f"; tensorboard --logdir {run_dir}" if (run_dir / "tensorboard").is_dir() else ""
+    print(f"  metrics     results.json, metrics.csv{tensorboard}")
     print(f"next: {command} predict {shlex.quote(str(run_dir))} photo.jpg")
     if not objects.data.root:
         print(f"      {command} --help explains how to train on your images")

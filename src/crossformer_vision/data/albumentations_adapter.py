@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 
-from crossformer_vision.errors import missing_extra
+from crossformer_vision.errors import UserError, missing_extra
 
 
 def is_albumentations(step: object) -> bool:
@@ -49,10 +49,16 @@ class AlbumentationsPipeline:
             return self._augment_objects(pixels, target)
         self.pipeline.set_random_seed(seed)
         if target is None:
-            augmented = self.pipeline(image=pixels)["image"]
-            return _to_image(augmented) if isinstance(image, Tensor) else Image.fromarray(augmented)
+            augmented = _check(self.pipeline(image=pixels)["image"], pixels)
+            if isinstance(image, Tensor):
+                return _to_image(augmented)
+            return Image.fromarray(augmented.squeeze(2) if augmented.shape[2] == 1 else augmented).convert(
+                "RGB"
+            )
         found = self.pipeline(image=pixels, mask=target[0].numpy())
-        return _to_image(found["image"]), tv_tensors.Mask(torch.from_numpy(found["mask"].copy())[None])
+        return _to_image(_check(found["image"], pixels)), tv_tensors.Mask(
+            torch.from_numpy(found["mask"].copy())[None]
+        )
 
     def _augment_objects(
         self, pixels: NDArray[Any], target: dict[str, Any]
@@ -61,7 +67,7 @@ class AlbumentationsPipeline:
         if "masks" in target and len(target["masks"]):
             inputs["masks"] = list(target["masks"].numpy())
         found = self.box_pipeline(image=pixels, **inputs)
-        image = _to_image(found["image"])
+        image = _to_image(_check(found["image"], pixels))
         indices = torch.tensor(np.array(found["indices"], int))
         kept = {name: value[indices] for name, value in target.items() if name not in ("boxes", "masks")}
         boxes = torch.tensor(np.array(found["bboxes"], np.float32).reshape(-1, 4))
@@ -77,6 +83,19 @@ class AlbumentationsPipeline:
 def _to_array(image: Image.Image | Tensor) -> NDArray[Any]:
     """Pixels of an image, shape ``(H, W, C)``."""
     return image.permute(1, 2, 0).numpy() if isinstance(image, Tensor) else np.array(image)
+
+
+def _check(pixels: object, original: NDArray[Any]) -> NDArray[Any]:
+    """Check that a pipeline returned an array of the same type, and add a missing channel dimension.
+
+    Raises:
+        UserError: If it did not.
+    """
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != original.dtype:
+        raise UserError(
+            "data.augmentation: remove ToTensorV2, Normalize and ToFloat. Images are normalized afterwards"
+        )
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _to_image(pixels: NDArray[Any]) -> tv_tensors.Image:

@@ -237,11 +237,12 @@ class ClassificationData(BaseDataModule):
             else:
                 self.held_out = hold_out(images, self.val_share, self.seed)
                 log.warning(
-                    "%s: no validation split; holding out %d of %d images, %.0f %% of each class",
+                    "%s: no validation split; holding out %d of %d images, %.0f %% of %s",
                     source,
                     len(self.held_out),
                     len(images),
                     100 * self.val_share,
+                    "the images" if isinstance(images, MultiLabelImages) else "each class",
                 )
             if not self.held_out:
                 raise UserError(f"{source}: too few images to hold some out for validation")

@@ -34,7 +34,10 @@ def is_hidden(path: Path) -> bool:
 
 
 def names_below(folder: Path) -> Iterator[str]:
-    """Relative paths of all files below a folder that are not hidden, sorted. Linked folders occur once."""
+    """Relative paths of all files below a folder that are not hidden, sorted. Linked folders occur once.
+
+    A ``.npy`` beside a file of the same name is skipped: Ultralytics caches decoded images in it.
+    """
     visited: set[str] = set()
 
     def walk(directory: str, prefix: str) -> Iterator[str]:
@@ -44,8 +47,11 @@ def names_below(folder: Path) -> Iterator[str]:
         visited.add(real)
         with os.scandir(directory) as entries:
             children = sorted((entry.name, entry.is_dir()) for entry in entries)
+        stems = {name.rpartition(".")[0] for name, _ in children if not name.endswith(".npy")}
         for name, is_folder in children:
             if name.startswith(".") or name == "__MACOSX":
+                continue
+            if name.endswith(".npy") and name.removesuffix(".npy") in stems:  # a cache of another tool
                 continue
             if is_folder:
                 yield from walk(f"{directory}/{name}", f"{prefix}{name}/")

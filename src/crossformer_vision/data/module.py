@@ -32,8 +32,8 @@ SYNONYMS = {
 class BaseDataModule(L.LightningDataModule):
     """Base of the data modules. A subclass implements ``_read``, ``describe``, ``training_size`` and loaders.
 
-    Images of 8 bits are read as RGB photographs. The first image decides: if it has another number of
-    channels or other values, all images must have the same.
+    Grayscale, palette, RGB and RGBA files of 8 bits are read as RGB. NumPy files, TIFF with other channels,
+    and files of 16 bits or floats keep their channels. All images must have the format of the first.
 
     It stores the position within an epoch itself: Lightning also restores stateful loaders, but not after a
     schedule has read the number of steps.
@@ -47,7 +47,7 @@ class BaseDataModule(L.LightningDataModule):
         skip_corrupt: Skip and count unreadable images.
         seed: Seed of order and augmentation.
         classes: Class names in their order. ``None`` for those of the data.
-        channels: Number of channels; null for that of the first image, where 8-bit images are RGB.
+        channels: Number of channels; null for that of the first image; 3 for usual photographs.
         mean: Mean of each channel, for normalization, after 8- and 16-bit values are scaled to 0..1. Null for
             the backbone's, or for that of the training images if they are not RGB photographs.
         std: Standard deviation of each channel, as ``mean``.
@@ -190,15 +190,11 @@ class BaseDataModule(L.LightningDataModule):
             self.mean, self.std = measure_images(source, self.pixel_format)
 
     def describe_pixels(self) -> JsonObject:
-        """Format of the images for checkpoints; empty for photographs."""
-        if self.pixel_format.is_rgb:
-            return {}
-        return {
-            "pixel_format": asdict(self.pixel_format),
-            "display_channels": self.display_channels,
-            "mean": self.mean,
-            "std": self.std,
-        }
+        """Format and normalization of the images for checkpoints; empty for RGB with the backbone's."""
+        content: JsonObject = {"mean": self.mean, "std": self.std} if self.mean else {}
+        if not self.pixel_format.is_rgb:
+            content |= {"pixel_format": asdict(self.pixel_format), "display_channels": self.display_channels}
+        return content
 
     def note_split(self, stage: str, path: Path, name: str | None = None) -> None:
         """Record where a split was found. Warns if ``best.ckpt`` would be selected on test images.

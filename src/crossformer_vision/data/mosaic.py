@@ -1,7 +1,7 @@
 """Mosaic augmentation for detection: four images in one."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -10,7 +10,8 @@ from PIL import Image
 from typing_extensions import override
 
 from crossformer_vision.data.rasters import Pixels
-from crossformer_vision.data.sampling import ReadImages, Source
+from crossformer_vision.data.sampling import ReadImages, Source, unreadable
+from crossformer_vision.errors import UserError
 from crossformer_vision.types import ObjectTarget
 
 GRAY = (114, 114, 114)  # around images that do not fill their cell
@@ -44,16 +45,29 @@ class MosaicImages(ReadImages):
         if torch.rand(()) >= self.probability:
             return first
         others = torch.randint(len(self), (3,)).tolist()
-        return combine([first, *(super(MosaicImages, self).read(other) for other in others)])
+        return create_mosaic([first, *map(self._read_partner, others)])
+
+    def _read_partner(self, index: int) -> tuple[Pixels, Any]:
+        """Read a further image of a mosaic; with ``skip_corrupt``, the next one that is readable."""
+        for k in range(len(self)):
+            at = (index + k) % len(self)
+            try:
+                return super().read(at)
+            except UserError:
+                raise
+            except Exception as error:  # decoders raise errors of any kind
+                if not self.skip_corrupt:
+                    raise UserError(unreadable(self.source.name(at), error)) from None
+        raise UserError(f"none of the {len(self)} images can be read")
 
 
-def combine(samples: list[tuple[Pixels, ObjectTarget]]) -> tuple[Image.Image, ObjectTarget]:
+def create_mosaic(samples: list[tuple[Pixels, ObjectTarget]]) -> tuple[Image.Image, ObjectTarget]:
     """Combine four RGB photographs and their objects into one.
 
     Args:
         samples: Images and their objects.
     """
-    images = [image for image, _ in samples if isinstance(image, Image.Image)]
+    images = [cast("Image.Image", image) for image, _ in samples]
     side = max(images[0].size)
     canvas = Image.new("RGB", (2 * side, 2 * side), GRAY)
     targets = []

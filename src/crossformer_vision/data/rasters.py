@@ -1,6 +1,6 @@
 """Images with any number of channels and 8-bit, 16-bit or float values: TIFF, NumPy files and 16-bit PNG.
 
-8-bit images with one, three or four channels are photographs and are read by Pillow, see ``images.py``.
+8-bit grayscale, palette, RGB and RGBA files are photographs and are read by Pillow, see ``images.py``.
 """
 
 import io
@@ -32,7 +32,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_BIT_DEPTH = 24  # position of the byte in the file
 SCALES = {"uint8": 255.0, "uint16": 65535.0}
 """Values by which integers are divided. Other types keep their values."""
-DEPTHS = {"uint8": "8 bits", "uint16": "16 bits", "float": "floats or signed integers"}
+DEPTHS = {"uint8": "8 bits", "uint16": "16 bits", "float": "another type"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def format_of(image: AnyImage) -> PixelFormat:
     """Format of an image. Photographs of any mode are RGB."""
     if isinstance(image, Image.Image):
         return RGB
-    kind = str(image.dtype)
+    kind = image.dtype.name
     return PixelFormat(image.shape[2], kind if kind in SCALES else "float")
 
 

@@ -78,10 +78,7 @@ class ReadImages(Dataset[object]):
                 raise
             except Exception as error:  # decoders raise errors of any kind
                 if not self.skip_corrupt:
-                    raise UserError(
-                        f"{self.source.name(at)}: cannot read this image ({error_summary(error)}). "
-                        "Replace it, or skip such images with --data.skip_corrupt true"
-                    ) from None
+                    raise UserError(unreadable(self.source.name(at), error)) from None
                 self.skipped += 1
                 if not self.train:
                     return None
@@ -90,6 +87,14 @@ class ReadImages(Dataset[object]):
                 self.small.fill_(at)
             return self.transform(image, target)
         raise UserError(f"none of the {len(self)} images can be read")
+
+
+def unreadable(name: str, error: Exception) -> str:
+    """Message about an image that cannot be read."""
+    return (
+        f"{name}: cannot read this image ({error_summary(error)}). Replace it, or skip such images with "
+        "--data.skip_corrupt true"
+    )
 
 
 class SeededDataset(Dataset[object]):
@@ -137,9 +142,12 @@ def sampling_weights(presence: NDArray[np.bool_], power: float) -> NDArray[np.fl
         power: Exponent of the number: 1 draws all classes equally often if each sample has one, 0.5 is a
             compromise with 0, their natural frequencies.
     """
-    presence = np.column_stack([presence, ~presence.any(1)])
-    weights: NDArray[np.float64] = (presence * presence.sum(0).clip(1) ** -power).max(1)
-    return weights
+    rarest = np.full(len(presence), (~presence.any(1)).sum(), np.int64)  # of samples without a class
+    has_class = presence.any(1)
+    rarest[has_class] = len(presence)
+    for column, count in zip(presence.T, presence.sum(0).tolist(), strict=True):
+        rarest[column] = np.minimum(rarest[column], count)
+    return rarest.astype(np.float64) ** -power
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):

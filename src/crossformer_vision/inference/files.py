@@ -266,6 +266,7 @@ def predict_video(predictor: Predictor, file: Path, name: Path, writer: ResultWr
         name: Path of the video in the results.
         writer: Writer of the results.
     """
+    predictor.require_rgb("prediction of videos")
     with ExitStack() as stack:
         append: Callable[[Image.Image, float], None] | None = None
         for number, (seconds, frame) in enumerate(video.frames(file)):

@@ -41,6 +41,8 @@ def open_image(image: ImageInput, pixel_format: PixelFormat = RGB) -> tuple[Pixe
         return _open_raster(image, pixel_format, name), name
     if isinstance(image, (np.ndarray, Tensor)):
         image = _from_array(image)
+    if isinstance(image, (str, os.PathLike)) and str(image).endswith(".npy"):
+        return _open_raster(image, pixel_format, name), name
     return load_image(image, name), name
 
 

@@ -163,6 +163,19 @@ class Predictor(ABC):
         """Read an image in the network's format, see ``open_image``."""
         return open_image(image, self.info.pixel_format)
 
+    def require_rgb(self, feature: str) -> None:
+        """Check that the network takes RGB images.
+
+        Args:
+            feature: What needs them, for the message.
+
+        Raises:
+            UserError: If it takes others.
+        """
+        if not self.info.pixel_format.is_rgb:
+            expected = self.info.pixel_format
+            raise UserError(f"{self.info.source}: takes images with {expected}; {feature} supports RGB only")
+
     def picture(self, image: Pixels) -> Image.Image:
         """An image as RGB picture, for plots."""
         if isinstance(image, Image.Image):

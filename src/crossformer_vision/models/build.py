@@ -4,7 +4,7 @@ import timm
 from torch import nn
 
 from crossformer_vision.models import img_size_kwargs, in_chans_kwargs
-from crossformer_vision.models.dense.detectors import create_detector, normalization_arguments
+from crossformer_vision.models.dense.detectors import create_detector, normalization_overrides
 from crossformer_vision.models.dense.segmenters import create_segmenter
 from crossformer_vision.types import Kwargs
 
@@ -35,8 +35,10 @@ def build_model(task: str, options: Kwargs) -> nn.Module:
         num_classes,
         backbone_args=model_args,
         **given,
-        **normalization_arguments(options.get("image_mean"), options.get("image_std")),
-        **(options.get("detector_args") or {}),
+        **{
+            **normalization_overrides(options.get("image_mean"), options.get("image_std")),
+            **(options.get("detector_args") or {}),
+        },
     )
 
 

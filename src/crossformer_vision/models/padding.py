@@ -47,7 +47,9 @@ class BoundaryPadding(nn.Module):
 
     def _crop(self, output: Tensor, padded: Tensor) -> Tensor:
         """Remove the padding from a map, which may have a stride."""
-        stride = round(padded.shape[-2] / output.shape[-2])
+        stride = padded.shape[-2] // output.shape[-2] if output.ndim == padded.ndim else 0
+        if not stride or padded.shape[-1] // output.shape[-1] != stride:
+            raise ValueError(f"an output of shape {tuple(output.shape)} is no map of the padded input")
         if any(side % stride for side in self.sides):
             raise ValueError(
                 f"padding of {self.sides} pixels: a map has the stride {stride}, no divisor of these"

@@ -1,6 +1,5 @@
 """Options of ``CrossFormer`` that vary by stage or block, or that select an ablation by name."""
 
-import math
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -78,12 +77,16 @@ def resolve_strides(strides: Sequence[int], depths: Sequence[int], output_stride
     Raises:
         ValueError: If there is not one stride of at least 1 for each stage.
     """
-    if len(strides) < len(depths) or min(strides) < 1:
+    if len(strides) != len(depths) or min(strides) < 1:
         raise ValueError(
             f"strides needs a value of at least 1 for each of {len(depths)} stages, not {strides}"
         )
-    reductions = [math.prod(strides[: i + 1]) for i in range(len(depths))]
-    return reductions if output_stride == 32 else [min(reduction, output_stride) for reduction in reductions]
+    reductions: list[int] = []
+    for stride in strides:
+        reduction = stride * (reductions[-1] if reductions else 1)
+        is_allowed = output_stride == 32 or reduction <= output_stride
+        reductions.append(reduction if is_allowed or not reductions else reductions[-1])
+    return reductions
 
 
 def resolve_group_size(group_size: GroupSizes | str, depths: Sequence[int]) -> GroupSizes:

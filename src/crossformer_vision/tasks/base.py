@@ -22,16 +22,17 @@ from crossformer_vision.errors import UserError, check_choice, check_names, chec
 from crossformer_vision.models import find_model
 from crossformer_vision.models.dense.base import DenseModel
 from crossformer_vision.models.dense.detectors import normalization_kwargs
-from crossformer_vision.models.grouping import ceil_div
 from crossformer_vision.plotting.drawing import denormalize, stretch
 from crossformer_vision.tasks.finetuning import (
     Freeze,
     add_lora,
+    describe_frozen,
     freeze_parameters,
     learning_rate_scales,
     merge_lora,
     set_frozen_to_eval,
 )
+from crossformer_vision.tasks.image_counts import images_in, images_in_steps, rescale_progress
 from crossformer_vision.tasks.optimizers import DecayOn, ScheduleOptions, check_optimizer, create_optimizer
 from crossformer_vision.types import Checkpoint, JsonObject, Kwargs
 
@@ -144,11 +145,7 @@ class Task(L.LightningModule):
 
     def describe_frozen(self) -> str:
         """How many parameters are frozen, in one line; empty without ``freeze`` and ``lora``."""
-        if not (self.freeze_stages or self.lora):
-            return ""
-        counts = [p.numel() for p in self.net.parameters() if not p.requires_grad]
-        total = sum(p.numel() for p in self.net.parameters())
-        return f"frozen: {sum(counts) / 1e6:.1f} of {total / 1e6:.1f} M parameters"
+        return describe_frozen(self.net) if self.freeze_stages or self.lora else ""
 
     def model_names(self) -> dict[str, str]:
         """Names of the detector or segmenter, if there is one, and of the model or backbone."""
@@ -192,19 +189,18 @@ class Task(L.LightningModule):
         own = normalization_kwargs(find_model(options["backbone"]), options["in_chans"])
         return options["image_mean"] or own["image_mean"], options["image_std"] or own["image_std"]
 
-    def displayed(self, image: Tensor, is_normalized: bool = True) -> NDArray[np.float32]:
-        """An image for plots, ``(H, W, 3)`` with values from 0 to 1.
+    def to_display(self, image: Tensor, is_normalized: bool = True) -> NDArray[np.float32]:
+        """An image of a batch for plots, ``(H, W, 3)`` with values from 0 to 1.
 
         Args:
-            image: Image of a batch, ``(C, H, W)``.
+            image: Shape ``(C, H, W)``.
             is_normalized: Whether it is normalized.
         """
-        pixels = image.float().cpu().numpy()
-        is_photograph = getattr(getattr(self._data_module, "pixel_format", None), "is_rgb", True)
-        if is_photograph and len(pixels) == 3:
-            mean, std = self.normalization if is_normalized else ([0.0] * 3, [1.0] * 3)
-            return denormalize(pixels, mean, std)
-        return stretch(pixels, getattr(self._data_module, "display_channels", None))
+        data, pixels = self._data_module, image.float().cpu().numpy()
+        is_rgb = len(pixels) == 3 and getattr(getattr(data, "pixel_format", None), "is_rgb", True)
+        if not is_rgb:
+            return stretch(pixels, getattr(data, "display_channels", None))
+        return denormalize(pixels, *(self.normalization if is_normalized else ([0.0] * 3, [1.0] * 3)))
 
     @property
     def _data_module(self) -> object:
@@ -240,7 +236,7 @@ class Task(L.LightningModule):
         self._configured_lr = self.lr
         setup_fit_data(self.trainer)
         if self._resumed:
-            self._rescale_progress()
+            rescale_progress(self._resumed, self.trainer, self._batches_done())
         schedule = self._create_schedule(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -258,21 +254,11 @@ class Task(L.LightningModule):
     def _create_schedule(self, optimizer: Optimizer) -> Scheduler:
         images_per_step = self.trainer.accumulate_grad_batches * self._global_batch
         return self.schedule.create(
-            optimizer, images_per_step, self._images_in(epochs=1), self._images_in_run()
+            optimizer,
+            images_per_step,
+            images_in(self.trainer, self._global_batch, epochs=1),
+            self._images_in_run(),
         )
-
-    def _images_in(self, epochs: int = 0, batches: int = 0) -> int:
-        """Number of images in epochs and batches."""
-        per_epoch = self.trainer.num_training_batches
-        return (epochs * (1 if per_epoch == float("inf") else int(per_epoch)) + batches) * self._global_batch
-
-    def _images_in_steps(self, steps: int) -> int:
-        """Number of images in optimizer steps. The last step of an epoch may have fewer batches."""
-        accumulate, per_epoch = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
-        if per_epoch == float("inf"):
-            return self._images_in(batches=steps * accumulate)
-        epochs, more = divmod(steps, ceil_div(int(per_epoch), accumulate))
-        return self._images_in(epochs, min(more * accumulate, int(per_epoch)))
 
     def _images_in_run(self) -> int:
         """Number of images until the last step, including those seen before a resume.
@@ -289,12 +275,14 @@ class Task(L.LightningModule):
                 "max_steps, or max_epochs and, for a loader without a length, limit_train_batches"
             )
         steps = int(trainer.estimated_stepping_batches)
-        total = self._images_in_steps(steps)
+        total = images_in_steps(trainer, self._global_batch, steps)
         if self._resumed:  # perhaps with another batch size
             if steps == trainer.max_steps:
-                before = self._images_in_steps(self._resumed["global_step"])
+                before = images_in_steps(trainer, self._global_batch, self._resumed["global_step"])
             else:
-                before = self._images_in(epochs_started(self._resumed) - 1, self._batches_done())
+                before = images_in(
+                    trainer, self._global_batch, epochs_started(self._resumed) - 1, self._batches_done()
+                )
             total += self.images_seen - before
         return total
 
@@ -359,15 +347,6 @@ class Task(L.LightningModule):
         self.images_seen = checkpoint.get("images_seen", batches * self._global_batch)
         checkpoint["lr_schedulers"] = []
         self._resumed = checkpoint
-
-    def _rescale_progress(self) -> None:
-        """Convert Lightning's position within the epoch to the current batch size."""
-        if self._resumed.get("batches_per_epoch") == self.trainer.num_training_batches:
-            return
-        progress = batch_progress(self._resumed)
-        done, before = self._batches_done(), progress["current"]
-        # "completed" is one behind "ready" if the checkpoint was saved at the end of a batch.
-        progress["current"] = {k: done - (before["ready"] - n) for k, n in before.items()}
 
     def _batches_done(self) -> int:
         """Completed batches of the resumed epoch, in the current batch size; all batches at its end."""

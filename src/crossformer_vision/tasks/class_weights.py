@@ -47,10 +47,13 @@ def create_class_weights(weights: ClassWeights, data: object, multi_label: bool 
         return None
     if weights != "balanced":
         return torch.tensor(weights, dtype=torch.float32)
-    if not isinstance(data, BaseDataModule):
+    count_classes = getattr(data, "class_counts", None)
+    if count_classes is None:
         raise UserError("class_weights='balanced': the data module has no class_counts()")
-    counts = torch.from_numpy(data.class_counts()).double()
+    counts = torch.as_tensor(count_classes()).double()
     if multi_label:
+        if not isinstance(data, BaseDataModule):
+            raise UserError("class_weights='balanced': give a list for a data module of your own")
         absent = len(data.open("train")) - counts
         return (absent.clamp(min=1) / counts.clamp(min=1)).float()
     return (counts.sum() / (len(counts) * counts.clamp(min=1))).float()

@@ -273,6 +273,12 @@ class Classification(Task):
             checkpoint["thresholds"] = self.metrics.thresholds
 
     @override
+    def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if isinstance(self.metrics, MultiLabelMetrics):
+            self.metrics.thresholds = checkpoint.get("thresholds", self.metrics.thresholds)
+
+    @override
     def use_thresholds(self, thresholds: list[float]) -> None:
         if isinstance(self.metrics, MultiLabelMetrics):
             self.metrics.thresholds, self.metrics.keep_thresholds = thresholds, True
@@ -281,7 +287,7 @@ class Classification(Task):
         """Write ``predictions.png``, ``classes.csv`` and a plot of the classes."""
         self.metrics.plot(plot_dir, classes)
         rows = [
-            (self.displayed(image), *self._describe_prediction(target, probabilities, classes))
+            (self.to_display(image), *self._describe_prediction(target, probabilities, classes))
             for image, target, probabilities in self.plotted
         ]
         visualize.plot_predictions(rows, plot_dir / "predictions.png")

@@ -1,6 +1,7 @@
 """Losses of classifiers that PyTorch lacks."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -38,9 +39,7 @@ def asymmetric_loss(
     """
     probabilities = logits.float().sigmoid()
     shifted = (probabilities - margin).clamp(min=0)
-    positive = (
-        targets * (1 - probabilities) ** gamma_positive * logits.float().sigmoid().clamp(min=1e-8).log()
-    )
+    positive = targets * (1 - probabilities) ** gamma_positive * F.logsigmoid(logits.float())
     negative = (1 - targets) * shifted**gamma_negative * (1 - shifted).clamp(min=1e-8).log()
     positive = positive if weights is None else positive * weights
     return -torch.mean(positive + negative)

@@ -12,7 +12,7 @@ from typing_extensions import override
 from crossformer_vision.data.detection import Batch
 from crossformer_vision.files import write_csv
 from crossformer_vision.models import drop_path_kwargs, in_chans_kwargs
-from crossformer_vision.models.dense.detectors import MaskRCNN, create_detector, normalization_arguments
+from crossformer_vision.models.dense.detectors import MaskRCNN, create_detector, normalization_overrides
 from crossformer_vision.models.dense.masks import paste_binary_masks
 from crossformer_vision.models.dense.transform import return_mask_crops
 from crossformer_vision.plotting import visualize
@@ -105,8 +105,7 @@ class Detection(Task):
                 **(model_args or {}),
             },
             skip_resize=True,  # in training, the data module resizes
-            **normalization_arguments(image_mean, image_std),
-            **(detector_args or {}),
+            **{**normalization_overrides(image_mean, image_std), **(detector_args or {})},
         )
         report = load_checkpoint(self.net, checkpoint) if checkpoint else None
         self._freeze()
@@ -212,6 +211,11 @@ class Detection(Task):
         checkpoint["thresholds"] = self.thresholds
 
     @override
+    def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.thresholds = checkpoint.get("thresholds", self.thresholds)
+
+    @override
     def use_thresholds(self, thresholds: list[float]) -> None:
         self.thresholds, self.keep_thresholds = thresholds, True
 
@@ -247,7 +251,7 @@ class Detection(Task):
         )
         rows = []
         for image, truth, predicted in self.plotted:
-            pixels = self.displayed(image, is_normalized=False)
+            pixels = self.to_display(image, is_normalized=False)
             rows.append((pixels, _arrays(truth), _arrays(predicted)))
         visualize.plot_detections(rows, classes, plot_dir / "predictions.png")
 

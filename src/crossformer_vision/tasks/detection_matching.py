@@ -8,8 +8,6 @@ import torch
 from numpy.typing import NDArray
 from torchvision.ops import box_iou
 
-from crossformer_vision.tasks.classification_metrics import best_threshold
-
 Arrays = dict[str, Any]
 MIN_IOU = 0.5  # of a box and the object that it finds
 
@@ -31,9 +29,12 @@ def best_score_thresholds(
     is_correct: list[list[bool]] = [[] for _ in range(num_classes)]
     for detected, true in zip(detections, ground_truth, strict=True):
         for label in np.unique(detected["labels"]).tolist():
-            found = _of_class(detected, detected["labels"] == label)
-            objects = _of_class(true, (true["labels"] == label) & (true["iscrowd"] == 0))
+            found = _select(detected, detected["labels"] == label)
+            objects = _select(true, (true["labels"] == label) & (true["iscrowd"] == 0))
             matches = match_boxes(found, objects)
+            crowds = _select(true, (true["labels"] == label) & (true["iscrowd"] == 1))
+            is_counted = (matches >= 0) | ~is_inside(found, crowds)
+            found, matches = _select(found, is_counted), matches[is_counted]
             scores[label - 1] += found["scores"].tolist()
             is_correct[label - 1] += (matches >= 0).tolist()
     counts = _count_objects(ground_truth, num_classes)
@@ -63,14 +64,15 @@ def confusion_matrix(
     matrix = np.zeros((background + 1, background + 1), np.int64)
     minimum = np.array(thresholds)
     for detected, true in zip(detections, ground_truth, strict=True):
-        found = _of_class(detected, detected["scores"] >= minimum[detected["labels"] - 1])
-        objects = _of_class(true, true["iscrowd"] == 0)
+        found = _select(detected, detected["scores"] >= minimum[detected["labels"] - 1])
+        objects = _select(true, true["iscrowd"] == 0)
         matches = match_boxes(found, objects)
         predicted = np.full(len(objects["labels"]), background)
         is_matched = matches >= 0
+        is_false = ~is_matched & ~is_inside(found, _select(true, true["iscrowd"] == 1))
         predicted[matches[is_matched]] = found["labels"][is_matched] - 1
         np.add.at(matrix, (objects["labels"] - 1, predicted), 1)
-        np.add.at(matrix, (np.full((~is_matched).sum(), background), found["labels"][~is_matched] - 1), 1)
+        np.add.at(matrix, (np.full(is_false.sum(), background), found["labels"][is_false] - 1), 1)
     return matrix
 
 
@@ -97,7 +99,25 @@ def match_boxes(detected: Arrays, objects: Arrays) -> NDArray[np.int64]:
     return matches
 
 
-def _of_class(arrays: Arrays, chosen: NDArray[np.bool_]) -> Arrays:
+def is_inside(detected: Arrays, crowds: Arrays) -> NDArray[np.bool_]:
+    """Whether half of each detection lies in a crowd region, where it does not count, as in COCO's metrics.
+
+    Args:
+        detected: ``boxes``.
+        crowds: ``boxes``.
+    """
+    boxes, regions = detected["boxes"], crowds["boxes"]
+    if not (len(boxes) and len(regions)):
+        return np.zeros(len(boxes), bool)
+    top_left = np.maximum(boxes[:, None, :2], regions[None, :, :2])
+    bottom_right = np.minimum(boxes[:, None, 2:], regions[None, :, 2:])
+    overlaps = (bottom_right - top_left).clip(0).prod(2)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    inside: NDArray[np.bool_] = (overlaps >= MIN_IOU * areas[:, None].clip(1e-9)).any(1)
+    return inside
+
+
+def _select(arrays: Arrays, chosen: NDArray[np.bool_]) -> Arrays:
     """Chosen rows of boxes, labels and scores."""
     return {name: arrays[name][chosen] for name in ("boxes", "labels", "scores") if name in arrays}
 
@@ -109,11 +129,11 @@ def _count_objects(ground_truth: Sequence[Arrays], num_classes: int) -> NDArray[
 
 
 def _best_f1(scores: NDArray[np.float64], is_correct: NDArray[np.bool_], objects: int) -> float:
-    """Threshold of the best F1 score. Objects that were not found count as missed at any threshold."""
-    missed = objects - int(is_correct.sum())
+    """Threshold of the best F1 score among the scores of the detections."""
     if not is_correct.any():
         return 0.5
-    missed_scores = np.full(missed, -1.0)  # below every threshold that is a score
-    return max(
-        0.0, best_threshold(np.concatenate([scores, missed_scores]), np.append(is_correct, [True] * missed))
-    )
+    order = np.argsort(-scores, kind="stable")
+    scores, correct = scores[order], is_correct[order].cumsum()
+    f1 = 2 * correct / (np.arange(1, len(scores) + 1) + objects)
+    is_last = np.append(scores[1:] != scores[:-1], True)  # of equal scores
+    return float(scores[is_last][f1[is_last].argmax()])  # the highest of equally good ones

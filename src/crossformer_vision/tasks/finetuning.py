@@ -115,6 +115,13 @@ def add_lora(net: nn.Module, rank: int) -> None:
         parameter.requires_grad_(name in trained or ".lora_" in name)
 
 
+def describe_frozen(net: nn.Module) -> str:
+    """How many parameters are frozen, in one line."""
+    frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
+    total = sum(p.numel() for p in net.parameters())
+    return f"frozen: {frozen / 1e6:.1f} of {total / 1e6:.1f} M parameters"
+
+
 def merge_lora(net: nn.Module) -> None:
     """Merge adapters of ``add_lora`` into the weights, and remove them."""
     for name, module in list(net.named_modules()):

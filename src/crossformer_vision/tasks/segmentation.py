@@ -266,7 +266,7 @@ class Segmentation(Task):
         write_csv(plot_dir / "classes.csv", rows)
         visualize.plot_class_bars(classes, iou.numpy(), "IoU", plot_dir / "class_iou.png")
         rows_plotted = [
-            (self.displayed(image), true.numpy(), predicted.numpy())
+            (self.to_display(image), true.numpy(), predicted.numpy())
             for image, true, predicted in self.plotted
         ]
         visualize.plot_segmentations(rows_plotted, classes, plot_dir / "predictions.png")

@@ -34,7 +34,6 @@ MIN_OBJECT_SIDE = 4  # pixels; smaller objects are hardly visible to a detector
 MAX_IMBALANCE = 20  # ratio of the largest to the smallest class
 MIN_CLASS_IMAGES = 5  # training images or objects below which a class can hardly be learned
 SMALL_SIDE = 32  # pixels
-BATCH = 64  # images that threads read together
 
 Severity = Literal["error", "warning"]
 
@@ -71,8 +70,9 @@ class DataCheck:
         label_format: Format of the labels.
         classes: Class names.
         images: Facts about the images that could be read.
-        counts: Number of images, objects or pixels of each class, by split.
+        counts: Number of images, objects or pixels of each class in the images that were read, by split.
         total: Number of images by split.
+        checked: Number of images that were read, by split.
         findings: Findings, errors first.
         samples: Images with targets for the contact sheet, by split.
     """
@@ -85,6 +85,7 @@ class DataCheck:
     images: list[ImageFacts] = field(default_factory=list)
     counts: dict[str, np.ndarray] = field(default_factory=dict)
     total: dict[str, int] = field(default_factory=dict)
+    checked: dict[str, int] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     samples: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)
 
@@ -116,7 +117,9 @@ def check_data(
         raise UserError(f"unknown task '{task}'. Choose from {', '.join(TASKS)}")
     result = DataCheck(root, task or inferred, reason if task in (None, inferred) else "--task")
     options: dict[str, Any] = {"root": root, "num_workers": 0}
-    if format is not None and result.task != "classification":
+    if format is not None:
+        if result.task == "classification":
+            raise UserError(f"--format {format}: only for detection and segmentation")
         options["format"] = format
     findings = _Findings()
     try:
@@ -199,12 +202,14 @@ def _check_split(
     result.total[split] = len(images)
     result.counts[split] = np.zeros(len(data.classes), np.int64)
     count = min(len(images), max_images)
+    result.checked[split] = count
     chosen = [n * len(images) // count for n in range(count)]
     sheet_every = max(1, count // sheet)
     with Progress(transient=True) as bar, ThreadPoolExecutor(count_cores()) as pool:
         progress = bar.add_task(f"reading {split}", total=count)
-        for start in range(0, count, BATCH):
-            batch = chosen[start : start + BATCH]
+        size = 2 * count_cores()  # few images in memory
+        for start in range(0, count, size):
+            batch = chosen[start : start + size]
             found = pool.map(lambda index: _read(images, index, split), batch)
             for position, outcome in enumerate(found, start=start):
                 bar.advance(progress)
@@ -271,8 +276,8 @@ def _check_target(facts: ImageFacts, target: Any, findings: _Findings) -> None:
 def _compare_splits(result: DataCheck, findings: _Findings) -> None:
     """Check the numbers of each class."""
     unit = {"classification": "image", "detection": "object", "segmentation": "pixel"}[result.task]
-    if (train := result.counts.get("train")) is None:
-        return
+    if (train := result.counts.get("train")) is None or result.checked != result.total:
+        return  # counts of a sample say little about rare classes
     for name, count in zip(result.classes, train.tolist(), strict=True):
         if count < MIN_CLASS_IMAGES:
             text = f"class '{name}' has {counted(count, f'training {unit}')}"

@@ -18,6 +18,9 @@ from crossformer_vision.tools.image_facts import ImageFacts
 MAX_CLASSES = 30  # in tables
 TILE = 240  # side of a picture in the contact sheet, in pixels
 COLUMNS = 4
+HEAD = (
+    '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+)
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222 }
 body { max-width: 1040px; margin: 2rem auto; padding: 0 1rem }
@@ -37,7 +40,8 @@ def format_summary(check: DataCheck) -> str:
     lines = [f"{check.root}: {check.task} ({check.reason}){labels}"]
     for split, total in check.total.items():
         images = [image for image in check.images if image.split == split]
-        lines.append(f"  {split:<6} {counted(total, 'image')}; {describe_sizes(images)}")
+        sample = f", {check.checked[split]} checked" if check.checked[split] < total else ""
+        lines.append(f"  {split:<6} {counted(total, 'image')}{sample}; {describe_sizes(images)}")
     lines += [f"  {row}" for row in _class_rows(check)]
     lines += [str(finding) for finding in check.findings] or ["no faults found"]
     return "\n".join(lines)
@@ -83,7 +87,7 @@ def write_report(check: DataCheck, output: Path) -> Path:
         name = f"{split}.png"
         draw_contact_sheet(samples, check.classes).save(output / name)
         parts.append(f'<h2>{_escape(split)}</h2><img src="{name}" alt="Images of {split} with labels">')
-    page = f'<!doctype html><meta charset="utf-8"><title>Data check</title><style>{STYLE}</style>'
+    page = f"{HEAD}<title>Data check</title><style>{STYLE}</style>"
     write_text(output / "index.html", page + "\n".join(parts))
     return output / "index.html"
 

@@ -151,6 +151,7 @@ class PageHandlers:
         if sent is None or pixel is None:
             return None
         try:
+            self.predictors[name].require_rgb("the page")
             photo = self.read_photo(sent)
             point = ((pixel[0] + 0.5) / photo.width, (pixel[1] + 0.5) / photo.height)
             return attention_page(self.predictors[name], photo, point, int(stage) - 1, 224)

@@ -63,7 +63,7 @@ def describe_image(image: AnyImage, split: str, name: str) -> ImageFacts:
     """
     values = as_raster(image)
     digest = hashlib.sha1(repr(values.shape).encode(), usedforsecurity=False)
-    digest.update(np.ascontiguousarray(values).tobytes())
+    digest.update(np.ascontiguousarray(values).data)
     return ImageFacts(
         split,
         name,

@@ -52,6 +52,8 @@ def share(source: str, to: str) -> str:
         raise UserError(
             f"{source}: only trained classifiers can be shared, not {predictor.task} models or exported files"
         )
+    if predictor.info.thresholds is not None:
+        raise UserError(f"{source}: a multi-label classifier, which timm and transformers would read wrongly")
     repository = to.removeprefix("hf:") if to.startswith("hf:") else None
     if repository is not None and len([part for part in repository.split("/") if part]) != 2:
         raise UserError(f"--to {to}: not a repository, such as hf:owner/name")

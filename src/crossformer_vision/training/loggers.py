@@ -1,6 +1,7 @@
 """Experiment trackers by name, through Lightning's loggers."""
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ from crossformer_vision.errors import UserError
 LoggerName = Literal["tensorboard", "wandb", "mlflow", "comet"]
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow", "comet": "comet-ml"}
 PROJECT = "crossformer"
-"""Project or experiment in which trackers list the runs, unless their own settings name another one."""
+"""Project or experiment in which trackers list the runs, unless an environment variable names another one."""
 
 
 def check_logger(name: LoggerName) -> None:
@@ -35,9 +36,10 @@ def create_logger(name: LoggerName, run_dir: Path) -> Logger:
         run_dir: Run directory, whose name becomes the name of the run.
     """
     if name == "wandb":
-        return WandbLogger(run_dir.name, save_dir=run_dir, project=PROJECT)
+        project = os.environ.get("WANDB_PROJECT", PROJECT)
+        return WandbLogger(run_dir.name, save_dir=run_dir, project=project)
     if name == "mlflow":
-        return MLFlowLogger(PROJECT, run_dir.name)
+        return MLFlowLogger(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT), run_dir.name)
     if name == "comet":
-        return CometLogger(project=PROJECT, experiment_key=None, name=run_dir.name)
+        return CometLogger(project=os.environ.get("COMET_PROJECT_NAME", PROJECT), name=run_dir.name)
     return TensorBoardLogger(run_dir, name=None, version="tensorboard")

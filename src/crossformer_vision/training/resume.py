@@ -110,7 +110,8 @@ def _checkpoint_overrides(checkpoint: Path) -> JsonObject:
 def data_options(checkpoint: Path) -> JsonObject:
     """Class names and normalization in a checkpoint of a run, as options of the data module."""
     content = read_checkpoint(checkpoint)
-    options = {f"data.{name}": content[name] for name in ("classes", "mean", "std") if content.get(name)}
+    names = ("classes", "mean", "std", "display_channels")
+    options = {f"data.{name}": content[name] for name in names if content.get(name)}
     if content.get("thresholds") and content.get("task") == "classification":
         options["data.multi_label"] = True
     if content.get("pixel_format"):

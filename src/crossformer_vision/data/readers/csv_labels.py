@@ -152,7 +152,7 @@ def _read_rows(path: Path) -> tuple[list[int], list[Row]]:
             numbered = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as CSV ({error})") from None
-    has_classes = "label" in columns or len(set(columns) - {"path", "split"}) > 1
+    has_classes = "label" in columns or bool(set(columns) - {"path", "split", ""})
     if missing := [name for name in ("path",) if name not in columns] or ([] if has_classes else ["label"]):
         raise UserError(f"{path}: has no column '{missing[0]}', but {', '.join(columns) or 'no columns'}")
     if not numbered:

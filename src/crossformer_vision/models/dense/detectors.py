@@ -26,7 +26,6 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import sigmoid_focal_loss
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from typing_extensions import override
 
@@ -36,6 +35,7 @@ from crossformer_vision.models.dense.anchors import AnchorGenerator, match_ancho
 from crossformer_vision.models.dense.backbones import create_backbone, feature_channels
 from crossformer_vision.models.dense.base import DenseModel, find_body_prefix
 from crossformer_vision.models.dense.feature_pyramid import BackboneWithFPN, LastLevelP6P7, init_xavier
+from crossformer_vision.models.dense.losses import weighted_focal_loss
 from crossformer_vision.models.dense.published_keys import MASK_RCNN_KEYS, RETINANET_KEYS
 from crossformer_vision.models.dense.roi_heads import RoIAlign, RoIHeads
 from crossformer_vision.models.dense.rpn import RPN
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 __all__ = ["MaskRCNN", "RetinaNet", "create_detector"]
 
 Objects = list[dict[str, Tensor]]  # of each image
-BETWEEN_THRESHOLDS = -2  # torchvision's match of anchors that do not count
 
 
 class RetinaNet(DenseModel, detection.RetinaNet):
@@ -73,7 +72,7 @@ class RetinaNet(DenseModel, detection.RetinaNet):
     heads = ("backbone.fpn.", "backbone.body.scales.", "head.")
     class_layers = ("head.classification_head.cls_logits.",)
     published_names = RETINANET_KEYS
-    class_weights: Tensor | None = None
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -104,6 +103,7 @@ class RetinaNet(DenseModel, detection.RetinaNet):
         self.transform = DetectorTransform(min_size, max_size, image_mean, image_std, skip_resize)
         self.body_prefix = find_body_prefix("backbone.body.", body)
         self.num_classes = num_classes
+        self.register_buffer("class_weights", None, persistent=False)
 
     @override
     def forward(self, images: list[Tensor], targets: Objects | None = None) -> dict[str, Tensor] | Objects:
@@ -269,23 +269,6 @@ class MaskRCNN(DenseModel, GeneralizedRCNN):
         return renamed
 
 
-def weighted_focal_loss(logits: Tensor, labels: Tensor, matches: Tensor, weights: Tensor) -> Tensor:
-    """RetinaNet's classification loss with a weight for each class.
-
-    Args:
-        logits: Logits of all anchors, ``(anchors, classes)``.
-        labels: Class index of each object, ``(objects,)``.
-        matches: Index of the object of each anchor, -1 for the background, -2 for anchors that do not count.
-        weights: Weight of each class, ``(classes,)``.
-    """
-    is_positive = matches >= 0
-    targets = torch.zeros_like(logits)
-    targets[is_positive, labels[matches[is_positive]]] = 1
-    is_used = matches != BETWEEN_THRESHOLDS
-    losses = sigmoid_focal_loss(logits[is_used], targets[is_used], reduction="none") * weights
-    return losses.sum() / is_positive.sum().clamp(min=1)
-
-
 def _create_box_head(width: int, num_classes: int) -> tuple[nn.Module, nn.Module]:
     """Box head with Xavier initialization and box predictor with OpenMMLab's."""
     head = TwoMLPHead(width * 7 * 7, 4 * width)
@@ -337,7 +320,7 @@ def normalization_kwargs(cfg: PretrainedCfg, channels: int) -> dict[str, list[fl
     return {name: [sum(values) / len(values)] * channels for name, values in kwargs.items()}
 
 
-def normalization_arguments(mean: list[float] | None, std: list[float] | None) -> Kwargs:
+def normalization_overrides(mean: list[float] | None, std: list[float] | None) -> Kwargs:
     """Arguments of a detector for a mean and standard deviation other than the backbone's, if given."""
     return {} if mean is None or std is None else {"image_mean": mean, "image_std": std}
 

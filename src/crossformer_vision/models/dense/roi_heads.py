@@ -1,5 +1,7 @@
 """Box and mask heads of Mask R-CNN with the pooling and losses of OpenMMLab."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,11 +62,18 @@ class RoIAlign(MultiScaleRoIAlign):
 class RoIHeads(roi_heads.RoIHeads):
     """torchvision's RoI heads with L1 loss and with masks sampled at pixel centers.
 
+    Args:
+        *args: Arguments of torchvision's ``RoIHeads``.
+
     Attributes:
         class_weights: Weight of each class in the loss, from the background on. ``None`` for 1.
     """
 
-    class_weights: Tensor | None = None
+    class_weights: Tensor | None
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.register_buffer("class_weights", None, persistent=False)
 
     @override
     def forward(
