@@ -77,6 +77,7 @@ from crossformer_vision.models.stage_options import (
 )
 from crossformer_vision.models.timm_interface import StagedClassifier, check_size
 from crossformer_vision.models.tracing import sym_max, sym_min
+from crossformer_vision.types import Kwargs
 
 __all__ = ["CrossFormer"]
 
@@ -607,46 +608,31 @@ class CrossFormer(StagedClassifier):
         intervals = per_block(interval, depths, "interval")
         dims = [embed_dim * 2**i for i in range(len(depths))]
         rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, [*depths], stagewise=True))
-        self.num_classes = num_classes
-        self.global_pool = global_pool
-        self.output_fmt = "NHWC"
+        self.num_classes, self.global_pool, self.output_fmt = num_classes, global_pool, "NHWC"
         self.stages = nn.ModuleList()
+        context = partial(
+            BlockContext,
+            lda_span=lda_span,
+            position_bias=position_bias,
+            bias_width=position_bias_width,
+            is_bias_shared=position_bias_heads == "shared",
+        )
+        kernels, widths = (patch_sizes, *merge_sizes), (in_chans, *dims)
         for i, dim in enumerate(dims):
-            if i == 0:
-                embed: nn.Module = CrossScaleEmbedding(
-                    in_chans, dim, patch_sizes, reductions[0], False, embed_split
-                )
-                embed = add_absolute_position(embed, dim) if position_bias == "absolute" else embed
-            else:
-                stride = reductions[i] // reductions[i - 1]
-                embed = CrossScaleEmbedding(dims[i - 1], dim, merge_sizes[i - 1], stride, True, embed_split)
-            contexts = [
-                BlockContext(
-                    i,
-                    k,
-                    dim,
-                    num_heads[i],
-                    size,
-                    steps,
-                    lda_span,
-                    position_bias,
-                    position_bias_width,
-                    position_bias_heads == "shared",
-                )
+            stride = reductions[i] // (reductions[i - 1] if i else 1)
+            embed: nn.Module = CrossScaleEmbedding(widths[i], dim, kernels[i], stride, i > 0, embed_split)
+            if i == 0 and position_bias == "absolute":
+                embed = add_absolute_position(embed, dim)
+            attentions = [
+                create_attention(attention, context(i, k, dim, num_heads[i], size, steps))
                 for k, (size, steps) in enumerate(zip(group_sizes[i], intervals[i], strict=True))
             ]
-            attentions = [create_attention(attention, context) for context in contexts]
             stage = CrossFormerStage(embed, dim, attentions, mlp_ratio, rates[i], int(amplitude_cooling))
             self.stages.append(stage)
-        self.feature_info = [
-            {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
-            for i, (dim, reduction) in enumerate(zip(dims, reductions, strict=True))
-        ]
+        self.feature_info = describe_stages(dims, reductions)
         self.num_features = self.head_hidden_size = dims[-1]
         self.norm: nn.Module = nn.LayerNorm(self.num_features)
-        self.head = ClassifierHead(
-            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC"
-        )
+        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, input_fmt="NHWC")
         self.apply(partial(init_weights, xavier_mlp=weight_init == "xavier_mlp"))
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -659,6 +645,14 @@ class CrossFormer(StagedClassifier):
     @override
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def describe_stages(dims: Sequence[int], reductions: Sequence[int]) -> list[Kwargs]:
+    """Channels, stride and name of each stage, timm's ``feature_info``."""
+    return [
+        {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
+        for i, (dim, reduction) in enumerate(zip(dims, reductions, strict=True))
+    ]
 
 
 def init_weights(module: nn.Module, xavier_mlp: bool) -> None:

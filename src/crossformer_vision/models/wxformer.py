@@ -5,6 +5,7 @@ of CREDIT, so their configurations and checkpoints fit. Fields may have any heig
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,22 +102,14 @@ class WeatherModel(nn.Module):
         **unused: Any,
     ) -> None:
         super().__init__()
-        if unused:
-            log.warning("%s: arguments without effect: %s", type(self).__name__, ", ".join(sorted(unused)))
+        self._warn_unused(unused)
         if isinstance(local_window_size, int):
             local_window_size = [local_window_size] * 4
-        for name, values in (
-            ("dim", dim),
-            ("depth", depth),
-            ("global_window_size", global_window_size),
-            ("local_window_size", local_window_size),
-            ("cross_embed_kernel_sizes", cross_embed_kernel_sizes),
-            ("cross_embed_strides", cross_embed_strides),
-        ):
-            if len(values) != 4:
-                raise ValueError(f"{name}={values!r}: needs a value for each of the four stages")
+        _check_stages(dim=dim, depth=depth, cross_embed_strides=cross_embed_strides)
+        _check_stages(global_window_size=global_window_size, local_window_size=local_window_size)
+        _check_stages(cross_embed_kernel_sizes=cross_embed_kernel_sizes)
         if max(patch_height, patch_width) > 1 and frames > 1:
-            raise ValueError("patches above 1x1 need frames=1")
+            raise ValueError("patches larger than 1x1 require frames=1")
         self.size = (image_height, image_width) if interp else None
         self.in_channels = self.count_inputs(
             channels * levels + surface_channels + input_only_channels, frames
@@ -125,40 +118,33 @@ class WeatherModel(nn.Module):
         self.output_frames = output_frames
         self.padding = _read_padding(padding_conf)
         self.cube_embedding = CubeEmbedding(self.in_channels, dim[0], (frames, patch_height, patch_width))
-        self.use_patches = max(patch_height, patch_width) > 1
-        self.patch = (patch_height, patch_width)
+        self.patch, self.use_patches = (patch_height, patch_width), max(patch_height, patch_width) > 1
         widths = [dim[0] if self.use_patches else self.in_channels, *dim]
-        self.strides = tuple(cross_embed_strides)
-        self.layers = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    CrossScaleEmbedding(
-                        widths[n],
-                        dim[n],
-                        cross_embed_kernel_sizes[n],
-                        cross_embed_strides[n],
-                        self.has_nested_keys,
-                    ),
-                    Stage(
-                        dim[n],
-                        depth[n],
-                        local_window_size[n],
-                        global_window_size[n],
-                        dim_head,
-                        attn_dropout,
-                        ff_dropout,
-                    ),
-                ]
-            )
-            for n in range(4)
-        )
+        self.total_stride = math.prod(cross_embed_strides)
+        embeddings = [
+            CrossScaleEmbedding(widths[n], dim[n], kernels, cross_embed_strides[n], self.has_nested_keys)
+            for n, kernels in enumerate(cross_embed_kernel_sizes)
+        ]
+        windows = zip(local_window_size, global_window_size, strict=True)
+        stages = [
+            Stage(width, units, *window, dim_head, attn_dropout, ff_dropout)
+            for width, units, window in zip(dim, depth, windows, strict=True)
+        ]
+        self.layers = nn.ModuleList(map(nn.ModuleList, zip(embeddings, stages, strict=True)))
+        self._create_decoder(dim)
+        self.init_weights()
+        self._add_spectral_norm(use_spectral_norm)
+
+    def _warn_unused(self, names: Kwargs) -> None:
+        if names:
+            log.warning("%s: arguments without effect: %s", type(self).__name__, ", ".join(sorted(names)))
+
+    def _create_decoder(self, dim: Sequence[int]) -> None:
+        """Create the decoder for stages of ``dim`` channels."""
         self.up_block1 = UpBlock(dim[3], dim[2], dim[0], self.upsampling)
         self.up_block2 = UpBlock(2 * dim[2], dim[1], dim[0], self.upsampling)
         self.up_block3 = UpBlock(2 * dim[1], dim[0], dim[0], self.upsampling)
-        self.up_block4 = self.create_last_block(2 * dim[0], self.out_channels * output_frames)
-        self.init_weights()
-        if use_spectral_norm:
-            self._add_spectral_norm()
+        self.up_block4 = self.create_last_block(2 * dim[0], self.out_channels * self.output_frames)
 
     def count_inputs(self, channels: int, frames: int) -> int:
         """Channels that the first embedding sees."""
@@ -176,8 +162,8 @@ class WeatherModel(nn.Module):
         """Whether the layer of a name gets spectral normalization."""
         return True
 
-    def _add_spectral_norm(self) -> None:
-        for name, module in self.named_modules():
+    def _add_spectral_norm(self, is_used: bool) -> None:
+        for name, module in self.named_modules() if is_used else ():
             if isinstance(module, SPECTRAL) and self.has_spectral_norm(name):
                 nn.utils.spectral_norm(module)
 
@@ -231,8 +217,8 @@ class WeatherModel(nn.Module):
 
     def _pad_to_stride(self, x: Tensor) -> Tensor:
         """Repeat the last row and column so that strides divide the size."""
-        total = self.strides[0] * self.strides[1] * self.strides[2] * self.strides[3]
-        bottom, right = -x.shape[2] % (total * self.patch[0]), -x.shape[3] % (total * self.patch[1])
+        rows, columns = (self.total_stride * side for side in self.patch)
+        bottom, right = -x.shape[2] % rows, -x.shape[3] % columns
         if bottom or right:
             x = F.pad(x, (0, right, 0, bottom), mode="replicate")
         return x
@@ -307,6 +293,13 @@ class CAMulator(WeatherModel):
         if x.shape[2] > 1:
             x = F.avg_pool3d(x, (2, 1, 1))
         return super().fold_frames(x)
+
+
+def _check_stages(**options: Sequence[object]) -> None:
+    """Check that options have a value for each of the four stages."""
+    for name, values in options.items():
+        if len(values) != 4:
+            raise ValueError(f"{name}={values!r}: needs a value for each of the four stages")
 
 
 def _read_padding(conf: Kwargs | None) -> tuple[PaddingMode, Sides] | None:

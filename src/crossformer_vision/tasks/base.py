@@ -179,7 +179,6 @@ class Task(L.LightningModule):
 
     @property
     def _backbone_options(self) -> tuple[str, Kwargs]:
-        """Name and arguments of the model or backbone."""
         return self.hparams["backbone"], self.hparams["model_args"] or {}
 
     @property
@@ -208,7 +207,6 @@ class Task(L.LightningModule):
 
     @property
     def _global_batch(self) -> int:
-        """Images of a batch of all processes."""
         return getattr(self._data_module, "global_batch", 1)
 
     # Reproducible steps
@@ -229,10 +227,9 @@ class Task(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Create the optimizer and a schedule that is updated each step."""
         optimizer = self.create_optimizer()
+        groups = optimizer.param_groups
         # Saved because loading a checkpoint restores the options of the earlier run.
-        self._group_options = [
-            {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
-        ]
+        self._group_options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         self._configured_lr = self.lr
         setup_fit_data(self.trainer)
         if self._resumed:
