@@ -547,7 +547,7 @@ def test_all_image_modes(tmp_path):
     found = data(tmp_path)
     assert found.num_classes
     (folder / "3.png").unlink()
-    with pytest.raises(UserError, match="val/2.png: has 1 channel of 16 bits, expected an RGB photograph"):
+    with pytest.raises(UserError, match="val/2.png: has 1 channel of 16 bits, expected an RGB image"):
         found.images["val"][2]
     Image.new("L", (80, 60)).save(folder / "2.png")
     gray, colour = (found.images["val"][n][0] for n in range(2))

@@ -188,7 +188,7 @@ FAULTS = [
     (folders, copy("train/cat/0.png", "train/dog/9.png"), "warning", "is equal to"),
     (folders, copy("train/cat/0.png", "val/cat/9.png"), "warning", "in another split"),
     (folders, similar, "warning", "looks like"),
-    (folders, rotated, "warning", "is rotated by EXIF"),
+    (folders, rotated, "warning", "has an EXIF orientation"),
     (
         folders,
         lambda root: Image.new("RGB", (40, 40)).save(root / "train/cat/9.png"),
@@ -305,10 +305,10 @@ def test_clean_data_have_no_findings(writer, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = root / "labels.csv" if writer is csv_file else root
     assert main(["check", str(path)]) == 0
-    assert "no faults found" in capsys.readouterr().out
+    assert "no problems found" in capsys.readouterr().out
     page = (tmp_path / "check/index.html").read_text()
     pictures = re.findall(r'src="(\w+\.png)"', page)
-    assert pictures == ["train.png", "val.png"] and "No faults found" in page
+    assert pictures == ["train.png", "val.png"] and "No problems found" in page
     assert all(Image.open(tmp_path / "check" / name).width > 500 for name in pictures)
 
 

@@ -32,6 +32,8 @@ def check(
     folder, root = Path(output), Path(data)
     if root.is_dir() and folder.resolve().is_relative_to(root.resolve()):
         raise UserError(f"--output {output}: lies inside the data. Choose another folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "index.html").is_file():
+        raise UserError(f"--output {output}: has other files than a report. Choose another folder")
     result = check_data(data, task, format, max_images)
     print(format_summary(result))
     print(f"report: {write_report(result, folder)}")

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from crossformer_vision.data.augmentation import Steps
 from crossformer_vision.data.classification_transforms import (
-    Augmentation,
+    AugmentationOptions,
     Transform,
     evaluation_transform,
     training_transform,
@@ -161,7 +161,9 @@ class ClassificationData(BaseDataModule):
         self.image_column, self.label_column = image_column, label_column
         self.image_size, self.crop_pct, self.interpolation = image_size, crop_pct, interpolation
         self.crop = crop
-        self.augmentation = Augmentation(crop, hflip, auto_augment, color_jitter, erasing, augmentation)
+        self.augmentation = AugmentationOptions(
+            crop, hflip, auto_augment, color_jitter, erasing, augmentation
+        )
         self.lengths = {"train": train_images, "val": val_images}
 
     @override
@@ -326,7 +328,7 @@ class ClassificationData(BaseDataModule):
         return {"classes": self.classes, "image": {**self._image(), **crop}, **self.describe_pixels()}
 
     def _transform(self, stage: str) -> Transform:
-        """Augmentation or preprocessing of an image."""
+        """AugmentationOptions or preprocessing of an image."""
         is_rgb = self.pixel_format.is_rgb
         if stage == "val":
             return evaluation_transform(self.describe()["image"], is_rgb)

@@ -1,7 +1,7 @@
-"""Augmentation and preprocessing of images for classification.
+"""AugmentationOptions and preprocessing of images for classification.
 
-Photographs take timm's transforms. Images with other channels or values take the same steps from torchvision,
-without changes of colors.
+RGB images take timm's transforms. Images with other channels or values take the same steps from torchvision,
+without color augmentation.
 """
 
 import logging
@@ -26,7 +26,7 @@ Transform = Callable[[Pixels], Tensor]
 
 
 @dataclass(frozen=True)
-class Augmentation:
+class AugmentationOptions:
     """Options of the training augmentation, see ``ClassificationData``."""
 
     crop: str
@@ -37,20 +37,20 @@ class Augmentation:
     custom: Steps | None
 
 
-def training_transform(image: Kwargs, augmentation: Augmentation, is_rgb: bool) -> Transform:
+def training_transform(image: Kwargs, augmentation: AugmentationOptions, is_rgb: bool) -> Transform:
     """Create the augmentation of training images.
 
     Args:
         image: Size and normalization, as arguments of timm's ``create_transform``.
         augmentation: Options.
-        is_rgb: Whether the images are photographs.
+        is_rgb: Whether the images are RGB.
     """
     if augmentation.custom is not None:
         resize = _resize(image, squash=True)
         to_pixels = [v2.ToImage(), resize, v2.ToDtype(torch.float32, scale=True)]
         finish = [*to_pixels, v2.Normalize(image["mean"], image["std"]), v2.ToPureTensor()]
         return v2.Compose([compose_checked(augmentation.custom, is_rgb), *finish])
-    return _photograph_training(image, augmentation) if is_rgb else _raster_training(image, augmentation)
+    return _rgb_training(image, augmentation) if is_rgb else _raster_training(image, augmentation)
 
 
 def evaluation_transform(image: Kwargs, is_rgb: bool) -> Transform:
@@ -58,7 +58,7 @@ def evaluation_transform(image: Kwargs, is_rgb: bool) -> Transform:
 
     Args:
         image: Size, normalization and crop, as arguments of timm's ``create_transform``.
-        is_rgb: Whether the images are photographs.
+        is_rgb: Whether the images are RGB.
     """
     if is_rgb:
         return create_transform(**image)
@@ -70,7 +70,7 @@ def evaluation_transform(image: Kwargs, is_rgb: bool) -> Transform:
     return v2.Compose([*steps, v2.Normalize(image["mean"], image["std"]), v2.ToPureTensor()])
 
 
-def _photograph_training(image: Kwargs, augmentation: Augmentation) -> Transform:
+def _rgb_training(image: Kwargs, augmentation: AugmentationOptions) -> Transform:
     """Crop, flip, changes of colors and erasing, by timm."""
     crop_and_flip, recolor, finish = create_transform(
         **image,
@@ -91,8 +91,8 @@ def _photograph_training(image: Kwargs, augmentation: Augmentation) -> Transform
     return transforms.Compose([crop_and_flip, recolor, finish])
 
 
-def _raster_training(image: Kwargs, augmentation: Augmentation) -> Transform:
-    """Crop, flip and erasing, without changes of colors."""
+def _raster_training(image: Kwargs, augmentation: AugmentationOptions) -> Transform:
+    """Crop, flip and erasing, without color augmentation."""
     if augmentation.auto_augment or augmentation.color_jitter:
         log.warning("auto_augment and color_jitter change colors of RGB images only; they are ignored")
 

@@ -152,7 +152,7 @@ class DetectionData(BaseDataModule):
         transform = ToTensors(self._transform(stage), stage == "train", crops, max_size)
         if stage == "train" and self.mosaic:
             if not self.pixel_format.is_rgb:
-                raise UserError("--data.mosaic is for RGB photographs. Set it to 0")
+                raise UserError("--data.mosaic is for RGB images. Set it to 0")
             return MosaicImages(source, transform, self.skip_corrupt, self.mosaic)
         return ReadImages(
             source,

@@ -39,11 +39,11 @@ class ToTensors:
         """Convert a sample.
 
         Args:
-            image: RGB photograph, or tensor.
+            image: RGB image, or tensor.
             target: Target of ``CocoImages``.
 
         Returns:
-            Image of shape ``(C, H, W)``, of photographs with values in 0..1, and the target as tensors.
+            Image of shape ``(C, H, W)``, with values in 0..1 if RGB, and the target as tensors.
         """
         tensors, shapes = self._to_tv_tensors(image, target)
         pixels = v2.functional.to_image(image)

@@ -122,7 +122,7 @@ def apply_orientation(image: Image.Image, label_size: tuple[int, int] | None = N
 def open_upright(
     file: str | os.PathLike[str] | IO[bytes], label_size: tuple[int, int] | None = None
 ) -> AnyImage:
-    """Open an image file. The EXIF orientation of photographs is applied, see ``apply_orientation``.
+    """Open an image file. The EXIF orientation is applied except to rasters, see ``apply_orientation``.
 
     Args:
         file: Path, or open file.
@@ -137,7 +137,7 @@ def to_pixels(image: AnyImage, pixel_format: PixelFormat, name: str) -> Pixels:
 
     Args:
         image: Opened image.
-        pixel_format: Format of the data set. RGB accepts photographs of any mode.
+        pixel_format: Format of the data set. RGB accepts PIL images of any mode.
         name: Name for error messages.
 
     Raises:
@@ -149,7 +149,7 @@ def to_pixels(image: AnyImage, pixel_format: PixelFormat, name: str) -> Pixels:
         return to_rgb(image)
     if not (found := format_of(image)).is_rgb:
         raise UserError(
-            f"{name}: has {found}, expected an RGB photograph. Convert the image, or remove it from the data"
+            f"{name}: has {found}, expected an RGB image. Convert the image, or remove it from the data"
         )
     return Image.fromarray(image)
 

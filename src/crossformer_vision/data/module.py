@@ -47,12 +47,12 @@ class BaseDataModule(L.LightningDataModule):
         skip_corrupt: Skip and count unreadable images.
         seed: Seed of order and augmentation.
         classes: Class names in their order. ``None`` for those of the data.
-        channels: Number of channels; null for that of the first image; 3 for usual photographs.
+        channels: Number of channels; null for that of the first image; 3 for RGB.
         mean: Mean of each channel, for normalization, after 8- and 16-bit values are scaled to 0..1. Null for
-            the backbone's, or for that of the training images if they are not RGB photographs.
+            the backbone's, or for that of the training images if they are not RGB images.
         std: Standard deviation of each channel, as ``mean``.
         display_channels: Channels that plots show as red, green and blue, from 0, for images that are not
-            photographs; null for the first three.
+            RGB; null for the first three.
 
     Attributes:
         pixel_format: Format of the images, known after a split is open.
@@ -162,7 +162,7 @@ class BaseDataModule(L.LightningDataModule):
         raise NotImplementedError
 
     def _find_pixel_format(self, source: Source, stage: str) -> None:
-        """Find the format of the images and, unless they are photographs, their mean and standard deviation.
+        """Find the format of the images and, unless they are RGB, their mean and standard deviation.
 
         Args:
             source: Images of the split.

@@ -62,7 +62,7 @@ class MosaicImages(ReadImages):
 
 
 def create_mosaic(samples: list[tuple[Pixels, ObjectTarget]]) -> tuple[Image.Image, ObjectTarget]:
-    """Combine four RGB photographs and their objects into one.
+    """Combine four RGB images and their objects into one.
 
     Args:
         samples: Images and their objects.

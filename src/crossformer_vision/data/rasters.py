@@ -1,6 +1,6 @@
 """Images with any number of channels and 8-bit, 16-bit or float values: TIFF, NumPy files and 16-bit PNG.
 
-8-bit grayscale, palette, RGB and RGBA files are photographs and are read by Pillow, see ``images.py``.
+8-bit grayscale, palette, RGB and RGBA files are read by Pillow, see ``images.py``.
 """
 
 import io
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 Raster = NDArray[np.generic]
 """Values of an image as stored, shape ``(H, W, C)``."""
 AnyImage = Image.Image | Raster
-"""An opened photograph, or a raster."""
+"""An image opened by Pillow, or a raster."""
 Pixels = Image.Image | tv_tensors.Image
-"""An image as transforms take it: an RGB photograph, or a float tensor of shape ``(C, H, W)``."""
+"""An image as transforms take it: an RGB image, or a float tensor of shape ``(C, H, W)``."""
 
 ALPHA = (1, 2)  # TIFF's ExtraSamples: associated and unassociated alpha
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -49,7 +49,7 @@ class PixelFormat:
 
     @property
     def is_rgb(self) -> bool:
-        """Whether images are RGB photographs."""
+        """Whether images are RGB images."""
         return self == RGB
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ RGB = PixelFormat()
 
 
 def format_of(image: AnyImage) -> PixelFormat:
-    """Format of an image. Photographs of any mode are RGB."""
+    """Format of an image. PIL images of any mode are RGB."""
     if isinstance(image, Image.Image):
         return RGB
     kind = image.dtype.name
@@ -115,7 +115,7 @@ def read_raster(file: str | os.PathLike[str] | IO[bytes]) -> Raster | None:
         file: Path, or open file.
 
     Returns:
-        Its values, shape ``(H, W, C)``; ``None`` for a photograph, which Pillow reads.
+        Its values, shape ``(H, W, C)``; ``None`` for a file that Pillow reads.
 
     Raises:
         UserError: If the library for a compressed TIFF is not installed.
@@ -134,7 +134,7 @@ def read_raster(file: str | os.PathLike[str] | IO[bytes]) -> Raster | None:
 
 
 def raster_size(path: Path) -> tuple[int, int] | None:
-    """Width and height of a raster from its header; ``None`` for a photograph.
+    """Width and height of a raster from its header; ``None`` for a file that Pillow reads.
 
     Args:
         path: Path of the file.
@@ -147,13 +147,13 @@ def raster_size(path: Path) -> tuple[int, int] | None:
 
         with TiffFile(path) as tiff:
             pages = _image_pages(tiff)
-            if not _is_photograph(pages):
+            if not _is_pillow_image(pages):
                 return pages[0].imagewidth, pages[0].imagelength
     return None
 
 
 def _read(stream: IO[bytes], start: bytes) -> Raster | None:
-    """Values of an open file that begins with certain bytes."""
+    """Decode an open file by its signature, the first bytes."""
     if start.startswith(b"\x93NUMPY"):
         return _with_channels(np.load(stream, allow_pickle=False))
     if start.startswith(PNG_SIGNATURE) and start[PNG_BIT_DEPTH] == 16:
@@ -189,7 +189,7 @@ def _read_tiff(stream: IO[bytes]) -> Raster | None:
 
     with TiffFile(stream) as tiff:
         pages = _image_pages(tiff)
-        if _is_photograph(pages):
+        if _is_pillow_image(pages):
             stream.seek(0)
             return None
         try:
@@ -212,7 +212,7 @@ def _image_pages(tiff: "TiffFile") -> "list[TiffPage]":
     return [page for page in pages if not page.subfiletype & 5] or pages[:1]
 
 
-def _is_photograph(pages: "list[TiffPage]") -> bool:
+def _is_pillow_image(pages: "list[TiffPage]") -> bool:
     """Whether a TIFF is a grayscale, palette or RGB image of 8 bits or less, perhaps with alpha.
 
     Of several RGB pages, Pillow reads the first.

@@ -50,12 +50,12 @@ class ToInput:
         """Resize an image.
 
         Args:
-            image: RGB photograph, or tensor.
+            image: RGB image, or tensor.
             scale: Factor beside that of ``short_side``.
             divisor: Each side is stretched up to a multiple of this.
 
         Returns:
-            Bytes of a photograph, or floats, shape ``(C, H, W)``.
+            Bytes of an RGB image, or floats, shape ``(C, H, W)``.
         """
         factor, (width, height) = scale, image_size(image)
         if self.short_side:
@@ -99,8 +99,8 @@ class TrainingTransform:
         hflip: Probability of a horizontal flip.
         photometric: Distort brightness, contrast, saturation and hue.
         augmentation: User-defined augmentation that replaces these steps. It takes and returns an image and
-            a class map as ``tv_tensors``, uint8 for photographs.
-        is_rgb: Whether the images are photographs.
+            a class map as ``tv_tensors``, uint8 for RGB.
+        is_rgb: Whether the images are RGB.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ def _open_raster(
     pixel_format: PixelFormat,
     name: str,
 ) -> Pixels:
-    """Read an image that is not a photograph."""
+    """Read an image of a network whose inputs are not RGB."""
     if isinstance(image, Tensor):
         image = image.detach().cpu().numpy()
         image = image.transpose(1, 2, 0) if image.ndim == 3 else image
@@ -106,7 +106,7 @@ def crop(image: Pixels, region: tuple[int, int, int, int]) -> Pixels:
     """A region of an image.
 
     Args:
-        image: Photograph, or tensor ``(C, H, W)``.
+        image: PIL image, or tensor ``(C, H, W)``.
         region: Left, top, right and bottom in pixels.
     """
     if isinstance(image, Image.Image):

@@ -54,7 +54,7 @@ class ModelInfo:
         pixel_format: Channels and values of the images.
         thresholds: Minimum probability of each class, for images with any number of classes; for detectors,
             default score threshold of each class.
-        display_channels: Channels that plots show, for images that are not photographs.
+        display_channels: Channels that plots show, for images that are not RGB.
     """
 
     task: str

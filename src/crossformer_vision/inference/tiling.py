@@ -54,7 +54,7 @@ def detect_in_tiles(
 
     Args:
         net: Detector of this library.
-        image: RGB photograph, or tensor.
+        image: RGB image, or tensor.
         side: Side of the square tiles in pixels.
         score_threshold: Minimum score of objects.
         device: Device of the network.
@@ -87,7 +87,7 @@ def detect_in_tiles(
 
 
 def detector_input(image: Pixels) -> Tensor:
-    """Input of a detector, shape ``(C, H, W)``, of photographs with values in 0..1."""
+    """Input of a detector, shape ``(C, H, W)``, with values in 0..1 if RGB."""
     if isinstance(image, Image.Image):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
     return image.as_subclass(Tensor)
@@ -117,7 +117,7 @@ def detect_in_region(
 
     Args:
         net: Detector of this library.
-        image: RGB photograph, or tensor.
+        image: RGB image, or tensor.
         region: Left, top, right and bottom.
         side: Maximum length of the longer side of the detector's input, in pixels.
         score_threshold: Minimum score of objects.

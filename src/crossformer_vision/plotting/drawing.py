@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from crossformer_vision.plotting.fonts import fit_text, load_font
 
-# Colors of classes, distinguishable on photographs and with color vision deficiency (Okabe and Ito).
+# Colors of classes, distinguishable on photos and with color vision deficiency (Okabe and Ito).
 COLORS = (
     (230, 159, 0),
     (86, 180, 233),
@@ -189,7 +189,7 @@ def add_legend(picture: Image.Image, class_map: NDArray[np.integer], classes: Se
 def denormalize(
     image: NDArray[np.float32], mean: Sequence[float], std: Sequence[float]
 ) -> NDArray[np.float32]:
-    """Convert a network's input of a photograph to an RGB image with values from 0 to 1.
+    """Convert a network's input to an RGB image with values from 0 to 1.
 
     Args:
         image: Input, ``(3, H, W)``.

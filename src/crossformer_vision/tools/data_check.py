@@ -253,7 +253,7 @@ def _count_classes(counts: np.ndarray, target: Any, classes: Sequence[str]) -> N
 def _check_target(facts: ImageFacts, target: Any, findings: _Findings) -> None:
     """Check one image and its target for what training accepts but users may not expect."""
     if facts.is_rotated:
-        findings.add("warning", f"{facts.name}: is rotated by EXIF, which is applied", "EXIF orientation")
+        findings.add("warning", f"{facts.name}: has an EXIF orientation (applied)", "EXIF orientation")
     if facts.is_constant:
         findings.add("warning", f"{facts.name}: all pixels have the value {facts.low:g}", "constant image")
     if min(facts.size) < SMALL_SIDE:

@@ -43,7 +43,7 @@ def format_summary(check: DataCheck) -> str:
         sample = f", {check.checked[split]} checked" if check.checked[split] < total else ""
         lines.append(f"  {split:<6} {counted(total, 'image')}{sample}; {describe_sizes(images)}")
     lines += [f"  {row}" for row in _class_rows(check)]
-    lines += [str(finding) for finding in check.findings] or ["no faults found"]
+    lines += [str(finding) for finding in check.findings] or ["no problems found"]
     return "\n".join(lines)
 
 
@@ -123,7 +123,7 @@ def _draw_labels(image: Any, target: Any, classes: list[str]) -> Image.Image:
 
 def _list_findings(check: DataCheck) -> Iterator[str]:
     if not check.findings:
-        yield "<p>No faults found.</p>"
+        yield "<p>No problems found.</p>"
         return
     yield "<table><tr><th></th><th>first example</th><th>count</th></tr>"
     for finding in check.findings:

@@ -14,7 +14,7 @@ from crossformer_vision.data.images import orientation_of
 from crossformer_vision.data.rasters import AnyImage, as_raster, image_size
 
 MAX_DISTANCE = 3  # differing bits of the fingerprints of near duplicates, of 64
-MIN_BITS = 10  # set and unset bits of a fingerprint that says something
+MIN_BITS = 10  # minimum number of set and of unset bits of an informative fingerprint
 BIT_COUNTS = np.array([n.bit_count() for n in range(256)], np.uint8)
 CHUNK = 256  # images whose distances to all others are computed together
 

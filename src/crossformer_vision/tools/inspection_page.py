@@ -16,7 +16,7 @@ from torch import Tensor
 from crossformer_vision.errors import UserError
 from crossformer_vision.inference.predictor import Predictor
 from crossformer_vision.models.crossformer import CrossFormer, LongShortAttention
-from crossformer_vision.models.grouping import ceil_div, lda_map_layout, lda_region_layout
+from crossformer_vision.models.grouping import ceil_div, lda_count_layout, lda_map_layout, lda_region_layout
 from crossformer_vision.plotting import drawing, visualize
 from crossformer_vision.plotting.fonts import shorten, use_fonts_for
 from crossformer_vision.tools.inspection import (
@@ -292,15 +292,18 @@ class _Page:
 def _draw_groups(
     page: _Page, axes: list[Axes], layers: Layers, size: tuple[int, int], position: tuple[int, int]
 ) -> None:
-    """Draw the group of a position in SDA and in both definitions of LDA."""
+    """Draw the group of a position in SDA, and in LDA over the map and in regions or by count."""
     H, W = size
     lda = layers[min(1, len(layers) - 1)]
     G, interval = lda.group_size, lda.interval or ceil_div(max(H, W), lda.group_size)
     sda = layers[0].layout(H, W)
+    last = f"LDA in regions, G = {G}, I = {interval}", lda_region_layout(H, W, G, interval)
+    if lda.lda_span == "count":
+        last = f"LDA by count, G = {G}", lda_count_layout(H, W, G)
     for axis, title, layout in (
         (axes[0], f"SDA: group of {sda.gh}x{sda.gw} neighbors", sda),
         (axes[1], f"LDA over the map, I = {interval}", lda_map_layout(H, W, interval)),
-        (axes[2], f"LDA in regions, G = {G}, I = {interval}", lda_region_layout(H, W, G, interval)),
+        (axes[2], *last),
     ):
         page.group(axis, group_of(H, W, layout, *position), title)
 

@@ -74,7 +74,7 @@ def read_csv(path: Path, classes: Sequence[str], multi_label: bool) -> tuple[Lab
         multi_label |= any(len(found) > 1 for found in labels)
     else:
         multi_label = True
-        labels = [_marked(path, n, row, own_columns) for n, row in zip(lines, rows, strict=True)]
+        labels = [_present_classes(path, n, row, own_columns) for n, row in zip(lines, rows, strict=True)]
     if not multi_label and [] in labels:
         raise UserError(f"{path}: line {lines[labels.index([])]} has no label")
     found = sorted({label for row in labels for label in row}) if "label" in rows[0] else own_columns
@@ -135,7 +135,7 @@ def _split_labels(text: str | None) -> list[str]:
     return [name.strip() for name in (text or "").split(";") if name.strip()]
 
 
-def _marked(path: Path, line: int, row: Row, columns: Sequence[str]) -> list[str]:
+def _present_classes(path: Path, line: int, row: Row, columns: Sequence[str]) -> list[str]:
     """Class names whose column has a 1."""
     marks = {name: (row[name] or "").strip().lower() for name in columns}
     if wrong := [name for name, mark in marks.items() if mark not in IS_PRESENT]:
