@@ -394,3 +394,9 @@ def test_width_and_heads_of_position_bias():
     ):
         with pytest.raises(ValueError, match=message):
             timm.create_model("crossformer_nano", **options)
+
+
+def test_fewer_stages_use_the_first_strides():
+    model = timm.create_model("crossformer_nano", depths=(1, 1), group_size=(7, 7), interval=(8, 4))
+    assert [info["reduction"] for info in model.feature_info] == [4, 8]
+    assert model(torch.randn(1, 3, 40, 50)).shape == (1, 10)

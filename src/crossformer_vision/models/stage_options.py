@@ -70,19 +70,19 @@ def resolve_strides(strides: Sequence[int], depths: Sequence[int], output_stride
     """Stride of each stage's map in pixels of the image.
 
     Args:
-        strides: Strides of the CELs.
+        strides: Strides of the CELs. Those beyond the number of stages are ignored.
         depths: Blocks per stage.
         output_stride: Largest stride, if it is less than 32.
 
     Raises:
         ValueError: If there is not one stride of at least 1 for each stage.
     """
-    if len(strides) != len(depths) or min(strides) < 1:
+    if len(strides) < len(depths) or min(strides) < 1:
         raise ValueError(
             f"strides needs a value of at least 1 for each of {len(depths)} stages, not {strides}"
         )
     reductions: list[int] = []
-    for stride in strides:
+    for stride in strides[: len(depths)]:
         reduction = stride * (reductions[-1] if reductions else 1)
         is_allowed = output_stride == 32 or reduction <= output_stride
         reductions.append(reduction if is_allowed or not reductions else reductions[-1])
