@@ -15,7 +15,8 @@ from crossformer_vision import Classification, ClassificationData, UserError, lo
 from crossformer_vision.cli import main
 from crossformer_vision.export import export
 from crossformer_vision.tasks.classification_losses import asymmetric_loss
-from crossformer_vision.tasks.classification_metrics import MultiLabelMetrics, best_threshold
+from crossformer_vision.tasks.classification_metrics import MultiLabelMetrics
+from crossformer_vision.tasks.thresholds import best_threshold
 from crossformer_vision.weights.reading import read_checkpoint
 
 TINY = [o for o in CLASSIFICATION if o not in ("--data.train_images", "--data.val_images", "64", "20")]

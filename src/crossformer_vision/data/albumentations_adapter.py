@@ -49,16 +49,14 @@ class AlbumentationsPipeline:
             return self._augment_objects(pixels, target)
         self.pipeline.set_random_seed(seed)
         if target is None:
-            augmented = _check(self.pipeline(image=pixels)["image"], pixels)
+            augmented = _check_pixels(self.pipeline(image=pixels)["image"], pixels)
             if isinstance(image, Tensor):
                 return _to_image(augmented)
-            return Image.fromarray(augmented.squeeze(2) if augmented.shape[2] == 1 else augmented).convert(
-                "RGB"
-            )
+            is_gray = augmented.shape[2] == 1
+            return Image.fromarray(augmented[..., 0] if is_gray else augmented).convert("RGB")
         found = self.pipeline(image=pixels, mask=target[0].numpy())
-        return _to_image(_check(found["image"], pixels)), tv_tensors.Mask(
-            torch.from_numpy(found["mask"].copy())[None]
-        )
+        mask = tv_tensors.Mask(torch.from_numpy(found["mask"].copy())[None])
+        return _to_image(_check_pixels(found["image"], pixels)), mask
 
     def _augment_objects(
         self, pixels: NDArray[Any], target: dict[str, Any]
@@ -67,16 +65,17 @@ class AlbumentationsPipeline:
         if "masks" in target and len(target["masks"]):
             inputs["masks"] = list(target["masks"].numpy())
         found = self.box_pipeline(image=pixels, **inputs)
-        image = _to_image(_check(found["image"], pixels))
-        indices = torch.tensor(np.array(found["indices"], int))
+        image = _to_image(_check_pixels(found["image"], pixels))
+        remaining = np.array(found["indices"], int).tolist()  # objects inside the augmented image
+        indices = torch.tensor(remaining, dtype=torch.int64)
         kept = {name: value[indices] for name, value in target.items() if name not in ("boxes", "masks")}
         boxes = torch.tensor(np.array(found["bboxes"], np.float32).reshape(-1, 4))
         size = (image.shape[1], image.shape[2])
         kept["boxes"] = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
         if "masks" in target:
-            masks = found.get("masks", np.zeros((0, *size), np.uint8))
-            kept["masks"] = tv_tensors.Mask(torch.from_numpy(np.stack(list(masks)) if len(masks) else masks))
-            kept["masks"] = tv_tensors.Mask(kept["masks"][indices])
+            masks = [found["masks"][n] for n in remaining]
+            stacked = np.stack(masks) if masks else np.zeros((0, *size), np.uint8)
+            kept["masks"] = tv_tensors.Mask(torch.from_numpy(stacked))
         return image, kept
 
 
@@ -85,7 +84,7 @@ def _to_array(image: Image.Image | Tensor) -> NDArray[Any]:
     return image.permute(1, 2, 0).numpy() if isinstance(image, Tensor) else np.array(image)
 
 
-def _check(pixels: object, original: NDArray[Any]) -> NDArray[Any]:
+def _check_pixels(pixels: object, original: NDArray[Any]) -> NDArray[Any]:
     """Check that a pipeline returned an array of the same type, and add a missing channel dimension.
 
     Raises:

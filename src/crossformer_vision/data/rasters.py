@@ -32,7 +32,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_BIT_DEPTH = 24  # position of the byte in the file
 SCALES = {"uint8": 255.0, "uint16": 65535.0}
 """Values by which integers are divided. Other types keep their values."""
-DEPTHS = {"uint8": "8 bits", "uint16": "16 bits", "float": "another type"}
+TYPE_NAMES = {"uint8": "8 bits", "uint16": "16 bits", "float": "another type"}
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class PixelFormat:
 
     @property
     def is_rgb(self) -> bool:
-        """Whether images are RGB images."""
+        """Whether images have three channels of 8 bits."""
         return self == RGB
 
     def __str__(self) -> str:
-        return f"{counted(self.channels, 'channel')} of {DEPTHS[self.dtype]}"
+        return f"{counted(self.channels, 'channel')} of {TYPE_NAMES[self.dtype]}"
 
     def to_tensor(self, raster: Raster, name: str) -> tv_tensors.Image:
         """Convert a raster to float values, in which the full range of integers becomes 0..1.
@@ -72,10 +72,12 @@ class PixelFormat:
             raise UserError(
                 f"{name}: has {found}, expected {self}. Convert the image, or remove it from the data"
             )
-        values = np.ascontiguousarray(raster.transpose(2, 0, 1), np.float32)
-        if self.dtype == "float" and not np.isfinite(values).all():
+        values = np.array(raster.transpose(2, 0, 1), np.float32, order="C")
+        if self.dtype in SCALES:
+            values /= SCALES[self.dtype]
+        elif not np.isfinite(values).all():
             raise UserError(f"{name}: has values that are not finite (NaN or infinity). Replace them")
-        return tv_tensors.Image(torch.from_numpy(values / SCALES.get(self.dtype, 1.0)))
+        return tv_tensors.Image(torch.from_numpy(values))
 
 
 RGB = PixelFormat()

@@ -119,9 +119,9 @@ class SegmentationData(BaseDataModule):
         self.sampling = sampling
         self.format = format
         self.model_cfg = find_model(backbone)
-        self.sides = short_side, long_side, size_divisor
+        self.resize_options = short_side, long_side, size_divisor
         self.test_scales, self.crop_size = test_scales, crop_size
-        self.augmentation = scales, max_share, hflip, photometric, augmentation
+        self.augmentation_options = scales, max_share, hflip, photometric, augmentation
         self.lengths = {"train": train_images, "val": val_images}
         self.uses_0_and_255 = False  # instead of 0 and 1
         self.values: list[int] = []  # of the classes, in the files of class maps
@@ -138,20 +138,26 @@ class SegmentationData(BaseDataModule):
         if isinstance(source, (ClassMapImages, ObjectMaps)):
             self.values = source.reorder_classes(self.classes)
         self._find_pixel_format(source, stage)
-        is_train, pixel_format = stage == "train", self.pixel_format
-        return ReadImages(source, self._transform(stage), self.skip_corrupt, is_train, 32, pixel_format)
+        return ReadImages(
+            source,
+            self._transform(stage),
+            self.skip_corrupt,
+            stage == "train",
+            min_side=32,
+            pixel_format=self.pixel_format,
+        )
 
     def to_input(self) -> ToInput:
         """Conversion of images to the network's input."""
         mean, std = self.mean or self.model_cfg.mean, self.std or self.model_cfg.std
-        return ToInput(tuple(mean), tuple(std), *self.sides)
+        return ToInput(tuple(mean), tuple(std), *self.resize_options)
 
     def _transform(self, stage: str) -> TrainingTransform | ValidationTransform:
         """Augmentation or preprocessing of an image and its class map."""
         if stage == "val":
             return ValidationTransform(self.to_input(), self.test_scales)
         is_rgb = self.pixel_format.is_rgb
-        return TrainingTransform(self.to_input(), self.crop_size, *self.augmentation, is_rgb=is_rgb)
+        return TrainingTransform(self.to_input(), self.crop_size, *self.augmentation_options, is_rgb=is_rgb)
 
     @override
     def describe(self) -> JsonObject:

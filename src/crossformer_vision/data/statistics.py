@@ -43,6 +43,7 @@ def find_pixel_format(source: Source, channels: int | None) -> PixelFormat:
 
 
 def _check_channels(image: AnyImage, raster: AnyImage | None, channels: int | None, name: str) -> PixelFormat:
+    """Format of an image, or of its stored values if a number of channels is given that RGB does not have."""
     found = format_of(image)
     if channels is None or raster is None or (found.is_rgb and channels == 3):
         return found
@@ -87,7 +88,7 @@ def measure_images(source: Source, pixel_format: PixelFormat) -> tuple[list[floa
         total = total + values.sum(1)
         squares = squares + (values**2).sum(1)
     if not count:
-        raise UserError(f"{source.name(0)}: cannot be read, nor can {images - 1} others of this data set")
+        raise UserError(f"{source.name(0)}: cannot be read, nor can any other image of this data set")
     mean = total / count
     std = (squares / count - mean**2).clamp(min=0).sqrt()
     std[std == 0] = 1.0  # a constant channel

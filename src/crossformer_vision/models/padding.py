@@ -49,7 +49,9 @@ class BoundaryPadding(nn.Module):
         """Remove the padding from a map, which may have a stride."""
         stride = padded.shape[-2] // output.shape[-2] if output.ndim == padded.ndim else 0
         if not stride or padded.shape[-1] // output.shape[-1] != stride:
-            raise ValueError(f"an output of shape {tuple(output.shape)} is no map of the padded input")
+            raise ValueError(
+                f"output {tuple(output.shape)} does not match the padded input {tuple(padded.shape)}"
+            )
         if any(side % stride for side in self.sides):
             raise ValueError(
                 f"padding of {self.sides} pixels: a map has the stride {stride}, no divisor of these"
@@ -90,16 +92,16 @@ def pad(x: Tensor, mode: PaddingMode, sides: Sides) -> Tensor:
     height, width = x.shape[-2:]
     if max(top, bottom) >= height or max(left, right) >= width:
         raise ValueError(f"padding of {sides} pixels needs maps larger than {height}x{width}")
+    if mode == "reflect":
+        return _pad_planes(x, (left, right, top, bottom), "reflect")
     if mode == "sphere":
         above = x[..., :top, :].roll(width // 2, -1).flip(-2)
         below = x[..., height - bottom :, :].roll(width // 2, -1).flip(-2)
         x = torch.cat([above, x, below], -2)
-    if mode != "reflect":
-        x = torch.cat([x[..., width - left :], x, x[..., :right]], -1)
-    if mode in ("mirror", "circular"):
-        kind = "reflect" if mode == "mirror" else "replicate"
-        return _pad_planes(x, (0, 0, top, bottom), kind)
-    return _pad_planes(x, (left, right, top, bottom), "reflect") if mode == "reflect" else x
+    x = torch.cat([x[..., width - left :], x, x[..., :right]], -1)
+    if mode == "sphere":
+        return x
+    return _pad_planes(x, (0, 0, top, bottom), "reflect" if mode == "mirror" else "replicate")
 
 
 def crop(x: Tensor, sides: Sides) -> Tensor:

@@ -108,8 +108,6 @@ class WeatherModel(nn.Module):
         _check_stages(dim=dim, depth=depth, cross_embed_strides=cross_embed_strides)
         _check_stages(global_window_size=global_window_size, local_window_size=local_window_size)
         _check_stages(cross_embed_kernel_sizes=cross_embed_kernel_sizes)
-        if max(patch_height, patch_width) > 1 and frames > 1:
-            raise ValueError("patches larger than 1x1 require frames=1")
         self.size = (image_height, image_width) if interp else None
         self.in_channels = self.count_inputs(
             channels * levels + surface_channels + input_only_channels, frames
@@ -118,7 +116,8 @@ class WeatherModel(nn.Module):
         self.output_frames = output_frames
         self.padding = _read_padding(padding_conf)
         self.cube_embedding = CubeEmbedding(self.in_channels, dim[0], (frames, patch_height, patch_width))
-        self.patch, self.use_patches = (patch_height, patch_width), max(patch_height, patch_width) > 1
+        self.patch = (patch_height, patch_width)
+        self.use_patches = max(self.patch) > 1
         widths = [dim[0] if self.use_patches else self.in_channels, *dim]
         self.total_stride = math.prod(cross_embed_strides)
         embeddings = [
@@ -133,7 +132,8 @@ class WeatherModel(nn.Module):
         self.layers = nn.ModuleList(map(nn.ModuleList, zip(embeddings, stages, strict=True)))
         self._create_decoder(dim)
         self.init_weights()
-        self._add_spectral_norm(use_spectral_norm)
+        if use_spectral_norm:
+            self._add_spectral_norm()
 
     def _warn_unused(self, names: Kwargs) -> None:
         if names:
@@ -162,8 +162,8 @@ class WeatherModel(nn.Module):
         """Whether the layer of a name gets spectral normalization."""
         return True
 
-    def _add_spectral_norm(self, is_used: bool) -> None:
-        for name, module in self.named_modules() if is_used else ():
+    def _add_spectral_norm(self) -> None:
+        for name, module in self.named_modules():
             if isinstance(module, SPECTRAL) and self.has_spectral_norm(name):
                 nn.utils.spectral_norm(module)
 

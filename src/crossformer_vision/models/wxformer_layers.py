@@ -74,7 +74,7 @@ class CrossScaleEmbedding(nn.Module):
         dim: Channels of the output: half from the smallest kernel, a quarter from the next, ….
         kernel_sizes: Sides of the kernels.
         stride: Stride of all of them.
-        nested: Keys have the index of a sequence, as in checkpoints of WXFormer.
+        nested: Wrap each convolution in a sequence, so that keys are those of WXFormer's checkpoints.
     """
 
     def __init__(
@@ -108,10 +108,10 @@ class PositionBias(nn.Module):
 
     def __init__(self, width: int, window: int) -> None:
         super().__init__()
-        hidden = [nn.Linear(width, width), nn.LayerNorm(width), nn.ReLU()]
-        again = [nn.Linear(width, width), nn.LayerNorm(width), nn.ReLU()]
-        first = [nn.Linear(2, width), nn.LayerNorm(width), nn.ReLU()]
-        self.layers = nn.Sequential(*first, *hidden, *again, nn.Linear(width, 1))
+        layers: list[nn.Module] = []
+        for inputs in (2, width, width):
+            layers += [nn.Linear(inputs, width), nn.LayerNorm(width), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(width, 1))
         positions = torch.arange(window)
         grid = torch.stack(torch.meshgrid(positions, positions, indexing="ij")).flatten(1)
         offsets = grid[:, :, None] - grid[:, None, :] + window - 1
@@ -319,16 +319,21 @@ class UpBlock(nn.Module):
 
 
 class CubeEmbedding(nn.Module):
-    """Embedding of patches. Its weights exist in all checkpoints; it is used for patches above 1x1.
+    """Embedding of patches. Its weights exist in all checkpoints; it is used for patches larger than 1x1.
 
     Args:
         in_channels: Channels of the field.
         dim: Channels of the output.
         patch: Frames, height and width of a patch.
+
+    Raises:
+        ValueError: If a patch is larger than 1x1 and has several frames.
     """
 
     def __init__(self, in_channels: int, dim: int, patch: tuple[int, int, int]) -> None:
         super().__init__()
+        if max(patch[1:]) > 1 and patch[0] > 1:
+            raise ValueError("patches larger than 1x1 require frames=1")
         self.proj = nn.Conv3d(in_channels, dim, patch, stride=patch)
         self.norm = nn.LayerNorm(dim)
 

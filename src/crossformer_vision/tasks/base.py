@@ -131,7 +131,7 @@ class Task(L.LightningModule):
         self._group_options: list[Kwargs] = []  # of the optimizer's parameter groups
         self._configured_lr = lr
 
-    def _freeze(self) -> None:
+    def _set_up_finetuning(self) -> None:
         """Freeze the first stages, or add adapters. Subclasses call it when ``net`` has its weights."""
         if self.freeze_stages:
             freeze_parameters(self.net, self.freeze_stages, *self._backbone_options)

@@ -34,8 +34,8 @@ def create_class_weights(weights: ClassWeights, data: object, multi_label: bool 
     Args:
         weights: Option ``class_weights`` of a task.
         data: Data module whose classes are counted for ``"balanced"``.
-        multi_label: Classes are independent: ``"balanced"`` gives images with a class the weight of all
-            images without it, instead of weights in inverse proportion to the counts.
+        multi_label: Classes are independent: ``"balanced"`` is the number of images without a class, divided
+            by that of images with it.
 
     Returns:
         Weights, shape ``(num_classes,)``; ``None`` for ``"none"``.

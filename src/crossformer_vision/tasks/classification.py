@@ -105,15 +105,15 @@ class Classification(Task):
         if image_size and not self.net.pretrained_cfg.get("fixed_input_size"):
             self._check_size(image_size)
         report = load_checkpoint(self.net, checkpoint) if checkpoint else None
-        self._freeze()
+        self._set_up_finetuning()
         self.initial_weights = describe_initial_weights(backbone, num_classes, published, checkpoint, report)
         for name, value in (("label_smoothing", label_smoothing), ("mix_prob", mix_prob)):
             check_range(name, value, 0, 1)
         self.label_smoothing = label_smoothing
         self.multi_label, self.focal_gamma = multi_label, focal_gamma
         losses = ("bce", "asymmetric") if multi_label else ("cross_entropy", "focal")
-        self.loss = loss or losses[0]
-        check_choice("loss", self.loss, losses)
+        self.loss_name = loss or losses[0]
+        check_choice("loss", self.loss_name, losses)
         check_range("focal_gamma", focal_gamma, 0)
         self.class_weights = check_class_weights(class_weights, num_classes)
         self.loss_weights: Tensor | None
@@ -180,19 +180,21 @@ class Classification(Task):
         return loss
 
     def compute_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Loss of a training batch. Override it for another loss; ``val_loss`` stays the cross-entropy.
+        """Loss of a training batch. Override it for another loss.
+
+        ``val_loss`` stays the cross-entropy, binary with several classes per image.
 
         Args:
             logits: Shape ``(B, num_classes)``.
             targets: Class indices, shape ``(B,)``, or smoothed probabilities of mixed images, shape
                 ``(B, num_classes)``; with several classes per image, 1 for these, shape ``(B, num_classes)``.
         """
-        if self.loss == "asymmetric":
+        if self.loss_name == "asymmetric":
             return asymmetric_loss(logits, targets, self.loss_weights)
-        if self.loss == "bce":
+        if self.loss_name == "bce":
             return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=self.loss_weights)
         smoothing = self.label_smoothing if targets.dim() == 1 else 0.0
-        if self.loss == "focal":
+        if self.loss_name == "focal":
             if targets.dim() == 1:
                 targets = mixup_target(targets, logits.shape[1], smoothing=smoothing)
             return focal_loss(logits, targets, self.focal_gamma, self.loss_weights)

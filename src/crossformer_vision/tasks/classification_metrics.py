@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score, precision_recall_curve
+from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from crossformer_vision.files import write_csv
 from crossformer_vision.plotting import visualize
 from crossformer_vision.tasks.distributed import gather_lists
+from crossformer_vision.tasks.thresholds import best_threshold
 
 Row = dict[str, str | int | float]
 
@@ -149,21 +150,6 @@ class MultiLabelMetrics(nn.Module):
         """Write ``class_ap.png`` and ``classes.csv``."""
         write_csv(plot_dir / "classes.csv", self.class_table(classes))
         visualize.plot_class_bars(classes, self.ap, "AP", plot_dir / "class_ap.png")
-
-
-def best_threshold(scores: NDArray[np.floating], true: NDArray[np.bool_]) -> float:
-    """Threshold of the best F1 score: the highest of equally good ones, 0.5 for a class that does not occur.
-
-    Args:
-        scores: Scores, ``(n,)``.
-        true: Whether each image or object has the class, ``(n,)``.
-    """
-    if not true.any():
-        return 0.5
-    precision, recall, thresholds = precision_recall_curve(true, scores)
-    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-    best = len(thresholds) - 1 - int(f1[:-1][::-1].argmax())
-    return float(thresholds[best])
 
 
 def _mean(values: NDArray[np.floating]) -> float:

@@ -108,7 +108,7 @@ class Detection(Task):
             **{**normalization_overrides(image_mean, image_std), **(detector_args or {})},
         )
         report = load_checkpoint(self.net, checkpoint) if checkpoint else None
-        self._freeze()
+        self._set_up_finetuning()
         self.initial_weights = describe_initial_weights(backbone, num_classes, published, checkpoint, report)
         self.class_weights = check_class_weights(class_weights, num_classes)
         self.kinds = ["box", "mask"] if isinstance(self.net, MaskRCNN) else ["box"]

@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torchvision.ops import box_iou
 
+from crossformer_vision.tasks.thresholds import best_threshold
+
 Arrays = dict[str, Any]
 MIN_IOU = 0.5  # of a box and the object that it finds
 
@@ -39,7 +41,7 @@ def best_score_thresholds(
             is_correct[label - 1] += (matches >= 0).tolist()
     counts = _count_objects(ground_truth, num_classes)
     return [
-        _best_f1(np.array(class_scores), np.array(correct, bool), count)
+        best_threshold(np.array(class_scores), np.array(correct, bool), count)
         for class_scores, correct, count in zip(scores, is_correct, counts.tolist(), strict=True)
     ]
 
@@ -126,14 +128,3 @@ def _count_objects(ground_truth: Sequence[Arrays], num_classes: int) -> NDArray[
     """Number of objects of each class, without crowds."""
     labels = [true["labels"][true["iscrowd"] == 0] for true in ground_truth]
     return np.bincount(np.concatenate([np.zeros(0, int), *labels]) - 1, minlength=num_classes)
-
-
-def _best_f1(scores: NDArray[np.float64], is_correct: NDArray[np.bool_], objects: int) -> float:
-    """Threshold of the best F1 score among the scores of the detections."""
-    if not is_correct.any():
-        return 0.5
-    order = np.argsort(-scores, kind="stable")
-    scores, correct = scores[order], is_correct[order].cumsum()
-    f1 = 2 * correct / (np.arange(1, len(scores) + 1) + objects)
-    is_last = np.append(scores[1:] != scores[:-1], True)  # of equal scores
-    return float(scores[is_last][f1[is_last].argmax()])  # the highest of equally good ones

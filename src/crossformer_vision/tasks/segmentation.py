@@ -112,7 +112,7 @@ class Segmentation(Task):
             },
         )
         report = load_checkpoint(self.net, checkpoint) if checkpoint else None
-        self._freeze()
+        self._set_up_finetuning()
         self.initial_weights = describe_initial_weights(backbone, num_classes, published, checkpoint, report)
         if isinstance(self.net, UPerNet) and not auxiliary_weight:
             # Otherwise DDP waits for gradients of these unused parameters.

@@ -1,4 +1,4 @@
-"""Check data before training: what a run would see, and what would stop it."""
+"""Check data before training, with the readers that training uses."""
 
 import logging
 import re
@@ -40,13 +40,13 @@ Severity = Literal["error", "warning"]
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong or unusual.
+    """A problem of the data.
 
     Attributes:
         severity: ``error`` if training would fail, else ``warning``.
-        kind: What it is, the same for all findings of a kind.
-        text: The first example.
-        count: How often it occurs.
+        kind: Kind of the problem, by which occurrences are counted.
+        text: Message about the first occurrence.
+        count: Number of occurrences.
     """
 
     severity: Severity
@@ -66,7 +66,7 @@ class DataCheck:
     Attributes:
         root: The data.
         task: Name of the task.
-        reason: How it was found.
+        reason: Why this task was inferred.
         label_format: Format of the labels.
         classes: Class names.
         images: Facts about the images that could be read.
@@ -251,7 +251,7 @@ def _count_classes(counts: np.ndarray, target: Any, classes: Sequence[str]) -> N
 
 
 def _check_target(facts: ImageFacts, target: Any, findings: _Findings) -> None:
-    """Check one image and its target for what training accepts but users may not expect."""
+    """Warn about properties of an image and its target that training accepts."""
     if facts.is_rotated:
         findings.add("warning", f"{facts.name}: has an EXIF orientation (applied)", "EXIF orientation")
     if facts.is_constant:

@@ -45,8 +45,7 @@ class MultiLabelImages(LabeledImages):
 
     @override
     def select(self, names: set[str]) -> "MultiLabelImages":
-        indices = [n for n, name in enumerate(self.names) if name in names]
-        chosen = StringArray(self.names[n] for n in indices)
+        indices, chosen = self.find(names)
         return MultiLabelImages(self.folder, chosen, self.presence[indices], self.classes)
 
 
@@ -71,22 +70,22 @@ def read_csv(path: Path, classes: Sequence[str], multi_label: bool) -> tuple[Lab
     own_columns = [name for name in rows[0] if name and name not in ("path", "label", "split")]
     if "label" in rows[0]:
         labels = [_split_labels(row["label"]) for row in rows]
-        multi_label |= any(len(found) > 1 for found in labels)
+        multi_label |= any(len(classes_of_image) > 1 for classes_of_image in labels)
     else:
         multi_label = True
         labels = [_present_classes(path, n, row, own_columns) for n, row in zip(lines, rows, strict=True)]
     if not multi_label and [] in labels:
         raise UserError(f"{path}: line {lines[labels.index([])]} has no label")
-    found = sorted({label for row in labels for label in row}) if "label" in rows[0] else own_columns
-    indices = class_indices(path, found, classes)
+    names_in_file = sorted({label for row in labels for label in row}) if "label" in rows[0] else own_columns
+    indices = class_indices(path, names_in_file, classes)
     images = StringArray(names)
     splits = [(row.get("split") or "").strip() for row in rows] if "split" in rows[0] else []
     if not multi_label:
         single = np.array([indices[row[0]] for row in labels])
         return LabeledImages(path.parent, images, single, list(indices)), splits
     presence = np.zeros((len(rows), len(indices)), bool)
-    for row, found_labels in zip(presence, labels, strict=True):
-        row[[indices[label] for label in found_labels]] = True
+    for image, found in enumerate(labels):
+        presence[image, [indices[label] for label in found]] = True
     return MultiLabelImages(path.parent, images, presence, list(indices)), splits
 
 

@@ -46,9 +46,13 @@ class LabeledImages:
 
     def select(self, names: set[str]) -> "LabeledImages":
         """The images with given names below the folder."""
-        indices = [n for n, name in enumerate(self.names) if name in names]
-        chosen = StringArray(self.names[n] for n in indices)
+        indices, chosen = self.find(names)
         return LabeledImages(self.folder, chosen, self.labels[indices], self.classes)
+
+    def find(self, names: set[str]) -> tuple[list[int], StringArray]:
+        """Indices and names of the images with given names."""
+        indices = [n for n, name in enumerate(self.names) if name in names]
+        return indices, StringArray(self.names[n] for n in indices)
 
 
 class FolderImages(LabeledImages):
