@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from crossformer_vision.cli import main
+from crossformer_vision.compat import compiler_config
 from crossformer_vision.errors import UserError
 from crossformer_vision.tools import benchmark
 from crossformer_vision.tools.benchmark import relative_difference
@@ -148,7 +149,7 @@ def test_frozen_row_does_not_reuse_compiled_graph():
     device = torch.device("cpu")
     for engine, constants in (("compiled", False), ("frozen", True)):
         step = Step(Row("resnet18,channels=(8,8,8,8)", (32, 32), engine=engine, batch=1), device)
-        with step.compiling():
+        with compiler_config(freezing=engine == "frozen"):
             before = step()
         with torch.no_grad():
             step.net.conv1.weight.zero_()

@@ -112,7 +112,7 @@ def plot_curves(rows: Sequence[dict[str, float]], path: Path | None, monitor: st
 
 
 def plot_confusion_matrix(
-    matrix: NDArray[np.int64], classes: Sequence[str], path: Path, diagonal: str = "accuracy"
+    matrix: NDArray[np.int64], classes: Sequence[str], path: Path, title: str | None = None
 ) -> None:
     """Plot how often each true class (row) was predicted as each class (column).
 
@@ -122,15 +122,14 @@ def plot_confusion_matrix(
         matrix: Number of images by true and predicted class, ``(classes, classes)``.
         classes: Names of the classes.
         path: PNG file to write.
-        diagonal: Name of the share of the diagonal, for the title.
+        title: Title. ``None`` for the accuracy.
     """
     with use_fonts_for(classes):
-        _plot_confusion_matrix(matrix, [shorten(name, MAX_NAME_LENGTH) for name in classes], path, diagonal)
+        title = title or f"accuracy {np.trace(matrix) / max(1, matrix.sum()):.2%}"
+        _plot_confusion_matrix(matrix, [shorten(name, MAX_NAME_LENGTH) for name in classes], path, title)
 
 
-def _plot_confusion_matrix(
-    matrix: NDArray[np.int64], classes: Sequence[str], path: Path, diagonal: str
-) -> None:
+def _plot_confusion_matrix(matrix: NDArray[np.int64], classes: Sequence[str], path: Path, title: str) -> None:
     n = len(classes)
     side = max(4.5, min(12.0, 1.5 + 0.5 * n))
     figure, [[axis]] = subplots(side, side)
@@ -138,9 +137,7 @@ def _plot_confusion_matrix(
     figure.colorbar(
         axis.imshow(shares, vmin=0, vmax=1, cmap="Blues"), shrink=0.7, label="share of the true class"
     )
-    axis.set(
-        xlabel="predicted", ylabel="true", title=f"{diagonal} {np.trace(matrix) / max(1, matrix.sum()):.2%}"
-    )
+    axis.set(xlabel="predicted", ylabel="true", title=title)
     if n <= 30:
         axis.set_xticks(range(n), classes, rotation=90)
         axis.set_yticks(range(n), classes)

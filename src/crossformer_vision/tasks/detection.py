@@ -239,8 +239,10 @@ class Detection(Task):
     def plot(self, plot_dir: Path, classes: list[str]) -> None:
         """Write ``predictions.png``, ``precision_recall.png``, ``confusion_matrix.png``, ``classes.csv``."""
         write_csv(plot_dir / "classes.csv", self.class_table(classes))
+        found = self.matrix.trace() / max(1, self.matrix[:-1].sum())  # without false detections
+        title = f"{found:.1%} of the objects found"
         visualize.plot_confusion_matrix(
-            self.matrix, [*classes, "background"], plot_dir / "confusion_matrix.png", "objects found"
+            self.matrix, [*classes, "background"], plot_dir / "confusion_matrix.png", title
         )
         visualize.plot_precision_recall(
             {
